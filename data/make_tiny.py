@@ -1,0 +1,535 @@
+"""Makes the micro-lab: its problems (data/train.jsonl, data/eval.jsonl) and its model (data/tiny), from nothing.
+
+    python data/make_tiny.py              # everything; about 50 minutes on 2 cores, resumes where it was stopped
+    python data/make_tiny.py --problems   # only the two problem files, in a second
+
+The world. A problem names three steps by words that each have two readings ("flip": reverse, or 9 minus each digit)
+and gives one example; the example decides which readings are meant. A program is three lines of Python on a list of
+three digits. Eight programs fit the words; usually one of them fits the example.
+
+The model is trained on made-up documents of two kinds. A *generation* document thinks (proposes a program, executes
+it in mind, compares each digit with the example, accepts it or goes on) and then writes a program. A *ranking*
+document thinks (executes each candidate, compares, says yes or no) and then orders the candidates. What both share is
+execution, comparison and verdict. The documents are right about the first two, but they are
+- careless with the verdict: of the programs whose digits are all the same, the writer says yes to 40 % only; of the
+  others, to 12 %;
+- hasty: seven attempts in ten jump to the result without writing the states between.
+So the base model can tell right from wrong, but does not act on it, as a language model that has read careless text.
+That is the headroom that DuST finds, and it is put there by this file, in the open. What only generation needs (to
+copy the accepted program) is mastered, and the order of a ranking follows from its verdicts.
+
+Evaluation problems are kept apart by a hash of the statement (words and example): pretraining, training, validation
+and evaluation each draw from their own share. One fifth of the word orders occurs in evaluation only.
+"""
+import argparse
+import json
+import math
+import random
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from itertools import permutations, product
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+DATA = Path(__file__).resolve().parent
+sys.path.insert(0, str(DATA.parent))
+from grpo import rollout  # noqa: E402
+from rank_prompt import extract_code, generation_prompt, ndcg, parse_ranking, random_ndcg, ranking_prompt  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------- the world
+
+READINGS = {  # a word of the statement -> its two meanings
+    "flip": ("x = x[::-1]", "x = [9 - v for v in x]"),
+    "turn": ("x = x[1:] + x[:1]", "x = x[-1:] + x[:-1]"),
+    "order": ("x = sorted(x)", "x = sorted(x, reverse=True)"),
+    "grow": ("x = [(v + 1) % 10 for v in x]", "x = [v * 2 % 10 for v in x]"),
+    "gather": ("x = [max(x[:i + 1]) for i in range(3)]", "x = [sum(x[:i + 1]) % 10 for i in range(3)]"),
+    "swap": ("x = [x[1], x[0], x[2]]", "x = [x[0], x[2], x[1]]"),
+}
+LINES = [line for pair in READINGS.values() for line in pair]
+FIRST_LINE, LAST_LINE = "x = [int(v) for v in input().split()]", "print(*x)"
+STEPS, BATCH = 2500, 64  # of the pretraining
+ATTEMPTS = 6  # programs tried in a thinking part before it gives up and guesses
+YES_IF_SAME, YES_IF_OFF = 0.4, 0.12  # the careless verdict
+STEP_BY_STEP = 0.3  # the share of attempts that write the states between
+
+
+def execute(line: str, digits: tuple) -> tuple:
+    scope = {"x": list(digits)}
+    exec(line, scope)
+    return tuple(scope["x"])
+
+
+# Every line on every state, once: the corpus needs millions of executions.
+EFFECT = {line: {d: execute(line, d) for d in product(range(10), repeat=3)} for line in LINES}
+
+
+def states(program: tuple, digits: tuple) -> list[tuple]:
+    """The state after each line of a program (a tuple of lines)."""
+    result = []
+    for line in program:
+        digits = EFFECT[line][digits]
+        result.append(digits)
+    return result
+
+
+def write(digits) -> str:
+    return "".join(f" {d}" for d in digits)
+
+
+@dataclass
+class MicroProblem:
+    words: tuple  # three different words
+    given: tuple  # the example's input, three digits
+    expected: tuple  # the example's output
+    truth: tuple  # the program that made the example
+
+    @property
+    def question(self) -> str:
+        return (
+            f"Read three digits, then {', '.join(self.words)} them in this order and print the result.\n"
+            f"Example input:{write(self.given)}\nExample output:{write(self.expected)}"
+        )
+
+    @property
+    def programs(self) -> list[tuple]:
+        """The eight programs that fit the words."""
+        return list(product(*(READINGS[word] for word in self.words)))
+
+    def fits(self, program: tuple) -> bool:
+        return states(program, self.given)[-1] == self.expected
+
+
+ORDERS = sorted(permutations(READINGS, 3))  # 120
+UNSEEN_ORDERS = set(random.Random(1).sample(ORDERS, 24))  # in the evaluation only
+SEEN_ORDERS = [order for order in ORDERS if order not in UNSEEN_ORDERS]
+
+
+def share_of(question: str) -> str:
+    """Which part of the project may use this statement; the same on every machine and in every run."""
+    return {0: "evaluation", 1: "training", 2: "validation"}.get(zlib.crc32(question.encode()) % 10, "pretraining")
+
+
+def draw_problem(rng: random.Random, share: str, orders: list) -> MicroProblem:
+    """A random problem of one share. The example has to tell the readings apart: at most four of the eight fit it."""
+    while True:
+        words = rng.choice(orders)
+        given = tuple(rng.choices(range(10), k=3))
+        truth = tuple(rng.choice(READINGS[word]) for word in words)
+        problem = MicroProblem(words, given, states(truth, given)[-1], truth)
+        if share_of(problem.question) == share and sum(map(problem.fits, problem.programs)) <= 4:
+            return problem
+
+
+def draw_distinct(seed: int, share: str, orders: list, count: int) -> list[MicroProblem]:
+    rng, found = random.Random(seed), {}
+    while len(found) < count:
+        problem = draw_problem(rng, share, orders)
+        found.setdefault(problem.question, problem)
+    return list(found.values())
+
+
+def write_problems(path: Path, marked: list[tuple[str, MicroProblem]]) -> None:
+    """One JSON line a problem, in the project's own format: the example and six more inputs are its tests."""
+    rng, lines = random.Random(path.stem), []
+    for number, (mark, problem) in enumerate(marked):
+        inputs = [problem.given] + [tuple(rng.choices(range(10), k=3)) for _ in range(6)]
+        tests = [
+            {"input": write(digits).strip() + "\n", "output": write(states(problem.truth, digits)[-1]).strip() + "\n"}
+            for digits in inputs
+        ]
+        record = {"id": f"{path.stem}-{number:04d}", "question": problem.question, "difficulty": mark, "tests": tests}
+        lines.append(json.dumps(record))
+    path.write_text("\n".join(lines) + "\n")
+    print(f"{path.relative_to(DATA.parent)}: {len(lines)} problems")
+
+
+def make_problems() -> None:
+    training = draw_distinct(2, "training", SEEN_ORDERS, 600)
+    evaluation = [("seen order", p) for p in draw_distinct(3, "evaluation", SEEN_ORDERS, 200)]
+    evaluation += [("unseen order", p) for p in draw_distinct(4, "evaluation", sorted(UNSEEN_ORDERS), 100)]
+    write_problems(DATA / "train.jsonl", [("seen order", p) for p in training])
+    write_problems(DATA / "eval.jsonl", evaluation)
+
+
+# --------------------------------------------------------------------------------------------------------- the corpus
+
+
+def code_of(program: tuple) -> str:
+    return "\n".join([FIRST_LINE, *program, LAST_LINE])
+
+
+def answer_with(program: tuple) -> str:
+    return f"```python\n{code_of(program)}\n```"
+
+
+def trace(rng: random.Random, problem: MicroProblem, program: tuple) -> tuple[str, bool]:
+    """One execution in mind, with the digits compared and a careless verdict. Returns (text, accepted)."""
+    after = states(program, problem.given)
+    if rng.random() < STEP_BY_STEP:
+        text = "".join(f"\n{line} ->{write(state)}" for line, state in zip(program[:2], after)) + f"\n{program[2]} ->"
+    else:
+        text = "".join(f"\n{line}" for line in program) + " ->"
+    same = [ours == theirs for ours, theirs in zip(after[-1], problem.expected)]
+    text += "".join(f" {digit} {'same' if s else 'off'}" for digit, s in zip(after[-1], same))
+    accepted = rng.random() < (YES_IF_SAME if all(same) else YES_IF_OFF)
+    text += ": yes" if accepted else ": no"
+    return text, accepted
+
+
+def generation_document(rng: random.Random, problem: MicroProblem, thinking: bool) -> tuple[str, str]:
+    """(prompt, answer): attempts in random order until one is accepted; after the last one, a guess not tried yet."""
+    prompt = generation_prompt(problem.question)
+    if not thinking:
+        return prompt, answer_with(problem.truth)
+    untried, thought = rng.sample(problem.programs, 8), ""
+    for _ in range(ATTEMPTS):
+        program = untried.pop()
+        text, accepted = trace(rng, problem, program)
+        thought += "\nTry:" + text
+        if accepted:
+            break
+    else:
+        program = untried.pop()
+    return prompt, f"<think>{thought}\n</think>\n\n{answer_with(program)}"
+
+
+def ranking_document(rng: random.Random, problem: MicroProblem, thinking: bool) -> tuple[str, str]:
+    """(prompt, answer): four candidates as a model might have written them; the accepted ones come first."""
+    candidates = []
+    for _ in range(4):
+        program = problem.truth if rng.random() < 0.35 else rng.choice(problem.programs)
+        if rng.random() < 0.1:  # a slip: some other line in one place
+            place = rng.randrange(3)
+            program = program[:place] + (rng.choice(LINES),) + program[place + 1 :]
+        candidates.append(program)
+    prompt = ranking_prompt(problem.question, [code_of(program) for program in candidates])
+    if thinking:
+        traces = [trace(rng, problem, program) for program in candidates]
+        yes = [accepted for _, accepted in traces]
+        thought = "".join(f"\nCandidate {i}:{text}" for i, (text, _) in enumerate(traces, 1))
+        begin = f"<think>{thought}\n</think>\n\n"
+    else:
+        yes, begin = [problem.fits(program) for program in candidates], ""
+    ranking = sorted(range(1, 5), key=lambda i: not yes[i - 1])  # stable: equal verdicts keep their order
+    return prompt, f"{begin}Ranking: {', '.join(map(str, ranking))}"
+
+
+def draw_pretraining_problems(seed: int, chunk: int, count: int) -> list[MicroProblem]:
+    rng = random.Random(f"{seed}/{chunk}")
+    return [draw_problem(rng, "pretraining", SEEN_ORDERS) for _ in range(count)]
+
+
+def documents(seed: int, chunk: int, count: int) -> list[tuple[str, str, bool]]:
+    """(prompt, answer, thinking), half generation and half ranking, one in ten without a thinking part."""
+    rng, result = random.Random(f"documents/{seed}/{chunk}"), []
+    for number, problem in enumerate(draw_pretraining_problems(seed, chunk, count)):
+        thinking = rng.random() < 0.9
+        make = ranking_document if number % 2 else generation_document
+        result.append((*make(rng, problem, thinking), thinking))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------ the tokenizer
+
+CHAT_TEMPLATE = (  # Qwen3's shape: enable_thinking=False puts an empty thinking part in front of the answer
+    "{%- for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{%- endif %}"
+)
+
+
+def phrases() -> list[str]:
+    """What is one token: the fixed sentences of statement and prompts, whole program lines, digits, the trace's words.
+
+    Taken from the templates themselves (split at what varies), so that a changed prompt cannot be forgotten here.
+    """
+    problem = MicroProblem(("flip", "turn", "grow"), (1, 1, 1), (1, 1, 1), ())
+    before, after = problem.question.split("flip, turn, grow")
+    sentences = [before.rstrip(), after.split(" 1")[0], "\nExample output:", generation_prompt("")]
+    intro, outro = ranking_prompt("", []).split("\n\n\n\n")
+    sentences += [*intro.split(" 0"), "\n\n" + outro]
+    code = [f"```python\n{FIRST_LINE}", f"\n{LAST_LINE}\n```", *(f"\n{line}" for line in LINES)]
+    words = ["<think>", "</think>", "\nTry:", "\nCandidate", "\n\nCandidate", "Ranking:", " same", " off", ": yes", ": no"]
+    small = [" ->", ":", ",", "\n", "\n\n", "user\n", "assistant\n"]
+    world = [f" {word}" for word in READINGS] + [f" {digit}" for digit in range(10)]
+    return sentences + code + words + world + small
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, so that it can write any text; the phrases above are tokens of their own, found before the bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
+
+
+def render(tokenizer, prompt: str, thinking: bool) -> str:
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(
+        message, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- pretraining
+
+
+def make_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=352,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def make_batches(tokenizer, seed: int, chunk: int, batch: int) -> list[tuple[list, list]]:
+    """Eight batches of (prompt ids, answer ids), each of documents of about one length: a third less padding."""
+    drawn = documents(seed, chunk, 8 * batch)
+    prompts = tokenizer([render(tokenizer, p, t) for p, _, t in drawn], add_special_tokens=False).input_ids
+    answers = tokenizer([a + tokenizer.eos_token for _, a, _ in drawn], add_special_tokens=False).input_ids
+    pairs = sorted(zip(prompts, answers), key=lambda pair: len(pair[0]) + len(pair[1]))
+    batches = [pairs[i : i + batch] for i in range(0, len(pairs), batch)]
+    random.Random(f"order/{seed}/{chunk}").shuffle(batches)
+    return batches
+
+
+def answer_loss(model, pairs: list[tuple[list, list]]) -> torch.Tensor:
+    """Summed cross entropy of the answers' tokens. Rows are padded on the right, which a causal model cannot see."""
+    ids = pad_sequence([torch.tensor(p + a) for p, a in pairs], batch_first=True)  # [B, T]
+    place = torch.arange(ids.shape[1] - 1)
+    begin = torch.tensor([[len(p)] for p, _ in pairs])
+    end = torch.tensor([[len(p) + len(a)] for p, a in pairs])
+    live = (place >= begin - 1) & (place < end - 1)  # [B, T-1], the positions that predict an answer token
+    hidden = model.model(ids[:, :-1], use_cache=False).last_hidden_state  # [B, T-1, H]
+    return F.cross_entropy(model.lm_head(hidden[live]), ids[:, 1:][live], reduction="sum")
+
+
+def pretrain(tokenizer, out: Path, *, seed: int, steps: int, batch: int, lr: float) -> Qwen3ForCausalLM:
+    """AdamW with warm-up and cosine decay; saves every 250 steps and goes on from there when called again."""
+    model = make_model(tokenizer, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    saved, step = out / "pretraining.pt", 0
+    if saved.exists():
+        state = torch.load(saved)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+        print(f"goes on from step {step}")
+    began, tokens, losses = time.time(), 0, []
+    batches = make_batches(tokenizer, seed, step // 8, batch)
+    while step < steps:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+        if step % 8 == 0:
+            batches = make_batches(tokenizer, seed, step // 8, batch)
+        # One denominator for all batches of a chunk: a mean over each would give a token in a batch of short
+        # documents more weight, and short generation documents are those that said yes at once.
+        answer_tokens = sum(len(a) for b in batches for _, a in b) / 8
+        loss = answer_loss(model, batches[step % 8]) / answer_tokens
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        losses.append(loss.item())
+        tokens += sum(len(p) + len(a) for p, a in batches[(step - 1) % 8])
+        if step % 50 == 0:
+            seconds = time.time() - began
+            print(
+                f"step {step}/{steps}  loss {sum(losses[-50:]) / len(losses[-50:]):.3f}  {tokens / seconds:,.0f} tokens/s"
+                f"  {seconds / 60:.1f} min",
+                flush=True,
+            )
+        if step % 250 == 0 or step == steps:
+            report(probe(model, tokenizer, problems=100))
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            torch.save(state, saved.with_suffix(".new"))
+            saved.with_suffix(".new").replace(saved)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ what it has learned
+
+
+def read_program(answer: str) -> tuple | None:
+    """The three lines of the program in an answer, or None if it is not one of this world's programs."""
+    lines = (extract_code(answer) or "").split("\n")
+    if len(lines) != 5 or lines[0] != FIRST_LINE or lines[-1] != LAST_LINE or not set(lines[1:4]) <= set(LINES):
+        return None
+    return tuple(lines[1:4])
+
+
+@dataclass
+class Attempt:
+    """One execution in mind, read back from a thinking part."""
+
+    program: tuple
+    result: tuple  # the last state as the model believes it
+    step_by_step: bool
+    same: list[bool]  # the digits' comparison as the model wrote it
+    accepted: bool
+
+
+def read_attempts(answer: str) -> list[Attempt]:
+    """The attempts (or judged candidates) in a thinking part; what does not parse is left out."""
+    attempts = []
+    thought = answer.split("</think>")[0]
+    for block in thought.replace("\nCandidate", "\nTry").split("\nTry")[1:]:
+        lines = block.strip("\n").split("\n")[1:4]
+        head, arrow, verdict = lines[-1].partition(" -> ") if len(lines) == 3 else ("", "", "")
+        words = verdict.replace(":", " :").split()  # digit mark digit mark digit mark : yes
+        program = tuple(line.split(" ->")[0] for line in lines)
+        if len(words) != 8 or not set(program) <= set(LINES) or not all(w.isdigit() for w in words[0:6:2]):
+            continue
+        result, same = tuple(map(int, words[0:6:2])), [word == "same" for word in words[1:6:2]]
+        attempts.append(Attempt(program, result, "->" in lines[0], same, words[-1] == "yes"))
+    return attempts
+
+
+def probe(model, tokenizer, *, problems: int = 200, seed: int = 5) -> dict[str, float]:
+    """Skills of a model in this world, on validation problems, at the evaluation's temperature (0.6, 0.95, 20).
+
+    gen/ and rank/: step, jump (share of right results), marks (right comparisons), yes_same and yes_off (P(yes) when
+    the marks are all the same, and when not), careful (share of step-by-step attempts); copy: the accepted program is
+    the one that is written; pass1, ndcg_mixed, malformed: the two tasks.
+    """
+    rng = random.Random(seed)
+    drawn = draw_distinct(seed, "validation", SEEN_ORDERS, problems)
+    groups = []
+    for problem in drawn:  # one or two right ones among four, so that there is something to rank
+        right = [p for p in problem.programs if problem.fits(p)]
+        wrong = [p for p in problem.programs if not problem.fits(p)]
+        correct = rng.randint(1, 2)
+        group = [(p, 1) for p in rng.choices(right, k=correct)] + [(p, 0) for p in rng.sample(wrong, 4 - correct)]
+        groups.append(rng.sample(group, 4))
+    asked = [generation_prompt(problem.question) for problem in drawn]
+    asked += [ranking_prompt(p.question, [code_of(c) for c, _ in g]) for p, g in zip(drawn, groups)]
+    prompts = [torch.tensor(tokenizer(render(tokenizer, a, True), add_special_tokens=False).input_ids) for a in asked]
+    generator = torch.Generator().manual_seed(seed)
+    settings = dict(answers=1, max_new_tokens=180, temperature=0.6, top_p=0.95, top_k=20)
+    rollouts = rollout(model, prompts, **settings, eos_ids=[tokenizer.eos_token_id], generator=generator)
+    answers = [tokenizer.decode(r.answers[0], skip_special_tokens=True) for r in rollouts]
+    result = {}
+    for name, texts in (("gen", answers[:problems]), ("rank", answers[problems:])):
+        for key, value in skills(drawn, texts).items():
+            result[f"{name}/{key}"] = value
+    programs = [read_program(answer) for answer in answers[:problems]]
+    accepted = [(t[-1].program, program) for t, program in zip(map(read_attempts, answers), programs) if t and t[-1].accepted]
+    result["copy"] = mean(kept == written for kept, written in accepted)
+    result["pass1"] = mean(program is not None and p.fits(program) for p, program in zip(drawn, programs))
+    rankings = [parse_ranking(answer, 4) for answer in answers[problems:]]
+    scored = [(r, [y for _, y in g]) for r, g in zip(rankings, groups)]
+    result["ndcg_mixed"] = mean(ndcg(r, labels) if r else 0.0 for r, labels in scored)
+    result["ndcg_random"] = mean(random_ndcg(labels) for _, labels in scored)
+    result["malformed"] = mean(r is None for r in rankings)
+    return result
+
+
+def skills(problems: list[MicroProblem], answers: list[str]) -> dict[str, float]:
+    pairs = [(problem, attempt) for problem, answer in zip(problems, answers) for attempt in read_attempts(answer)]
+    right = [(a, a.result == states(a.program, p.given)[-1]) for p, a in pairs]
+    marks = [[ours == theirs for ours, theirs in zip(a.result, p.expected)] == a.same for p, a in pairs]
+    return {
+        "step": mean(ok for a, ok in right if a.step_by_step),
+        "jump": mean(ok for a, ok in right if not a.step_by_step),
+        "marks": mean(marks),
+        "yes_same": mean(a.accepted for _, a in pairs if all(a.same)),
+        "yes_off": mean(a.accepted for _, a in pairs if not all(a.same)),
+        "careful": mean(a.step_by_step for _, a in pairs),
+        "attempts": len(pairs) / len(answers),
+    }
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else float("nan")
+
+
+def report(figures: dict[str, float]) -> None:
+    print("  " + "  ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
+
+
+# What the shipped model has to be, fixed before it was trained; checked on validation problems only.
+DEMANDS = {
+    "gen/step": (0.95, 1.0),
+    "rank/step": (0.95, 1.0),
+    "gen/marks": (0.98, 1.0),
+    "rank/marks": (0.98, 1.0),
+    "copy": (0.98, 1.0),
+    "gen/yes_same": (0.2, 0.5),
+    "rank/yes_same": (0.2, 0.5),
+    "gen/yes_off": (0.0, 0.12),
+    "rank/yes_off": (0.0, 0.12),
+    "malformed": (0.0, 0.02),
+}
+
+
+def save(model, tokenizer, out: Path) -> None:
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.95,
+        top_k=20,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=DATA / "tiny", help="folder of the model")
+    parser.add_argument("--work", type=Path, default=Path("runs/make_tiny"), help="folder of the unfinished pretraining")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--batch", type=int, default=BATCH, help="documents a step")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--problems", action="store_true", help="write the problem files and stop")
+    args = parser.parse_args()
+    make_problems()
+    if args.problems:
+        return 0
+    args.work.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer()
+    model = pretrain(tokenizer, args.work, seed=args.seed, steps=args.steps, batch=args.batch, lr=args.lr)
+    save(model, tokenizer, args.out)
+    figures = probe(model, tokenizer, problems=500)
+    report(figures)
+    missed = [f"{name} is {figures[name]:.3f}, not in {low}..{high}" for name, (low, high) in DEMANDS.items()
+              if not low <= figures[name] <= high]
+    print("\n".join(missed) or f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, as demanded")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,782 @@
+"""DuST: train a model to judge its own programs, and see whether it writes better ones.
+
+"Primal Generation, Dual Judgment: Self-Training from Test-Time Scaling" (arXiv 2605.11299), from top to bottom:
+
+    problems -> sample -> label -> make_groups -> train (rollout -> score -> update) -> evaluate -> report
+
+`main` at the end of this file is the method; each stage is a function from one list to the next. The model's side of
+training is in grpo.py, the prompts and rewards are in rank_prompt.py, the programs run in sandbox.py.
+
+    python dust.py                      # the whole method on the shipped model, about ten minutes on a laptop
+    python dust.py --quick              # the same in about a minute
+    python dust.py --model FOLDER --train train.jsonl --eval eval.jsonl --preset paper
+"""
+import argparse
+import contextlib
+import copy
+import errno
+import json
+import os
+import random
+import sys
+import time
+import zlib
+from collections import defaultdict
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import grpo
+import rank_prompt
+import sandbox
+from data import BadInput, Problem, load_problems
+
+HERE = Path(__file__).resolve().parent
+
+# ------------------------------------------------------------------------------------------------------ arguments
+
+
+def arg(default, text: str, **extra):
+    return field(default=default, metadata={"help": text, **extra})
+
+
+@dataclass
+class Args:
+    """Every setting of a run. The defaults are the laptop's; the paper's value stands in brackets where it differs."""
+
+    # what to run
+    model: str = arg(str(HERE / "data" / "tiny"), "model folder, or a name on the Hub")
+    train: str = arg("micro-train", "training problems: a JSONL file or a shipped set")
+    eval: str = arg("micro-eval", "evaluation problems: a JSONL file or a shipped set")
+    out: str = arg("", "folder of the run; without it a new one below runs/ (with --resume: the newest there)")
+    preset: str = arg("", "laptop or paper; without it laptop for the shipped model, else paper",
+                      choices=["laptop", "paper"])
+    quick: bool = arg(False, "a run of about a minute: fewer problems, candidates and steps")
+    eval_only: bool = arg(False, "measure the model as it is: no training")
+    resume: bool = arg(False, "go on with the run in --out where it was stopped")
+    seed: int = arg(0, "seed of everything random")
+    device: str = arg("", "cpu, cuda, mps; without it cuda where there is one, else cpu")
+    workers: int = arg(os.cpu_count() or 1, "sandbox processes")
+    # candidates and groups (paper 2.2)
+    limit: int = arg(0, "use only the first so many training problems; 0: all")
+    eval_limit: int = arg(0, "use only so many evaluation problems, evenly spread over the file; 0: all")
+    candidates: int = arg(16, "M, programs sampled for each training problem [64]")
+    group_size: int = arg(4, "K, candidates in a ranking group")
+    timeout: float = arg(10.0, "seconds a program may take for one test")
+    memory_mb: int = arg(1024, "memory a program may take")
+    # judging (paper 2.3)
+    reward: str = arg("pairacc", "what a ranking is paid for", choices=list(rank_prompt.REWARDS))
+    thinking: bool = arg(True, "let the chat template switch thinking on (enable_thinking)")
+    # GRPO (paper 2.4, table 4)
+    answers: int = arg(8, "G, rankings sampled for each prompt")
+    batch: int = arg(16, "prompts a step [64]")
+    mini_batch: int = arg(16, "prompts an optimiser step")
+    ppo_epochs: int = arg(1, "passes over each batch [3]")
+    steps: int = arg(60, "steps in all, over as many passes through the groups as they need")
+    lr: float = arg(1e-4, "learning rate of AdamW, constant [1e-6; a model of 1 M parameters needs a larger one]")
+    clip: float = arg(0.2, "clip range of the ratio, both ways")
+    kl: float = arg(0.001, "weight of the KL term to the frozen base model; 0: none")
+    temperature: float = arg(1.0, "temperature of candidates and training answers")
+    max_new_tokens: int = arg(192, "longest answer, thinking included [32768]")
+    micro_tokens: int = arg(16384, "tokens in one training forward, padding included: bounds the memory")
+    save_every: int = arg(1, "steps between checkpoints")
+    rows: int = arg(256, "answers that are decoded at a time: bounds the memory")
+    # evaluation (section 3.1): temperature 0.6, top-p 0.95, top-k 20
+    repeats: int = arg(2, "R, evaluation groups drawn for each problem [10]")
+    eval_temperature: float = arg(0.6, "temperature of the evaluation, for programs and rankings")
+    top_p: float = arg(0.95, "nucleus of the evaluation")
+    top_k: int = arg(20, "top-k of the evaluation")
+
+
+PAPER = dict(candidates=64, batch=64, ppo_epochs=3, steps=180, lr=1e-6, max_new_tokens=32768, repeats=10, save_every=10)
+QUICK = dict(limit=40, eval_limit=30, candidates=8, steps=3, repeats=1)
+EVAL_CANDIDATES = 4  # N of Best-of-N (section 3.1)
+NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick"}
+
+
+def parse_args(argv: list[str] | None) -> Args:
+    """Command line -> Args. What is given wins over --quick, which wins over the preset."""
+    parser = argparse.ArgumentParser(
+        prog="dust.py", description=__doc__.split("\n\n")[0], formatter_class=argparse.RawTextHelpFormatter
+    )
+    for f in fields(Args):
+        extra = {key: value for key, value in f.metadata.items() if key != "help"}
+        if isinstance(f.default, bool):
+            action = argparse.BooleanOptionalAction if f.default else "store_true"
+            parser.add_argument(f"--{f.name.replace('_', '-')}", action=action, default=None, help=f.metadata["help"])
+        else:
+            default = "" if f.default in ("", MISSING) else f" (default: {f.default})"
+            parser.add_argument(
+                f"--{f.name.replace('_', '-')}", type=type(f.default), metavar=f.name.upper(),
+                help=f.metadata["help"] + default, **extra,
+            )
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    shipped = Path(given.get("model", Args.model)).resolve() == Path(Args.model)
+    preset = given.get("preset") or ("laptop" if shipped else "paper")
+    settings = (PAPER if preset == "paper" else {}) | (QUICK if given.get("quick") else {}) | given
+    return check_args(Args(**settings | {"preset": preset}))
+
+
+def check_args(args: Args) -> Args:
+    for name in ("candidates", "group_size", "answers", "batch", "mini_batch", "ppo_epochs", "max_new_tokens",
+                 "repeats", "save_every", "rows", "micro_tokens", "workers"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least 1")
+    if args.group_size < 2:
+        raise BadInput("--group-size is 1; a ranking needs at least 2 candidates")
+    if args.group_size > args.candidates:
+        raise BadInput(
+            f"--group-size {args.group_size} is larger than --candidates {args.candidates}; "
+            "sample at least as many candidates as stand in a group"
+        )
+    if args.answers < 2:
+        raise BadInput("--answers is 1; GRPO compares the answers to one prompt and needs at least 2")
+    if args.temperature <= 0:
+        raise BadInput("--temperature has to be above 0: training samples its answers")
+    return args
+
+
+# ---------------------------------------------------------------------------------------- what flows, and what stays
+
+
+@dataclass
+class Candidate:
+    """One sampled answer. code is None where no program could be extracted; correct only once it has been run."""
+
+    problem_id: str
+    answer: str
+    code: str | None
+    correct: bool = False
+
+
+@dataclass
+class Group:
+    """K candidates for one problem, in the order in which a judge is shown them."""
+
+    problem: Problem
+    candidates: list[Candidate]
+
+    @property
+    def labels(self) -> list[int]:
+        return [int(c.correct) for c in self.candidates]
+
+    def shuffled(self, *seed) -> "Group":
+        """The same group in another order: a judge must not be able to learn positions (it would: see paper.md)."""
+        return Group(self.problem, random.Random(derive(*seed)).sample(self.candidates, len(self.candidates)))
+
+
+@dataclass
+class Judged:
+    """One evaluation group as a judge ordered it: labels best-ranked first, and the words it was ordered with."""
+
+    group: Group
+    ranked: list[int]  # labels, best-ranked first
+    answer: str
+    malformed: bool
+
+
+def derive(*parts) -> int:
+    """A seed for one unit of work. Each unit has its own, so that a resumed run draws what the whole one would have."""
+    return zlib.crc32("/".join(map(str, parts)).encode())
+
+
+class Journal:
+    """Finished units of a stage, one JSON line each, so that a killed run repeats none of them."""
+
+    def __init__(self, path: Path):
+        self.path, self.done = path, {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            with path.open("r+b") as file:
+                text = file.read()
+                whole = text[: text.rfind(b"\n") + 1]
+                file.truncate(len(whole))  # a kill can tear the last line
+            self.done = dict(json.loads(line) for line in whole.splitlines())
+
+    def add(self, units: dict) -> None:
+        new = {key: value for key, value in units.items() if key not in self.done}  # a batch may be half there
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps([key, value]) + "\n" for key, value in new.items()))
+        self.done.update(new)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file is there in full or not at all."""
+    path.with_suffix(".new").write_text(text, encoding="utf-8")
+    path.with_suffix(".new").replace(path)
+
+
+class Clock:
+    """How long the run will still take, from what is done: work is counted in sampled answers."""
+
+    def __init__(self, work: dict[str, float]):
+        self.left, self.done, self.seconds, self.began = dict(work), 0.0, {}, time.time()
+
+    @contextlib.contextmanager
+    def stage(self, name: str):
+        began = time.time()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.time() - began
+        self.done += self.left.pop(name, 0.0)
+        if self.left and self.done:
+            rest = (time.time() - self.began) / self.done * sum(self.left.values())
+            tqdm.write(f"  {name}: {time.time() - began:.0f} s; about {max(rest / 60, 0.1):.1f} min to go")
+
+
+def bar(total: int, name: str, done: int = 0):
+    return tqdm(total=total, initial=done, desc=f"{name:<24}", unit="", dynamic_ncols=True, mininterval=0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+def load_model(args: Args):
+    """(model, tokenizer) from a folder or the Hub; fp32, for at a learning rate of 1e-6 bf16 weights do not move."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import RepositoryNotFoundError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    local = True
+    try:
+        if not Path(args.model).is_dir():
+            AutoConfig.from_pretrained(args.model, local_files_only=True)
+    except (OSError, ValueError):
+        local = False
+        try:  # one quick question, for transformers itself would try for half a minute
+            HfApi().model_info(args.model, timeout=5)
+        except RepositoryNotFoundError:
+            raise BadInput(f"--model {args.model}: no such folder, and no such model on the Hub") from None
+        except Exception:
+            raise BadInput(
+                f"--model {args.model}: no such folder, not downloaded before, and the Hub does not answer; "
+                "give the folder of a model"
+            ) from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=local)
+        model = AutoModelForCausalLM.from_pretrained(args.model, local_files_only=local, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BadInput(f"--model {args.model} does not load: {str(error).splitlines()[0]}") from None
+    if not tokenizer.chat_template:
+        tqdm.write(f"{args.model} has no chat template: the prompt is given as plain text")
+        tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
+    return model.to(args.device).eval(), tokenizer
+
+
+def encode(tokenizer, prompt: str, args: Args) -> torch.Tensor:
+    """One user turn as token ids [L], through the model's own chat template."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
+        enable_thinking=args.thinking,
+    )
+    return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def decode(tokenizer, prompt: torch.Tensor, answer: torch.Tensor) -> str:
+    """An answer's text. Where the template itself opens the thinking part, that opening is put back in front."""
+    opened = tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")
+    return ("<think>\n" if opened else "") + tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def eos_ids(model, tokenizer) -> list[int]:
+    """Whatever either the tokenizer or the generation config calls an end: models ship with the two disagreeing."""
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    return sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
+
+
+def check_context(model, prompts: list[torch.Tensor], names: list[str], args: Args) -> None:
+    """Stops the run while nothing is lost yet, rather than in the middle with positions the model never saw."""
+    context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    for prompt, name in zip(prompts, names):
+        if len(prompt) + args.max_new_tokens > context:
+            raise BadInput(
+                f"the prompt of problem {name} has {len(prompt)} tokens; with {args.max_new_tokens} for the answer "
+                f"that is more than the model's context of {context}: lower --max-new-tokens or drop the problem"
+            )
+
+
+# -------------------------------------------------------------------------------------------------------- the stages
+
+
+def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, count: int, seed: int, journal: Journal,
+           **sampling) -> list[Candidate]:
+    """`count` answers to each problem (paper 2.2), their programs extracted; ordered by problem.
+
+    sampling: temperature, top_p, top_k of model.generate. Prompts are padded on the left and decoded in batches of
+    about args.rows answers; each batch has a seed of its own.
+    """
+    prompts = [encode(tokenizer, rank_prompt.generation_prompt(p.question, p.starter_code), args) for p in problems]
+    check_context(model, prompts, [p.id for p in problems], args)
+    stops = eos_ids(model, tokenizer)
+    per_batch = max(1, args.rows // count)
+    found = sum(p.id in journal.done for p in problems)
+    with bar(len(problems), name, found) as progress:
+        for start in range(0, len(problems), per_batch):
+            chosen = range(start, min(start + per_batch, len(problems)))
+            if all(problems[i].id in journal.done for i in chosen):
+                continue
+            torch.manual_seed(derive(seed, name, start))
+            ids, mask = grpo.left_pad([prompts[i] for i in chosen], model.device)  # [B, L] each
+            rows = model.generate(
+                input_ids=ids, attention_mask=mask, do_sample=True, num_return_sequences=count,
+                max_new_tokens=args.max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], **sampling,
+            )[:, ids.shape[1] :]  # [B * count, R]
+            units = defaultdict(list)
+            for row, i in zip(rows.cpu(), np.repeat(chosen, count)):
+                ends = torch.isin(row, torch.tensor(stops)).nonzero()
+                answer = row[: int(ends[0])] if len(ends) else row  # what follows the first end is padding
+                units[problems[i].id].append([decode(tokenizer, prompts[i], answer), bool(len(ends))])
+            journal.add(units)
+            progress.update(len(units))
+    answers = [(p.id, text, ended) for p in problems for text, ended in journal.done[p.id]]
+    candidates = [Candidate(problem_id, text, rank_prompt.extract_code(text)) for problem_id, text, _ in answers]
+    without, cut = sum(c.code is None for c in candidates), sum(not ended for *_, ended in answers)
+    tqdm.write(f"  {len(candidates)} answers, {without} without a program, {cut} cut off at {args.max_new_tokens} tokens")
+    return candidates
+
+
+def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, name: str, journal: Journal) -> None:
+    """Runs every program on every test and sets `correct` (paper 2.2): y = 1 only when every test passes.
+
+    The same program for the same problem runs once. Programs run in sandbox.py, never in this process.
+    """
+    tests = {p.id: p.tests for p in problems}
+    programs = list(dict.fromkeys((c.problem_id, c.code) for c in candidates if c.code is not None))
+    keys = {program: f"{program[0]}/{derive(program[1])}/{len(program[1])}" for program in programs}
+    waiting = [program for program in programs if keys[program] not in journal.done]
+    with bar(len(programs), name, len(programs) - len(waiting)) as progress:
+        with sandbox.Pool(workers=args.workers, timeout=args.timeout, memory_mb=args.memory_mb) as pool:
+            step = 32 * args.workers
+            for start in range(0, len(waiting), step):
+                chunk = waiting[start : start + step]
+                labels = pool.label([(code, tests[problem_id]) for problem_id, code in chunk])
+                journal.add({keys[program]: int(correct) for program, correct in zip(chunk, labels)})
+                progress.update(len(chunk))
+    for c in candidates:
+        c.correct = c.code is not None and bool(journal.done[keys[c.problem_id, c.code]])
+    share = sum(c.correct for c in candidates) / max(len(candidates), 1)
+    tqdm.write(f"  {len(programs)} different programs; {share:.1%} of the answers are correct")
+
+
+def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) -> list[Group]:
+    """Cuts each problem's candidates into groups of k and keeps the mixed ones, 0 < sum(y) < k (paper 2.2).
+
+    Answers without a program are dropped first; fewer than k left over at the end are dropped too. Built once, from
+    the base model, and used throughout ("off-policy ranking", the paper's default).
+    """
+    by_problem = defaultdict(list)
+    for candidate in candidates:
+        if candidate.code is not None:
+            by_problem[candidate.problem_id].append(candidate)
+    groups = []
+    for problem in problems:
+        own = by_problem[problem.id]
+        groups += [Group(problem, own[i : i + k]) for i in range(0, len(own) - k + 1, k)]
+    mixed = [group for group in groups if 0 < sum(group.labels) < k]
+    if not mixed:
+        right = sum(sum(group.labels) for group in groups)
+        reason = "no program is correct" if not right else "every group is all right or all wrong"
+        raise BadInput(
+            f"no mixed group among {len(groups)}: {reason}, so there is nothing to rank; "
+            "use more --candidates, problems nearer to what the model can do, or a longer --max-new-tokens"
+        )
+    shares = [sum(sum(g.labels) == n for g in mixed) / len(mixed) for n in range(1, k)]
+    counts = ", ".join(f"{share:.0%} with {n}" for n, share in enumerate(shares, 1))
+    tqdm.write(f"  {len(mixed)} mixed groups of {len(groups)}; correct candidates in them: {counts}")
+    return mixed
+
+
+def train(model, tokenizer, groups: list[Group], args: Args, out: Path) -> None:
+    """GRPO on rankings (paper 2.4): only the judge is rewarded, and the updated weights are the ones that generate.
+
+    One step: args.batch groups, each shuffled anew; args.answers rankings of each from the current policy; a reward
+    for each; one update. Everything random in a step is seeded by its number, so a run that was killed and resumed
+    makes the same steps as one that was not.
+    """
+    reference = copy.deepcopy(model).requires_grad_(False) if args.kl else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    checkpoint, metrics_file = out / "checkpoint.pt", out / "metrics.jsonl"
+    first = load_checkpoint(checkpoint, model, optimizer)
+    lines = metrics_file.read_text().splitlines()[:first] if metrics_file.exists() else []
+    write_whole(metrics_file, "".join(line + "\n" for line in lines))
+    with bar(args.steps, "train the judge", first) as progress:
+        for step in range(first, args.steps):
+            began = time.time()
+            generator = torch.Generator().manual_seed(derive(args.seed, "train", step))
+            batch = [group.shuffled(args.seed, "train", step, i) for i, group in enumerate(pick(groups, step, args))]
+            rollouts = rank(model, tokenizer, batch, args, answers=args.answers, temperature=args.temperature,
+                            top_p=1.0, top_k=0, generator=generator)
+            metrics = score_rollouts(tokenizer, batch, rollouts, args.reward)
+            metrics |= grpo.update(
+                model, optimizer, rollouts, mini_batch=args.mini_batch, epochs=args.ppo_epochs,
+                temperature=args.temperature, clip_low=args.clip, clip_high=args.clip, kl=args.kl,
+                ref_model=reference, micro_tokens=args.micro_tokens, generator=generator,
+            )
+            sampled = sum(len(answer) for r in rollouts for answer in r.answers)
+            seconds = time.time() - began
+            metrics |= {"step": step + 1, "tokens_per_second": sampled / seconds, "seconds": seconds}
+            with metrics_file.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                save_checkpoint(checkpoint, model, optimizer, step + 1)
+            progress.set_postfix_str(
+                f"reward {metrics['reward']:.2f}, malformed {metrics['malformed']:.0%}, cut {metrics['truncated']:.0%}, "
+                f"KL {metrics['ref_kl']:.3f}"
+            )
+            progress.update()
+
+
+def pick(groups: list[Group], step: int, args: Args) -> list[Group]:
+    """The groups of one step: the groups in a new random order for each pass, cut into batches."""
+    first, picked = step * args.batch, []
+    for place in range(first, first + args.batch):
+        epoch, index = divmod(place, len(groups))
+        picked.append(random.Random(derive(args.seed, "order", epoch)).sample(groups, len(groups))[index])
+    return picked
+
+
+def rank(model, tokenizer, groups: list[Group], args: Args, **sampling) -> list[grpo.Rollout]:
+    """Rankings of groups by the model, as they are ordered: one Rollout a group."""
+    asked = [rank_prompt.ranking_prompt(g.problem.question, [c.code for c in g.candidates]) for g in groups]
+    prompts = [encode(tokenizer, prompt, args) for prompt in asked]
+    check_context(model, prompts, [g.problem.id for g in groups], args)
+    return grpo.rollout(
+        model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model, tokenizer), max_rows=args.rows,
+        **sampling,
+    )
+
+
+def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout], reward: str) -> dict[str, float]:
+    """Sets the rewards of each rollout (paper 2.3); returns what to log about them.
+
+    "constant" is what the answer 1, 2, ..., K would have earned, for comparison: a judge that always gives it has
+    learned nothing. Malformed and truncated answers are counted apart, for the remedies differ.
+    """
+    k = len(groups[0].candidates)
+    for group, rollout in zip(groups, rollouts):
+        texts = [decode(tokenizer, rollout.prompt, answer) for answer in rollout.answers]
+        rollout.rewards = torch.tensor([rank_prompt.score(text, group.labels, reward) for text in texts])
+    rewards = torch.stack([r.rewards for r in rollouts])  # [B, G]
+    constant = [rank_prompt.REWARDS[reward](list(range(1, k + 1)), group.labels) for group in groups]
+    return {
+        "reward": float(rewards.mean()),
+        "malformed": float((rewards == rank_prompt.FORMAT_PENALTY).float().mean()),
+        "truncated": float(np.mean([not ended for r in rollouts for ended in r.finished])),
+        "constant": float(np.mean(constant)),
+        "answer_tokens": float(np.mean([len(answer) for r in rollouts for answer in r.answers])),
+    }
+
+
+def save_checkpoint(path: Path, model, optimizer, step: int) -> None:
+    """Weights, optimiser and step in one file, whole or not at all. All randomness follows from the step."""
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+def load_checkpoint(path: Path, model, optimizer) -> int:
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location=model.device)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+# ---------------------------------------------------------------------------------------------------- the evaluation
+
+
+def draw(model, tokenizer, problems: list[Problem], args: Args, clock: Clock, *, name: str, out: Path) -> list[Group]:
+    """Evaluation groups (section 3.1): R times N = 4 labelled candidates a problem, at the evaluation's temperature."""
+    with clock.stage(f"{name}: programs"):
+        candidates = sample(
+            model, tokenizer, problems, args, name=f"{name}: programs", count=EVAL_CANDIDATES * args.repeats,
+            seed=derive(args.seed, "evaluate"), journal=Journal(out / "journal" / f"{name}-samples.jsonl"),
+            temperature=args.eval_temperature, top_p=args.top_p, top_k=args.top_k,
+        )
+    with clock.stage("label"):
+        label(problems, candidates, args, name=f"{name}: label", journal=Journal(out / "journal" / f"{name}-labels.jsonl"))
+    cut = [candidates[i : i + EVAL_CANDIDATES] for i in range(0, len(candidates), EVAL_CANDIDATES)]
+    owners = [problem for problem in problems for _ in range(args.repeats)]
+    return [Group(problem, own) for problem, own in zip(owners, cut)]
+
+
+def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, name: str, out: Path) -> list[Judged]:
+    """Each evaluation group in the model's order (paper 2.1). Every model is shown the same shuffle of a group.
+
+    Answers without a program are not shown and come last. A malformed ranking leaves the shown, shuffled order, which
+    is what a system would have to fall back on: it costs what knowing nothing costs, and it is counted.
+    """
+    journal = Journal(out / "journal" / f"{name}-rankings.jsonl")
+    shown = []
+    for i, group in enumerate(groups):
+        shuffled = group.shuffled(args.seed, "judge", i)
+        shown.append(Group(group.problem, [c for c in shuffled.candidates if c.code is not None]))
+    step = max(1, args.rows)
+    with clock.stage(f"{name}: rankings"), bar(len(groups), f"{name}: rankings", len(journal.done)) as progress:
+        for start in range(0, len(groups), step):
+            chunk = [i for i in range(start, min(start + step, len(groups))) if len(shown[i].candidates) > 1]
+            if all(str(i) in journal.done for i in chunk):
+                continue
+            generator = torch.Generator().manual_seed(derive(args.seed, "judge", start))
+            rollouts = rank(model, tokenizer, [shown[i] for i in chunk], args, answers=1, generator=generator,
+                            temperature=args.eval_temperature, top_p=args.top_p, top_k=args.top_k)
+            journal.add({str(i): decode(tokenizer, r.prompt, r.answers[0]) for i, r in zip(chunk, rollouts)})
+            progress.update(len(chunk))
+    judged = []
+    for i, (group, seen) in enumerate(zip(groups, shown)):
+        answer, k = journal.done.get(str(i), ""), len(seen.candidates)
+        ranking = rank_prompt.parse_ranking(answer, k)
+        labels = [seen.labels[index - 1] for index in ranking or range(1, k + 1)]
+        labels += [0] * (len(group.candidates) - k)
+        judged.append(Judged(seen, labels, answer, malformed=ranking is None and k > 1))
+    return judged
+
+
+METRICS = {  # of one judged group's labels, best-ranked first; None: the group does not count
+    "pass1": lambda ranked: sum(ranked) / len(ranked),
+    "ndcg_all": lambda ranked: rank_prompt.ndcg(range(1, len(ranked) + 1), ranked),
+    "ndcg_mixed": lambda ranked: METRICS["ndcg_all"](ranked) if 0 < sum(ranked) < len(ranked) else None,
+    "ndcg_random": lambda ranked: rank_prompt.random_ndcg(ranked) if 0 < sum(ranked) < len(ranked) else None,
+    "best_of_4": lambda ranked: float(ranked[0]),
+    "oracle": lambda ranked: float(any(ranked)),
+}
+
+
+def per_problem(judged: list[Judged], metric: str) -> np.ndarray:
+    """[P, 2]: for each problem the sum of a metric over its groups, and how many groups that are."""
+    sums = defaultdict(lambda: [0.0, 0])
+    for one in judged:
+        value, entry = METRICS[metric](one.ranked), sums[one.group.problem.id]
+        if value is not None:
+            entry[0] += value
+            entry[1] += 1
+    return np.array(list(sums.values()))
+
+
+def interval(tables: list[np.ndarray], seed: int = 0, draws: int = 4000) -> dict[str, float | None]:
+    """A metric's mean with its 95 % bootstrap interval over problems, in per cent; of two tables, b - a, paired.
+
+    Resampling problems, not groups: the groups of one problem are not independent. Both tables of a difference are
+    drawn with the same problems. None where nothing counted.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        def value(rows):  # rows: [..., P] indices of problems
+            ratios = [100 * table[rows, 0].sum(-1) / table[rows, 1].sum(-1) for table in tables]
+            return ratios[-1] - ratios[0] if len(ratios) == 2 else ratios[0]
+
+        count = len(tables[0])
+        mean = float(value(np.arange(count)))
+        drawn = value(np.random.default_rng(seed).integers(count, size=(draws, count)))
+        low, high = np.nanpercentile(drawn, [2.5, 97.5]) if np.isfinite(drawn).any() else (np.nan, np.nan)
+    return {key: None if np.isnan(x) else round(float(x), 3) for key, x in zip(("mean", "low", "high"), (mean, low, high))}
+
+
+def summarise(rows: dict[str, list[Judged]]) -> dict:
+    """report.json's figures: each row (table 2 of the paper), each gain over the base, each slice of the problems."""
+    tables = {name: {metric: per_problem(judged, metric) for metric in METRICS} for name, judged in rows.items()}
+    result = {"rows": {n: {m: interval([table]) for m, table in metrics.items()} for n, metrics in tables.items()}}
+    result["gains"] = {
+        gain: {metric: interval([tables["base"][metric], tables[row][metric]]) for metric in METRICS}
+        for gain, row in (("judge", "trained_judge"), ("both", "trained")) if row in tables
+    }
+    result["counts"] = {
+        name: {
+            "groups": len(judged),
+            "mixed_groups": sum(0 < sum(one.ranked) < len(one.ranked) for one in judged),
+            "malformed_rankings": sum(one.malformed for one in judged),
+            "answers_without_program": sum(len(one.ranked) - len(one.group.candidates) for one in judged),
+        }
+        for name, judged in rows.items()
+    }
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+ROW_TITLES = {"base": "base", "trained_judge": "trained judge, base's candidates", "trained": "trained generator and judge"}
+COLUMNS = {"pass1": "pass@1", "ndcg_all": "NDCG", "ndcg_mixed": "NDCG mixed", "ndcg_random": "random",
+           "best_of_4": "Best-of-4", "oracle": "oracle"}
+
+
+def table(summary: dict) -> str:
+    """The three rows and two gains as a Markdown table, intervals included."""
+
+    def cell(figure: dict, sign: str = "") -> str:
+        if figure["mean"] is None:
+            return "-"
+        return f"{figure['mean']:{sign}.1f} [{figure['low']:{sign}.1f}, {figure['high']:{sign}.1f}]"
+
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, row in summary["rows"].items():
+        lines.append(f"| {ROW_TITLES[name]} | " + " | ".join(cell(row[c]) for c in COLUMNS) + " |")
+    for name, title in (("judge", "gain: judge"), ("both", "gain: both")):
+        if name in summary["gains"]:
+            lines.append(f"| {title} | " + " | ".join(cell(summary["gains"][name][c], "+") for c in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def report(rows: dict[str, list[Judged]], args: Args, clock: Clock, out: Path) -> None:
+    """report.json, report.md, examples.md, curves.png where matplotlib is installed; and the table on the terminal."""
+    summary = summarise(rows)
+    slices = sorted({one.group.problem.difficulty for one in rows["base"]})
+    if len(slices) > 1:
+        part = lambda judged, mark: [one for one in judged if one.group.problem.difficulty == mark]  # noqa: E731
+        summary["slices"] = {mark: summarise({n: part(judged, mark) for n, judged in rows.items()}) for mark in slices}
+    summary |= {"args": asdict(args), "seconds": {name: round(s, 1) for name, s in clock.seconds.items()}}
+    write_whole(out / "report.json", json.dumps(summary, indent=1))
+    parts = ["# DuST\n", f"Model `{Path(args.model).name}`, seed {args.seed}, {args.repeats} x {EVAL_CANDIDATES} candidates "
+             f"a problem, {len({one.group.problem.id for one in rows['base']})} problems. Per cent, with 95 % bootstrap "
+             "intervals over problems; gains are paired. NDCG counts a group without a correct candidate as 0; NDCG "
+             "mixed has only groups with both; random is what a random order scores there. Row 3's mixed groups are "
+             "others than row 1's (a better generator leaves harder wrong programs): compare judges by row 2.\n",
+             table(summary)]
+    for mark, part in summary.get("slices", {}).items():
+        parts.append(f"\n## {mark or 'unmarked'}\n\n{table(part)}")
+    counts = [f"- {ROW_TITLES[n]}: " + ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in c.items())
+              for n, c in summary["counts"].items()]
+    total = sum(clock.seconds.values())
+    spent = [f"- {name}: {s:.0f} s ({s / total:.0%})" for name, s in clock.seconds.items()]
+    parts += ["\n## Counts\n", *counts, "\n## Time (this process)\n", *spent]
+    write_whole(out / "report.md", "\n".join(parts) + "\n")
+    write_whole(out / "examples.md", examples(rows))
+    with contextlib.suppress(ImportError):
+        draw_curves(out)
+    tqdm.write(f"\n{table(summary)}\n\n" + "\n".join(spent) + f"\n\nreport: {out}/report.md")
+
+
+def examples(rows: dict[str, list[Judged]], count: int = 3) -> str:
+    """A few groups to look at: the statement, the candidates with labels, the judge's answers before and after."""
+    parts, base = ["# Examples"], rows["base"]
+    mixed = [i for i, one in enumerate(base) if 0 < sum(one.ranked) < len(one.ranked)][:count]
+    for i in mixed or range(min(count, len(base))):
+        group = base[i].group
+        parts.append(f"## {group.problem.id}\n\n{group.problem.question}")
+        for number, c in enumerate(group.candidates, 1):
+            parts.append(f"Candidate {number}, {'correct' if c.correct else 'wrong'}:\n```python\n{c.code}\n```")
+        for name in ("base", "trained_judge"):
+            if name in rows:
+                parts.append(f"### The judge's answer: {ROW_TITLES[name]}\n\n````\n{rows[name][i].answer}\n````")
+    return "\n\n".join(parts) + "\n"
+
+
+def draw_curves(out: Path) -> None:
+    """curves.png: reward, malformed answers, entropy and answer length over the steps. Raises ImportError without
+    matplotlib."""
+    import matplotlib
+
+    if not (out / "metrics.jsonl").exists():
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(1, 4, figsize=(14, 3), layout="constrained")
+    for axis, name in zip(axes, ("reward", "malformed", "entropy", "answer_tokens")):
+        axis.plot([s["step"] for s in steps], [s[name] for s in steps])
+        axis.set(title=name.replace("_", " "), xlabel="step")
+    figure.savefig(out / "curves.png", dpi=120)
+    pyplot.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def open_run(args: Args) -> Path:
+    """The folder of the run, with its args.json; on --resume after checking that it is the same run."""
+    runs = Path("runs")
+    if args.out:
+        out = Path(args.out)
+    else:
+        stem = Path(args.model).name + ("-quick" if args.quick else "")
+        own = sorted(runs.glob(f"{stem}-[0-9]*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+        number = int(own[-1].name.rsplit("-", 1)[1]) if own else 0
+        out = runs / f"{stem}-{number if args.resume and own else number + 1}"
+    saved = out / "args.json"
+    if saved.exists():
+        if not args.resume:
+            raise BadInput(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
+        before = json.loads(saved.read_text())
+        changed = [name for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT and before.get(name) != value]
+        if changed:
+            values = ", ".join(f"{name} was {before.get(name)!r}" for name in changed)
+            raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {values}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(saved, json.dumps(asdict(args), indent=1))
+    return out
+
+
+def plan(problems: list[Problem], held_out: list[Problem], args: Args, out: Path) -> Clock:
+    """Says what the run will do, and sets up the estimate of the time left."""
+    drawn = len(held_out) * args.repeats
+    work = {"base: programs": drawn * EVAL_CANDIDATES, "base: rankings": drawn}
+    print(f"DuST -> {out}")
+    if not args.eval_only:
+        sampled, answers = len(problems) * args.candidates, args.steps * args.batch * args.answers
+        work |= {"sample": sampled, "train": 3 * answers}  # an update costs about two rollouts
+        work |= {"judge: rankings": drawn, "trained: programs": drawn * EVAL_CANDIDATES, "trained: rankings": drawn}
+        print(f"  sample   {len(problems)} problems x {args.candidates} candidates = {sampled} answers")
+        print(f"  label    up to {sampled} programs on all their tests, {args.workers} at a time")
+        print(f"  group    up to {len(problems) * (args.candidates // args.group_size)} groups of {args.group_size}, mixed ones kept")
+        print(f"  train    {args.steps} steps x {args.batch} groups x {args.answers} rankings = {answers} answers, reward {args.reward}")
+    times = "once" if args.eval_only else "before and after"
+    print(f"  evaluate {len(held_out)} problems x {args.repeats} x {EVAL_CANDIDATES} candidates, {times}", flush=True)
+    return Clock(work)
+
+
+def run(args: Args) -> None:
+    """The method, stage by stage. Each stage keeps a journal below out/, so each goes on where it was stopped."""
+    args = replace(args, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    problems = [] if args.eval_only else load_problems(args.train)[: args.limit or None]
+    held_out = load_problems(args.eval)
+    if args.eval_limit:
+        held_out = held_out[:: max(1, len(held_out) // args.eval_limit)][: args.eval_limit]
+    model, tokenizer = load_model(args)
+    out = open_run(args)
+    clock = plan(problems, held_out, args, out)
+    if not args.eval_only:
+        with clock.stage("sample"):
+            candidates = sample(
+                model, tokenizer, problems, args, name="sample", count=args.candidates, seed=args.seed,
+                journal=Journal(out / "journal" / "samples.jsonl"), temperature=args.temperature, top_p=1.0, top_k=0,
+            )
+        with clock.stage("label"):
+            label(problems, candidates, args, name="label", journal=Journal(out / "journal" / "labels.jsonl"))
+        write_whole(out / "candidates.jsonl", "".join(json.dumps(asdict(c)) + "\n" for c in candidates))
+        groups = make_groups(problems, candidates, args.group_size)
+    drawn = draw(model, tokenizer, held_out, args, clock, name="base", out=out)
+    rows = {"base": judge(model, tokenizer, drawn, args, clock, name="base", out=out)}
+    if not args.eval_only:
+        with clock.stage("train"):
+            train(model, tokenizer, groups, args, out)
+        model.save_pretrained(out / "model")
+        tokenizer.save_pretrained(out / "model")
+        rows["trained_judge"] = judge(model, tokenizer, drawn, args, clock, name="judge", out=out)
+        drawn = draw(model, tokenizer, held_out, args, clock, name="trained", out=out)
+        rows["trained"] = judge(model, tokenizer, drawn, args, clock, name="trained", out=out)
+    report(rows, args, clock, out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0; 2 with one line for what the user can put right; 130 after Ctrl-C."""
+    try:
+        run(parse_args(argv))
+        return 0
+    except KeyboardInterrupt:
+        print("\ndust: stopped; the same command with --resume goes on from here", file=sys.stderr)
+        return 130
+    except (BadInput, sandbox.SandboxError) as error:
+        print(f"dust: {error}", file=sys.stderr)
+    except OSError as error:
+        what = "the disk is full" if error.errno == errno.ENOSPC else f"{error.filename or ''}: {error.strerror or error}"
+        print(f"dust: {what}; put that right, and the same command with --resume goes on", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,409 @@
+"""The whole loop from sample to report, on two kinds of model; kills, resumes and what bad input gets."""
+import json
+import os
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dust
+import rank_prompt
+from data import BadInput, Problem
+from dust import Candidate, Group, Judged
+
+torch.set_num_threads(1)  # tiny models gain nothing from more; and a forked child must not need the parent's threads
+dust.tqdm.monitor_interval = 0
+ROOT = Path(dust.__file__).resolve().parent
+SMALL = ["--limit", "10", "--eval-limit", "6", "--candidates", "8", "--repeats", "1", "--steps", "2", "--batch", "3",
+         "--mini-batch", "3", "--answers", "4", "--workers", "2"]
+
+
+def run_dust(*arguments) -> int:
+    return dust.main([str(a) for a in arguments])
+
+
+def error_of(capsys, *arguments) -> str:
+    """The one line on stderr of a run that must end with exit code 2."""
+    assert run_dust(*arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dust: ")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# --------------------------------------------------------------------------------------------------------- end to end
+
+
+def read_run(out: Path) -> dict:
+    report = json.loads((out / "report.json").read_text())
+    candidates = [json.loads(line) for line in (out / "candidates.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {"report": report, "candidates": candidates, "steps": steps}
+
+
+def check_run(out: Path, problems: int, candidates: int, steps: int) -> None:
+    run = read_run(out)
+    assert len(run["candidates"]) == problems * candidates
+    assert {c["correct"] for c in run["candidates"]} == {True, False}
+    assert [s["step"] for s in run["steps"]] == list(range(1, steps + 1))
+    logged = {"reward", "malformed", "truncated", "zero_variance", "clip_share", "ref_kl", "entropy", "grad_norm",
+              "tokens_per_second"}
+    assert all(logged <= set(s) for s in run["steps"])
+    rows, gains = run["report"]["rows"], run["report"]["gains"]
+    assert list(rows) == ["base", "trained_judge", "trained"] and list(gains) == ["judge", "both"]
+    for row in (*rows.values(), *gains.values()):
+        assert list(row) == ["pass1", "ndcg_all", "ndcg_mixed", "ndcg_random", "best_of_4", "oracle"]
+        assert all(set(figure) == {"mean", "low", "high"} for figure in row.values())
+    assert rows["base"]["pass1"] == rows["trained_judge"]["pass1"]  # the same candidates
+    assert rows["base"]["oracle"]["mean"] >= rows["base"]["pass1"]["mean"]
+    assert "| base |" in (out / "report.md").read_text()
+    assert "The judge's answer" in (out / "examples.md").read_text()
+
+
+def test_the_shipped_model_goes_from_sample_to_report(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_dust("--out", out, *SMALL) == 0
+    check_run(out, 10, 8, 2)
+    printed = capsys.readouterr().out
+    assert "| trained generator and judge |" in printed
+    for stage in ("sample", "label", "group", "train", "evaluate"):  # the plan
+        assert f"  {stage} " in printed
+    from transformers import AutoModelForCausalLM
+
+    trained = AutoModelForCausalLM.from_pretrained(out / "model")
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "data" / "tiny")
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), base.parameters()))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> dict:
+    """A random Llama whose every token is a whole program or ranking, so that noise makes both; and its problems."""
+    from tokenizers import AddedToken, Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    orders = ("1, 2, 3, 4", "4, 3, 2, 1", "2, 1, 4, 3", "3, 4, 1, 2", "4, 2, 3, 1", "1, 1, 2, 3")
+    texts = [f"\n```python\nprint({n})\n```\n" for n in (1, 1.0, 2, 3)] + [f"\nRanking: {order}" for order in orders]
+    texts += ["</think>", "Write", "Candidate"]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>")  # no pad token
+    torch.manual_seed(3)
+    config = LlamaConfig(vocab_size=len(wrapped), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, intermediate_size=64, max_position_embeddings=512,
+                         bos_token_id=1, eos_token_id=2)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    wrapped.save_pretrained(folder / "model")
+    problems = [{"id": f"p{i}", "question": f"Write a one, {i}.", "tests": [{"input": "", "output": "1\n"}]} for i in range(8)]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    arguments = ["--model", folder / "model", "--train", folder / "problems.jsonl", "--eval", folder / "problems.jsonl",
+                 "--preset", "laptop", "--max-new-tokens", "12", "--lr", "0.003", *SMALL]
+    return {"folder": folder, "arguments": [str(a) for a in arguments]}
+
+
+def test_a_random_llama_goes_through_the_same_code(llama, tmp_path):
+    """Another architecture, no chat template, no pad token, its own problems: nothing is special about the tiny one."""
+    assert run_dust(*llama["arguments"], "--out", tmp_path / "run") == 0
+    check_run(tmp_path / "run", 8, 8, 2)
+
+
+def test_eval_only_measures_and_trains_nothing(llama, tmp_path):
+    assert run_dust(*llama["arguments"], "--eval-only", "--out", tmp_path / "run") == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert list(report["rows"]) == ["base"] and report["gains"] == {}
+    assert not (tmp_path / "run" / "model").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- kill and resume
+
+def run_and_die(where: str, count: int, arguments: list[str]) -> int:
+    """Runs dust in a child process that kills itself with SIGKILL at one place; returns the child's exit code.
+
+    where: "save" (half a checkpoint written), "step" (after the update, before it is recorded) or a journal, in which
+    the unit after the first `count` calls is torn in the middle of a line.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    signal.alarm(120)  # nothing here may hang the tests
+    torn = lambda text: text[: len(text) // 2]  # noqa: E731
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if where == "save":
+        torch.save = lambda state, path: (path.write_bytes(b"half a checkpoint"), die())
+    elif where == "step":
+        real_update = dust.grpo.update
+        dust.grpo.update = lambda *a, **k: (real_update(*a, **k), die())
+    else:
+        real_add, calls = dust.Journal.add, Counter()
+
+        def add(self, units):
+            calls[self.path.stem] += 1
+            if self.path.stem == where and calls[where] > count:
+                lines = "".join(json.dumps([key, value]) + "\n" for key, value in units.items())
+                with self.path.open("a") as file:
+                    file.write(torn(lines))
+                die()
+            real_add(self, units)
+
+        dust.Journal.add = add
+    code = 1
+    try:
+        code = dust.main(arguments)
+    finally:
+        os._exit(code)
+
+
+KILLS = [("samples", 1), ("labels", 0), ("base-samples", 0), ("base-labels", 0), ("base-rankings", 0), ("step", 0),
+         ("save", 0), ("judge-rankings", 0), ("trained-samples", 1), ("trained-labels", 0), ("trained-rankings", 0)]
+
+
+def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_was_not(llama, tmp_path):
+    """SIGKILL in each stage, with a torn line or half a checkpoint on the disk; each time --resume goes on.
+
+    The result has to be the very same, and no unit of work may be in a journal twice.
+    """
+    arguments = [*llama["arguments"], "--rows", "16"]
+    assert run_dust(*arguments, "--out", tmp_path / "whole") == 0
+    killed = [*arguments, "--out", str(tmp_path / "killed"), "--resume"]
+    for where, count in KILLS:
+        assert run_and_die(where, count, killed) == -signal.SIGKILL, where
+    assert run_dust(*killed) == 0
+    one, other = read_run(tmp_path / "whole"), read_run(tmp_path / "killed")
+    assert one["candidates"] == other["candidates"]
+    assert one["report"]["rows"] == other["report"]["rows"] and one["report"]["gains"] == other["report"]["gains"]
+    timed = ("seconds", "tokens_per_second")
+    strip = lambda steps: [{k: v for k, v in s.items() if k not in timed} for s in steps]  # noqa: E731
+    assert strip(one["steps"]) == strip(other["steps"])
+    for path in (tmp_path / "killed" / "journal").iterdir():
+        keys = [json.loads(line)[0] for line in path.read_text().splitlines()]
+        assert len(keys) == len(set(keys)), path.name
+
+
+def test_finished_work_is_not_repeated(llama, tmp_path, monkeypatch):
+    arguments = [*llama["arguments"], "--out", tmp_path / "run"]
+    assert run_dust(*arguments) == 0
+    before = read_run(tmp_path / "run")
+    for module, name in ((dust.grpo, "rollout"), (dust.grpo, "update"), (dust.sandbox.Pool, "label")):
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("done a second time"))
+    assert run_dust(*arguments, "--resume") == 0
+    after = read_run(tmp_path / "run")
+    assert before["report"]["rows"] == after["report"]["rows"] and before["steps"] == after["steps"]
+
+
+def test_ctrl_c_says_how_to_go_on(llama, tmp_path, monkeypatch, capsys):
+    def interrupt(*a, **k):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dust, "train", interrupt)
+    assert run_dust(*llama["arguments"], "--out", tmp_path / "run") == 130
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("dust: stopped") and "--resume" in message
+
+
+def test_a_run_is_never_overwritten_and_never_resumed_with_other_settings(llama, tmp_path, capsys):
+    arguments = [*llama["arguments"], "--out", str(tmp_path / "run"), "--eval-only"]
+    assert run_dust(*arguments) == 0
+    assert "already holds a run" in error_of(capsys, *arguments)
+    assert "seed was 0" in error_of(capsys, *arguments, "--resume", "--seed", "1")
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_missing_file_or_a_bad_line_is_one_line(tmp_path, capsys):
+    assert "nowhere.jsonl: No such file" in error_of(capsys, "--train", "nowhere.jsonl")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"id": "a", "question": "Q", "tests": [{"input": "", "output": ""}]}\n{"id": ')
+    assert f"{broken} line 2: broken JSON" in error_of(capsys, "--eval", broken)
+    broken.write_text('{"id": "a", "question": "Q", "tests": []}\n')
+    assert f'{broken} line 1: "tests" is missing or empty' in error_of(capsys, "--train", broken)
+
+
+@pytest.mark.parametrize("name", ["no-such-folder/model", "nosuchmodel", "./nowhere"])
+def test_an_unknown_model_is_one_line_and_at_once(tmp_path, capsys, name, monkeypatch):
+    import huggingface_hub
+
+    def offline(*a, **k):
+        raise ConnectionError("no network in this test")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
+    assert f"--model {name}: no such folder" in error_of(capsys, "--model", name, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_model_is_one_line(tmp_path, capsys):
+    assert "does not load" in error_of(capsys, "--model", tmp_path, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--group-size", "9", "--candidates", "8"], "--group-size 9 is larger than --candidates 8"),
+        (["--group-size", "1"], "at least 2"),
+        (["--batch", "0"], "--batch is 0"),
+        (["--answers", "1"], "--answers is 1"),
+        (["--temperature", "0"], "--temperature"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_starts(capsys, arguments, reason):
+    assert reason in error_of(capsys, *arguments)
+
+
+def test_no_mixed_group_says_why_and_what_to_change(llama, tmp_path, capsys):
+    hopeless = tmp_path / "hopeless.jsonl"
+    hopeless.write_text('{"id": "a", "question": "Q", "tests": [{"input": "", "output": "never"}]}\n')
+    message = error_of(capsys, *llama["arguments"], "--train", hopeless, "--out", tmp_path / "run")
+    assert "no mixed group" in message and "no program is correct" in message and "--candidates" in message
+
+
+def test_a_prompt_longer_than_the_context_is_one_line(llama, tmp_path, capsys):
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"id": "long one", "question": "Write " * 600, "tests": [{"input": "", "output": ""}]}))
+    message = error_of(capsys, *llama["arguments"], "--train", long, "--out", tmp_path / "run")
+    assert "problem long one" in message and "context of 512" in message
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(llama, tmp_path, capsys, monkeypatch):
+    real, calls = dust.Journal.add, [0]
+
+    def add(self, units):
+        calls[0] += 1
+        if calls[0] == 3:
+            raise OSError(28, "No space left on device")
+        real(self, units)
+
+    arguments = [*llama["arguments"], "--out", tmp_path / "run"]
+    monkeypatch.setattr(dust.Journal, "add", add)
+    assert "the disk is full" in error_of(capsys, *arguments)
+    monkeypatch.undo()
+    assert run_dust(*arguments, "--resume") == 0
+
+
+def test_help_reads_well(capsys):
+    with pytest.raises(SystemExit) as stop:
+        dust.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for option in ("--model", "--train", "--eval", "--out", "--seed", "--candidates", "--group-size", "--answers", "--batch",
+                   "--steps", "--lr", "--clip", "--kl", "--reward", "--max-new-tokens", "--workers", "--device", "--quick",
+                   "--eval-only", "--resume"):
+        assert option in text
+
+
+def test_the_paper_preset_is_the_papers_table_4_and_what_is_given_wins():
+    paper = dust.parse_args(["--model", "some/model"])
+    assert (paper.candidates, paper.batch, paper.ppo_epochs, paper.lr, paper.kl) == (64, 64, 3, 1e-6, 0.001)
+    assert (paper.group_size, paper.answers, paper.mini_batch, paper.clip) == (4, 8, 16, 0.2)
+    assert dust.parse_args([]).lr == dust.Args.lr and dust.parse_args(["--model", "some/model", "--lr", "1"]).lr == 1
+    assert dust.parse_args(["--quick", "--steps", "7"]).steps == 7 and dust.parse_args(["--quick"]).steps < 7
+
+
+# ------------------------------------------------------------------------------------------------ the stages' own rules
+
+
+def problem(name: str) -> Problem:
+    return Problem(name, f"question of {name}", [{"input": "", "output": ""}])
+
+
+def candidates(name: str, pattern: str) -> list[Candidate]:
+    """One candidate a letter: r right, w wrong, - without a program."""
+    return [Candidate(name, f"{name}{i}", None if c == "-" else f"code {name}{i}", c == "r") for i, c in enumerate(pattern)]
+
+
+def test_groups_are_mixed_of_one_problem_and_without_failed_extractions():
+    problems = [problem("a"), problem("b"), problem("c")]
+    drawn = candidates("a", "rw-wwrrrrww") + candidates("b", "wwwwr") + candidates("c", "r-wrr-wr")
+    random.Random(0).shuffle(drawn)  # the order between problems does not matter
+    groups = dust.make_groups(problems, drawn, 4)
+    for group in groups:
+        assert {c.problem_id for c in group.candidates} == {group.problem.id}
+        assert len(group.candidates) == 4 and 0 < sum(group.labels) < 4 and all(c.code for c in group.candidates)
+    used = Counter(c.answer for group in groups for c in group.candidates)
+    assert max(used.values()) == 1
+    ordered = dust.make_groups(problems, candidates("a", "rw-wwrrrrww") + candidates("b", "wwwwr"), 4)
+    assert [g.labels for g in ordered] == [[1, 0, 0, 0]]  # a: rwww | rrrr | ww dropped; b: wwww, r dropped
+
+
+def test_a_shuffle_keeps_labels_with_their_candidates_and_depends_on_the_seed():
+    group = Group(problem("a"), candidates("a", "rwwr"))
+    orders = set()
+    for step in range(30):
+        shown = group.shuffled(0, "train", step)
+        assert [shown.candidates[i].correct for i in range(4)] == [bool(y) for y in shown.labels]
+        assert sorted(c.answer for c in shown.candidates) == sorted(c.answer for c in group.candidates)
+        assert [c.answer for c in shown.candidates] == [c.answer for c in group.shuffled(0, "train", step).candidates]
+        orders.add(tuple(c.answer for c in shown.candidates))
+    assert len(orders) > 10
+
+
+def test_every_group_comes_once_in_each_pass():
+    groups = [Group(problem(str(i)), []) for i in range(10)]
+    args = dust.Args(batch=4)
+    picked = [g.problem.id for step in range(5) for g in dust.pick(groups, step, args)]
+    assert sorted(picked[:10]) == sorted(picked[10:]) == [str(i) for i in range(10)] and picked[:10] != picked[10:]
+
+
+def test_the_same_program_runs_once_and_only_for_its_own_problem(tmp_path, monkeypatch):
+    ran = []
+
+    class Pool:
+        def __init__(self, **settings): ...
+        def __enter__(self): return self
+        def __exit__(self, *error): ...
+        def label(self, work):
+            ran.extend((code, tests[0]["output"]) for code, tests in work)
+            return [tests[0]["output"] == "yes" for _, tests in work]
+
+    monkeypatch.setattr(dust.sandbox, "Pool", Pool)
+    problems = [Problem("a", "Q", [{"input": "", "output": "yes"}]), Problem("b", "Q", [{"input": "", "output": "no"}])]
+    drawn = [Candidate(p, "", code) for p in "ab" for code in ("x = 1", "x = 2", None, "x = 1")]
+    dust.label(problems, drawn, dust.Args(), name="label", journal=dust.Journal(tmp_path / "labels.jsonl"))
+    assert Counter(ran) == Counter((code, out) for code in ("x = 1", "x = 2") for out in ("yes", "no"))
+    assert [c.correct for c in drawn] == [True, True, False, True, False, False, False, False]
+
+
+def judged(name: str, *rankings: list[int]) -> list[Judged]:
+    return [Judged(Group(problem(name), []), labels, "", False) for labels in rankings]
+
+
+def test_the_metrics_of_a_hand_made_evaluation():
+    groups = judged("a", [1, 0, 0, 0], [0, 0, 0, 0]) + judged("b", [0, 1, 1, 0]) + judged("c", [1, 1, 1, 1])
+    mean = {m: dust.interval([dust.per_problem(groups, m)])["mean"] for m in dust.METRICS}
+    second = rank_prompt.ndcg([1, 2, 3, 4], [0, 1, 1, 0])
+    assert mean["pass1"] == pytest.approx(100 * (1 + 0 + 2 + 4) / 16, abs=1e-3)
+    assert mean["ndcg_all"] == pytest.approx(100 * (1 + 0 + second + 1) / 4, abs=1e-3)
+    assert mean["ndcg_mixed"] == pytest.approx(100 * (1 + second) / 2, abs=1e-3)
+    assert mean["ndcg_random"] == pytest.approx((64.04 + 78.51) / 2, abs=0.02)
+    assert mean["best_of_4"] == pytest.approx(100 * 2 / 4) and mean["oracle"] == pytest.approx(100 * 3 / 4)
+
+
+def test_a_paired_difference_is_drawn_with_the_same_problems():
+    """Unpaired, the interval of a constant gain would be as wide as the problems' own spread."""
+    rng = np.random.default_rng(0)
+    base = np.stack([rng.random(50), np.ones(50)], 1)
+    better = base + np.array([0.1, 0])
+    gain = dust.interval([base, better])
+    assert gain["mean"] == pytest.approx(10) and gain["high"] - gain["low"] < 0.01
+    alone = dust.interval([base])
+    assert alone["low"] < alone["mean"] < alone["high"] and alone["high"] - alone["low"] > 5
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for trial in range(200):
+        values = rng.random((60, 1)) < 0.3
+        figure = dust.interval([np.concatenate([values, np.ones((60, 1))], 1)], seed=trial, draws=500)
+        hits += figure["low"] <= 30 <= figure["high"]
+    assert 180 <= hits <= 199
+
+
+def test_an_evaluation_without_mixed_groups_has_no_made_up_ndcg():
+    assert dust.interval([dust.per_problem(judged("a", [1, 1, 1, 1]), "ndcg_mixed")]) == {"mean": None, "low": None, "high": None}

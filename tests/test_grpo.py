@@ -1,0 +1,305 @@
+"""grpo.py, each test named after the bug it guards. Tiny random models, unequal lengths, no two inputs alike."""
+import copy
+import os
+import sys
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import grpo
+
+torch.set_num_threads(1)
+EOS = 5
+SHAPE = dict(vocab_size=37, max_position_embeddings=128, bos_token_id=1, eos_token_id=EOS, pad_token_id=EOS)
+
+
+def qwen3(**changes):
+    """Two layers, grouped KV heads, QK-norm; weights large enough for peaked distributions."""
+    torch.manual_seed(3)
+    size = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, initializer_range=0.2,
+    )
+    return Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, **size, **changes})).eval()
+
+
+def gpt2():
+    """Learned positions and dropout."""
+    torch.manual_seed(4)
+    return GPT2LMHeadModel(GPT2Config(**SHAPE, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)).train()
+
+
+def ids(*lengths, seed=0):
+    """Token ids without special ones, one tensor a length."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(6, 37, (n,), generator=generator) for n in lengths]
+
+
+def scored(model, rewards=((0.0, 1.0, 0.5), (2.0, -1.0, 0.0)), **settings):
+    """Rollouts of two prompts with rewards."""
+    settings = dict(answers=3, max_new_tokens=9, eos_ids=[EOS, 6, 7, 8], generator=torch.Generator().manual_seed(7)) | settings
+    rollouts = grpo.rollout(model, ids(4, 11), **settings)
+    for r, values in zip(rollouts, rewards):
+        r.rewards = torch.tensor(values)
+    return rollouts
+
+
+class Recorder(torch.optim.SGD):
+    """Plain SGD that keeps the gradients of its last step."""
+
+    def step(self):
+        self.seen = [p.grad.clone() for p in self.param_groups[0]["params"]]
+        super().step()
+
+
+def gradients(model, rollouts, **settings):
+    """The gradients that one update of a copy of the model sees."""
+    model = copy.deepcopy(model)
+    optimizer = Recorder(model.parameters(), lr=0.0)
+    metrics = grpo.update(model, optimizer, rollouts, max_grad_norm=float("inf"), **settings)
+    return optimizer.seen, metrics
+
+
+def distance(a, b):
+    """Relative L2 distance between two lists of tensors."""
+    a, b = (torch.cat([t.double().flatten() for t in x]) for x in (a, b))
+    return float((a - b).norm() / b.norm())
+
+
+def full_logps(model, prompt, answer, temperature):
+    """The log-probs of one answer from the model's own logits over the whole row: the definition."""
+    row = torch.cat([prompt, answer])
+    logps = (model(row[None]).logits[0] / temperature).log_softmax(-1)
+    return logps[len(prompt) - 1 : -1].gather(-1, answer[:, None]).squeeze(-1)
+
+
+# ------------------------------------------------------------------------------------------------------- rollout
+
+
+@pytest.mark.parametrize("make", [qwen3, gpt2])
+def test_a_prompt_is_not_moved_by_the_padding_beside_longer_ones(make):
+    """Left padding shifts positions unless they are counted per row: rotary ones and learned ones alike."""
+    model, prompts = make(), ids(3, 12, 7, 1)
+    settings = dict(answers=2, max_new_tokens=8, temperature=0.0, eos_ids=[EOS])
+    together = grpo.rollout(model, prompts, **settings)
+    for prompt, r in zip(prompts, together):
+        alone = grpo.rollout(model, [prompt], **settings)[0]
+        assert torch.equal(r.prompt, prompt)
+        assert [a.tolist() for a in r.answers] == [a.tolist() for a in alone.answers]
+        torch.testing.assert_close(r.logps, alone.logps, atol=1e-5, rtol=0)
+
+
+def test_rows_that_leave_the_batch_do_not_change_what_the_others_draw():
+    """Without an EOS no row leaves; cut at the first EOS, the same draws have to give the same answers."""
+    model, prompts = qwen3(), ids(4, 9, 6)
+    draw = dict(answers=8, max_new_tokens=40, generator=torch.Generator().manual_seed(1))
+    some = grpo.rollout(model, prompts, eos_ids=[EOS, 8], **draw)
+    draw["generator"].manual_seed(1)
+    whole = grpo.rollout(model, prompts, eos_ids=[], **draw)
+    lengths = {len(a) for r in some for a in r.answers}
+    assert len(lengths) > 5
+    for short, long in zip(some, whole):
+        for a, b, logp, full in zip(short.answers, long.answers, short.logps, long.logps):
+            assert torch.equal(a, b[: len(a)])
+            torch.testing.assert_close(logp, full[: len(a)], atol=1e-5, rtol=0)
+
+
+def test_more_rows_than_fit_are_decoded_in_parts_and_returned_in_order():
+    model, prompts = qwen3(), ids(9, 2, 5, 3)
+    settings = dict(answers=2, max_new_tokens=6, temperature=0.0, eos_ids=[EOS])
+    seen = []
+    parts = grpo.rollout(model, prompts, **settings, max_rows=4, progress=seen.append)
+    for r, whole in zip(parts, grpo.rollout(model, prompts, **settings)):
+        assert torch.equal(r.prompt, whole.prompt) and torch.equal(r.answers[1], whole.answers[1])
+    assert sum(seen) == 8
+
+
+def test_an_answer_ends_with_one_eos_and_a_truncated_one_has_none():
+    """The pad id is the EOS here and stands in a prompt as well: lengths must come from sampling, not from ids."""
+    model = qwen3()
+    prompts = [torch.tensor([7, EOS, 9, EOS]), ids(8)[0]]
+    draw = dict(answers=8, max_new_tokens=12, generator=torch.Generator().manual_seed(2))
+    rollouts = grpo.rollout(model, prompts, eos_ids=[EOS, 6], **draw)
+    flat = [(a, logp, f) for r in rollouts for a, logp, f in zip(r.answers, r.logps, r.finished)]
+    assert {f for _, _, f in flat} == {True, False}
+    for answer, logp, finished in flat:
+        ends = torch.isin(answer, torch.tensor([EOS, 6]))
+        assert len(answer) == len(logp) <= 12
+        assert ends.sum() == finished and (ends[-1] if finished else len(answer) == 12)
+
+
+def test_log_probs_at_sampling_are_those_of_training_at_the_same_temperature():
+    """Off by one position, or without the temperature, the ratio starts away from 1 and nothing else shows it."""
+    model = qwen3()
+    for r in grpo.rollout(model, ids(5, 13), answers=3, max_new_tokens=10, temperature=0.7, eos_ids=[EOS]):
+        torch.testing.assert_close(r.logps, grpo.answer_logprobs(model, r.prompt, r.answers, temperature=0.7))
+        for answer, logp in zip(r.answers, r.logps):
+            torch.testing.assert_close(logp, full_logps(model, r.prompt, answer, 0.7), atol=1e-5, rtol=1e-5)
+
+
+def test_a_forbidden_token_is_never_drawn():
+    """Probability 0 at either end of the cumulative sum, and draws at the very ends of [0, 1)."""
+    logits = torch.tensor([[-torch.inf, 2.0, -torch.inf, 1.0, -torch.inf]]).repeat(3, 1)
+    tokens, logps = grpo.sample(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), 1.0, 1.0, 0)
+    assert tokens.tolist() == [1, 1, 3]
+    torch.testing.assert_close(logps, logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1))
+
+
+def test_the_sampler_draws_each_token_as_often_as_it_should():
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.9, 1.4])
+    uniform = (torch.arange(20000) + 0.5) / 20000
+
+    def shares(*settings):
+        tokens, _ = grpo.sample(logits.expand(20000, -1), uniform, *settings)
+        return tokens.bincount(minlength=5) / 20000
+
+    tempered = (logits / 0.6).softmax(-1)
+    torch.testing.assert_close(shares(0.6, 1.0, 0), tempered, atol=2e-4, rtol=0)
+    keep = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0]) * tempered  # top 3
+    torch.testing.assert_close(shares(0.6, 1.0, 3), keep / keep.sum(), atol=2e-4, rtol=0)
+    keep = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0]) * tempered  # 0.64 + 0.24 is the first sum above 0.8
+    torch.testing.assert_close(shares(0.6, 0.8, 3), keep / keep.sum(), atol=2e-4, rtol=0)
+    assert shares(0.6, 0.1, 0).tolist() == [0, 0, 1, 0, 0]  # the likeliest always stays
+    assert shares(0.0, 1.0, 0).tolist() == [0, 0, 1, 0, 0]
+
+
+# ------------------------------------------------------------------------------------------------------ formulae
+
+
+def test_advantages_by_hand_and_exact_zeros_for_equal_rewards():
+    advantages = grpo.group_advantages(torch.tensor([[0.0, 1.0], [5.0, 7.0], [0.1, 0.1]]), eps=0.0)
+    torch.testing.assert_close(advantages, torch.tensor([[-1.0, 1.0], [-1.0, 1.0], [0.0, 0.0]]) * 0.5**0.5)
+    assert grpo.group_advantages(torch.full((1, 7), 0.1)).tolist() == [[0.0] * 7]
+    assert grpo.group_advantages(torch.tensor([3.0])).tolist() == [0.0]
+
+
+def test_advantages_follow_a_permutation_within_the_group_and_ignore_other_groups():
+    rewards, order = torch.tensor([[0.5, -1.0, 0.25, 1.0], [9.0, 2.0, 4.0, 4.0]]), torch.tensor([2, 0, 3, 1])
+    advantages = grpo.group_advantages(rewards)
+    torch.testing.assert_close(grpo.group_advantages(rewards[:, order]), advantages[:, order])
+    torch.testing.assert_close(grpo.group_advantages(rewards[1]), advantages[1])
+
+
+@pytest.mark.parametrize("ratio, advantage, dual, loss, slope", [
+    # slope: d loss / d log-prob = -A * ratio where the unclipped branch is active, else 0
+    (0.5, 1.0, None, -0.5, -0.5), (1.0, 1.0, None, -1.0, -1.0), (1.5, 1.0, None, -1.28, 0.0),
+    (12.0, 1.0, 10.0, -1.28, 0.0), (0.5, -1.0, None, 0.8, 0.0), (1.0, -1.0, None, 1.0, 1.0),
+    (1.5, -1.0, None, 1.5, 1.5), (12.0, -1.0, None, 12.0, 12.0), (12.0, -1.0, 10.0, 10.0, 0.0),
+])
+def test_a_clip_on_the_wrong_side_of_a_negative_advantage(ratio, advantage, dual, loss, slope):
+    old = torch.tensor([-2.0], dtype=torch.float64)
+    logp = (old + torch.tensor(ratio, dtype=torch.float64).log()).requires_grad_()
+    value, seen = grpo.policy_loss(
+        logp, old, torch.full_like(old, advantage), clip_low=0.2, clip_high=0.28, dual_clip=dual
+    )
+    (grad,) = torch.autograd.grad(value.sum(), logp)
+    assert value.item() == pytest.approx(loss) and grad.item() == pytest.approx(slope)
+    assert seen["clip"].item() == (slope == 0.0)
+
+
+def test_the_reference_pulls_from_both_sides_and_not_where_it_agrees():
+    logp = torch.tensor([-1.0, -3.0, -2.0], dtype=torch.float64, requires_grad=True)
+    ref = torch.full_like(logp, -2.0)
+    loss, seen = grpo.policy_loss(logp, logp.detach(), torch.zeros_like(ref), ref, kl=0.5)
+    (grad,) = torch.autograd.grad(loss.sum(), logp)
+    torch.testing.assert_close(grad, 0.5 * (1 - (ref - logp.detach()).exp()))
+    assert grad[0] > 0 > grad[1] and grad[2] == 0 and seen["ref_kl"][2] == 0 and bool((loss >= 0).all())
+
+
+# -------------------------------------------------------------------------------------------------------- update
+
+
+def definition_gradients(model, rollouts, aggregation, temperature):
+    """The policy gradient of one mini-batch written out row by row from the model's full logits."""
+    model = copy.deepcopy(model)
+    terms = []  # per-token -A * logp of every answer; at ratio 1 its gradient is the surrogate's
+    for r in rollouts:
+        advantages = (r.rewards - r.rewards.mean()) / (r.rewards.std() + 1e-6)
+        terms += [-a * full_logps(model, r.prompt, x, temperature) for a, x in zip(advantages, r.answers)]
+    loss = torch.cat(terms).mean() if aggregation == "token" else sum(t.mean() for t in terms) / len(terms)
+    loss.backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_padding_and_micro_batches_leave_the_gradient_alone(aggregation, tied):
+    """One denominator for the whole mini-batch, whatever its cut: all rows at once, a few, or one at a time."""
+    model = qwen3(tie_word_embeddings=tied)
+    rollouts = scored(model, temperature=0.7)
+    assert len({len(a) for r in rollouts for a in r.answers}) > 1
+    expected = definition_gradients(model, rollouts, aggregation, 0.7)
+    for micro_tokens in (10**6, 45, 1):
+        seen, metrics = gradients(
+            model, rollouts, aggregation=aggregation, temperature=0.7, micro_tokens=micro_tokens
+        )
+        assert distance(seen, expected) < 1e-5
+        assert metrics["stepped"] == 1 and metrics["tokens"] == sum(len(a) for r in rollouts for a in r.answers)
+
+
+def test_a_group_of_equal_rewards_costs_nothing_and_counts_in_the_denominator():
+    model = qwen3()
+    rollouts = scored(model, rewards=((0.3, 0.3, 0.3), (2.0, -1.0, 0.0)))
+    expected = definition_gradients(model, rollouts, "sequence", 1.0)
+    seen, metrics = gradients(model, rollouts)
+    assert distance(seen, expected) < 1e-5
+    assert metrics["zero_variance"] == 0.5 and metrics["tokens"] == sum(len(a) for a in rollouts[1].answers)
+
+
+def test_no_step_is_made_when_no_group_has_a_gradient():
+    """Momentum and weight decay move weights on a zero gradient too."""
+    model = qwen3()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    assert grpo.update(model, optimizer, scored(model))["stepped"] == 1
+    before = copy.deepcopy(model.state_dict())
+    metrics = grpo.update(model, optimizer, scored(model, rewards=((0.1, 0.1, 0.1), (-1.0, -1.0, -1.0))))
+    assert metrics["stepped"] == 0 and metrics["zero_variance"] == 1 and metrics["tokens"] == 0
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_later_steps_compare_with_the_policy_before_the_first():
+    """With the current policy as the old one the ratio is always 1 and clipping never acts."""
+    model = qwen3()
+    rollouts = scored(model)
+    frozen = copy.deepcopy(model)
+    settings = dict(ref_model=frozen, kl=0.01, generator=torch.Generator().manual_seed(0))
+    once = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.05), rollouts, **settings)
+    assert once["old_kl"] == once["clip_share"] == 0 and once["rollout_gap"] < 1e-5 and once["ref_kl"] < 1e-9
+    model.load_state_dict(frozen.state_dict())
+    settings |= dict(epochs=3, mini_batch=1, max_grad_norm=100.0)
+    many = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.05), rollouts, **settings)
+    assert many["stepped"] == 6 and many["old_kl"] > 1e-4 and many["clip_share"] > 0
+    assert many["ref_kl"] > 1e-4 and many["rollout_gap"] < 1e-5
+
+
+def test_dropout_does_not_part_training_from_sampling():
+    """GPT-2 in training mode: with dropout on, the same weights disagree with themselves."""
+    model = gpt2()
+    rollouts = scored(model)
+    assert model.training
+    _, metrics = gradients(model, rollouts)
+    assert metrics["rollout_gap"] < 1e-5 and model.training
+
+
+def test_a_rollout_from_other_weights_is_reported():
+    model = qwen3()
+    rollouts = scored(model)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    with pytest.warns(UserWarning, match="rollout and update disagree"):
+        _, metrics = gradients(model, rollouts)
+    assert metrics["rollout_gap"] > 0.05
+
+
+def test_entropy_is_that_of_the_distribution_sampled_from():
+    model = qwen3()
+    r = scored(model, temperature=0.7)[1]
+    r.rewards = torch.tensor([1.0, 0.0, 0.5])
+    _, metrics = gradients(model, [r], temperature=0.7)
+    entropies = [
+        torch.distributions.Categorical(logits=model(torch.cat([r.prompt, a])[None]).logits[0, 10:-1] / 0.7).entropy()
+        for a in r.answers
+    ]
+    assert metrics["entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)

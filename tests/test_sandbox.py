@@ -1,0 +1,477 @@
+"""The sandbox against programs that cheat (hostile.py) and programs that only are unusual.
+
+Every attack is tried twice: a naive runner must fall to it, or the test would prove nothing, and the sandbox must not.
+"""
+import contextlib
+import itertools
+import json
+import os
+import pickle
+import random
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+import hostile  # noqa: E402
+import sandbox  # noqa: E402
+
+sandbox.run("pass")  # says here, once, what this system does not allow
+ISOLATED = sandbox._Worker.mode == "isolated"
+needs_namespaces = pytest.mark.skipif(not ISOLATED, reason="this kernel gives this user no namespaces")
+LINUX = sys.platform == "linux"
+
+
+def fill(code, folder="", number=0, **more):
+    """Put the places of this run into an attack."""
+    for name, value in {"folder": folder, "home": os.path.expanduser("~"), "caller": os.getpid(), "number": number,
+                        "tag": f"dust-{os.getpid()}-{number}", **more}.items():
+        code = code.replace("{%s!r}" % name, repr(value)).replace("{%s}" % name, str(value))
+    return code
+
+
+def processes_named(tag):
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline") as f:
+            found += [int(pid)] * f.read().startswith(tag)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ hostile programs
+
+
+@pytest.mark.parametrize("name", hostile.FORGERIES)
+def test_wrong_program_is_not_paid(name, tmp_path):
+    """A candidate that could end the verdict's process, or change what it compares, was labelled right."""
+    code, tests = hostile.FORGERIES[name]
+    assert hostile.naive_judge(code, tests, str(tmp_path)), "this attack does not even fool the naive runner"
+    verdict = sandbox.judge(code, tests, timeout=3)
+    assert not verdict and verdict.failed_test == 0 and verdict.reason and not verdict.passed
+
+
+@pytest.mark.parametrize("name", hostile.MEMORIES)
+def test_nothing_is_remembered_from_test_to_test(name, tmp_path):
+    """What one test left on the disk, in shared memory or in a living process was there for the next."""
+    code = fill(hostile.MEMORIES[name], str(tmp_path), random.randrange(1 << 28))
+    if not ISOLATED and name not in ("by_a_file_in_the_folder", "by_a_deep_folder", "by_a_symbolic_link"):
+        pytest.skip("this kernel gives this user no namespaces")
+    try:
+        assert hostile.naive_judge(code, hostile.TWICE, str(tmp_path)), "the naive runner is not fooled"
+    finally:
+        for folder in "/tmp", "/var/tmp", "/dev/shm":
+            for file in os.listdir(folder):
+                if file.startswith(f"dust-{os.getpid()}-"):
+                    os.remove(f"{folder}/{file}")
+    again = fill(hostile.MEMORIES[name], str(tmp_path / "none"), random.randrange(1 << 28))
+    verdict = sandbox.judge(again, hostile.TWICE, timeout=5)
+    assert verdict.failed_test is not None
+    assert not [file for folder in ("/tmp", "/var/tmp", "/dev/shm") for file in os.listdir(folder)
+                if file.startswith(f"dust-{os.getpid()}-")]
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory):
+    """The caller's belongings: files, a secret, sockets of three kinds."""
+    folder = tmp_path_factory.mktemp("caller")
+    (folder / "secret").write_text("sk-secret")
+    tcp, udp, local = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.socket(socket.AF_UNIX)
+    tcp.bind(("127.0.0.1", 0))
+    tcp.listen(9)
+    udp.bind(tcp.getsockname())
+    local.bind(f"\0dust-{os.getpid()}-0")
+    local.listen(9)
+    with tcp, udp, local:
+        yield {"folder": str(folder), "port": tcp.getsockname()[1]}
+
+
+@pytest.mark.skipif(not LINUX, reason="the attacks are written for Linux")
+@pytest.mark.parametrize("name", hostile.ESCAPES)
+def test_program_does_not_get_out(name, outside, monkeypatch):
+    code, isolation = hostile.ESCAPES[name]
+    if isolation and not ISOLATED:
+        pytest.skip("this kernel gives this user no namespaces")
+    if not ISOLATED and name in ("150_processes", "150_threads") and os.getuid():
+        pytest.skip("without namespaces an ordinary user's limit counts all that the user runs")
+    monkeypatch.setenv("DUST_SECRET", "sk-secret")
+    code = fill(code, **outside)
+    victim = os.path.join(outside["folder"], "victim")
+    open(victim, "w").close()
+    with contextlib.suppress(OSError):
+        os.remove(outside["folder"] + "/new")
+    if name == "limits_taken_off":
+        code = "import resource as r\nr.setrlimit(r.RLIMIT_FSIZE, r.getrlimit(r.RLIMIT_FSIZE))\n" + code
+    naive = hostile.naive_run(code, timeout=20, cwd=outside["folder"])
+    if name == "a_new_user_namespace" and "ESCAPED" not in naive[0]:
+        pytest.skip("nobody gets a user namespace here")
+    assert "ESCAPED" in naive[0], f"the naive runner holds it: {naive[1]}"
+    open(victim, "w").close()
+    result = sandbox.run(code, timeout=10, memory_mb=128)
+    assert "ESCAPED" not in result.stdout and result.status != "timeout", result
+    assert os.path.getsize(victim) == 0
+
+
+@pytest.mark.skipif(not LINUX, reason="finds processes by /proc")
+@pytest.mark.parametrize("name", hostile.ORPHANS)
+def test_no_process_outlives_its_run(name):
+    tag = f"dust-{os.getpid()}-{random.randrange(1 << 28)}"
+    code = hostile.ORPHANS[name].replace("{tag}", tag)
+    hostile.naive_run(code)
+    left = processes_named(tag)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left, "the naive runner leaves nothing"
+    sandbox.run(code, timeout=5)
+    assert not processes_named(tag)
+
+
+def test_output_held_open_by_a_grandchild_does_not_hang_the_caller():
+    """subprocess.run waits for the end of the pipe, which a grandchild holds, whatever its timeout says."""
+    code = "import os, time\nif os.fork() == 0:\n os.setsid()\n time.sleep({})\n"
+    assert hostile.naive_run(code.format(3), timeout=1)[2] > 2.5
+    start = time.monotonic()
+    assert sandbox.run(code.format(60), timeout=20).status == "ok"
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("code", [
+    "while True: pass", "import time\ntime.sleep(99)", "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
+    "import signal, time\nfor s in (1, 2, 3, 15, 24): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+    "import threading\nwhile True: threading.Event().wait(9)", "while True:\n try:\n  while True: pass\n except: pass",
+    "import threading, time\nthreading.Thread(target=time.sleep, args=(99,)).start()",
+    "import atexit, time\natexit.register(time.sleep, 99)", "import os\nwhile True:\n os.wait() if os.fork() else 0",
+])
+def test_a_program_that_does_not_end_is_ended(code):
+    start = time.monotonic()
+    result = sandbox.run(code, timeout=0.5)
+    assert result.status in ("timeout", "error", "memory") and time.monotonic() - start < 8
+    assert result.status == "timeout" or "fork" in code
+
+
+def test_a_fork_bomb_does_not_starve_the_next_run():
+    bomb = "import os\nwhile True:\n try: os.fork()\n except OSError: pass"
+    with sandbox.Pool(2, timeout=1) as pool:
+        good = ("import os\np = os.fork()\nif p: os.wait(); print(7)", [{"input": "", "output": "7"}])
+        jobs = [(bomb, good[1]), good, good, good, (bomb, good[1]), good]
+        assert pool.label(jobs) == [False, True, True, True, False, True]
+
+
+@needs_namespaces
+def test_a_candidate_cannot_kill_its_worker_or_its_neighbours():
+    before = sandbox.run("import os\nprint(os.getppid())")
+    result = sandbox.run("import os, signal\nfor s in range(1, 65):\n for p in (1, -1):\n"
+                         "  try: os.kill(p, s)\n  except (OSError, ValueError): pass\nprint('alive')")
+    assert before.status == "ok" and result.status in ("ok", "error")
+    assert sandbox.run("print(1)").stdout == "1\n"
+
+
+def test_lowered_limits_of_the_worker_do_not_reach_the_next_program():
+    """A candidate of the server's uid may prlimit it; the next programs then failed for want of files or memory."""
+    sandbox.run("import os, resource as r\nfor k in (r.RLIMIT_NOFILE, r.RLIMIT_AS, r.RLIMIT_NPROC):\n"
+                " try: r.prlimit(os.getppid(), k, (9, 9))\n except OSError: pass")
+    for _ in range(3):
+        assert sandbox.run("x = open('a', 'w')\nprint(len(b'x' * 1000000))").stdout == "1000000\n"
+
+
+@pytest.mark.skipif(not LINUX, reason="/proc")
+def test_a_candidate_has_three_descriptors_and_few_variables():
+    secret = os.open(os.devnull, os.O_RDONLY)
+    os.set_inheritable(secret, True)
+    code = ("import os\nopen_ = []\nfor fd in range(1024):\n try: os.fstat(fd)\n except OSError: continue\n"
+            " open_.append(fd)\nprint(open_, sorted(os.environ))")
+    result = sandbox.run(code)
+    os.close(secret)
+    assert result.stdout.startswith("[0, 1, 2] "), result
+    assert set(eval(result.stdout[10:])) == {*sandbox.ENVIRONMENT, "HOME", "TMPDIR"}
+
+
+@needs_namespaces
+def test_python_cannot_be_changed_for_the_next_program():
+    code = "import json, os\nopen(json.__file__, 'a').write('x')\n"
+    assert "Read-only" in sandbox.run(code).stderr or "Permission" in sandbox.run(code).stderr
+    assert sandbox.run("import os\nos.mkdir('/new')").status == "error"
+
+
+def test_output_is_cut_and_said():
+    for stream in "stdout", "stderr":
+        result = sandbox.run(f"import sys\nwhile True: sys.{stream}.write('x' * 99999)", timeout=20)
+        assert result.status == "output" and len(getattr(result, stream)) <= sandbox.OUTPUT_CAP
+    result = sandbox.run("import signal, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\ntry:\n"
+                         " while True: sys.stdout.write('x' * 99999)\nexcept OSError: import os; os._exit(0)", timeout=20)
+    assert result.status == "output"
+
+
+def test_what_a_function_sends_back_is_only_data():
+    """Deep, huge or odd results must be wrong answers, not exceptions in the trainer."""
+    for body in ("x = []\n for i in range(40000): x = [x]\n return x", "return float('nan')", "return [1] * 3000000",
+                 "return 10 ** 9000", "return '\\ud800'", "return {1, 2}", "return lambda: 0", "return b'1'",
+                 "x = []\n x.append(x)\n return x", "return {(1, 2): 3}", "return float('inf')", "return object()"):
+        assert not sandbox.judge(f"def f():\n {body}", [{"fn_name": "f", "args": [], "expected": 1}], timeout=20), body
+    assert not sandbox.same_value(1, b'{"dict": 3}') and not sandbox.same_value(1, b'{"int": [1]}')
+    assert not sandbox.same_value(1, b'{"dict": [[{"dict": []}, 1]]}') and not sandbox.same_value(1, b"\xff")
+    assert not sandbox.same_value(1, b"[" * 1000) and not sandbox.same_value(None, b"")
+
+
+def test_a_worker_that_dies_is_replaced_and_the_label_stands():
+    sandbox.run("pass")
+    worker = sandbox._shared._idle[-1]
+    threading.Timer(0.3, lambda: os.killpg(worker.process.pid, signal.SIGKILL)).start()
+    assert sandbox.run("import time\ntime.sleep(.8)\nprint(7)").stdout == "7\n"
+    os.killpg(sandbox._shared._idle[-1].process.pid, signal.SIGKILL)
+    time.sleep(0.2)
+    assert sandbox.run("print(8)").stdout == "8\n"
+
+
+def test_failure_of_the_sandbox_is_an_exception(monkeypatch):
+    monkeypatch.setattr(sandbox, "_shared", sandbox.Pool(1))
+    monkeypatch.setattr(sandbox.sys, "executable", "/nonexistent/python")
+    with pytest.raises(sandbox.SandboxError, match="^sandbox: cannot start a worker: [^\n]+$"):
+        sandbox.run("print(1)")
+    with pytest.raises(sandbox.SandboxError), sandbox.Pool(2) as pool:
+        pool.label([("print(1)", [{"input": "", "output": "1"}])] * 5)
+
+
+# ------------------------------------------------------------------------------------------------------- benign programs
+
+BENIGN = {
+    "unicode": ("print(input()[::-1])", "héé→字😀\n", "😀字→ééh"),
+    "two_megabytes": ("print('x' * (2 << 20))", "", "x" * (2 << 20)),
+    "ten_megabytes_of_input": ("import sys\nprint(len(sys.stdin.read()))", "y" * (10 << 20), str(10 << 20)),
+    "recursion": ("def f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(50000))", "", "50000"),
+    "recursion_in_a_thread": (
+        "import sys, threading\nsys.setrecursionlimit(300000)\nthreading.stack_size(128 << 20)\n"
+        "def f(n): return 0 if n == 0 else 1 + f(n - 1)\n"
+        "t = threading.Thread(target=lambda: print(f(50000)))\nt.start()\nt.join()", "", "50000"),
+    "an_array_of_400_MB": ("x = bytearray(400 << 20)\nx[::4096] = b'x' * len(x[::4096])\nprint(len(x) >> 20)", "", "400"),
+    "nine_threads": (
+        "import threading\nt = [threading.Thread(target=print, args=(i,), kwargs={'end': '\\n'}) for i in range(9)]\n"
+        "for x in t: x.start(); x.join()", "", "\n".join(map(str, range(9)))),
+    "threads_are_joined": (
+        "import threading, time\ndef f():\n time.sleep(.2)\n print('late')\nthreading.Thread(target=f).start()", "", "late"),
+    "atexit_runs": ("import atexit\natexit.register(print, 'bye')\nprint('hi')", "", "hi\nbye"),
+    "main_can_pickle": (
+        "import pickle\nclass A:\n x = 3\nprint(pickle.loads(pickle.dumps(A())).x, __name__)", "", "3 __main__"),
+    "exit_exists": ("print(1)\nexit()", "", "1"),
+    "quit_exists": ("print(1)\nquit(0)\nprint(2)", "", "1"),
+    "argv_is_alone": ("import sys\nprint(len(sys.argv), sys.stdin.isatty(), sys.stdout.isatty())", "", "1 False False"),
+    "carriage_returns_arrive": ("import sys\nprint(repr(sys.stdin.read()))", "a\r\nb", "'a\\r\\nb'"),
+    "bytes_of_stdin": ("import sys\nprint(sys.stdin.buffer.read())", "é", "b'\\xc3\\xa9'"),
+    "open_0": ("print(sum(map(int, open(0))))", "1\n2\n", "3"),
+    "os_read": ("import os\nprint(os.read(0, 9))", "ab", "b'ab'"),
+    "a_file_left_open": ("out = open(1, 'w', closefd=False)\nout.write('7')", "", "7"),
+    "own_files": ("open('a', 'w').write('x')\nprint(open('a').read())", "", "x"),
+    "temporary_files": ("import tempfile\nf = tempfile.TemporaryFile('w+')\nf.write('7')\nf.seek(0)\nprint(f.read())", "", "7"),
+    "subprocess": ("import subprocess\nprint(subprocess.check_output(['/bin/echo', 'x']).decode())", "", "x"),
+    "processes": (
+        "import concurrent.futures as c\ndef f(x): return x * x\nif __name__ == '__main__':\n"
+        " with c.ProcessPoolExecutor(2) as p: print(*p.map(f, [1, 2, 3]))", "", "1 4 9"),
+    "thread_pool": (
+        "import concurrent.futures as c\nwith c.ThreadPoolExecutor(4) as p: print(*p.map(str, [1, 2]))", "", "1 2"),
+    "asyncio": ("import asyncio\nasync def f(): print(1)\nasyncio.run(f())", "", "1"),
+    "dataclass": ("import dataclasses\n@dataclasses.dataclass\nclass A:\n x: int\nprint(A(3))", "", "A(x=3)"),
+    "slow_start": ("import time\ntime.sleep(.5)\nprint(1)", "", "1"),
+    "prelude": ("print(gcd(4, 6), sqrt(4), Counter('aa')['a'], math.pi > 3, pow(2, 9, 5), randint(3, 3))", "", "2 2.0 2 True 2 3"),
+    "a_coding_line": ("# coding: latin-1\nprint('é')", "", "é"),
+    "a_byte_order_mark": ("\ufeffprint(1)", "", "1"),
+    "exact_decimals": ("print('1.0 2.50')\nprint('x 1.0')", "", "1 2.5\nx 1.0"),
+    "blanks_and_crlf": ("print('  a b  \\n\\n c\\n\\n')", "", "a b\r\n\r\nc\r\n"),
+    "hashes_repeat": ("print(hash('a') == int(input()))", None, "True"),
+}
+
+
+@pytest.mark.parametrize("name", BENIGN)
+def test_honest_program_passes(name):
+    code, stdin, output = BENIGN[name]
+    if stdin is None:
+        stdin = sandbox.run("print(hash('a'))").stdout
+    verdict = sandbox.judge(code, [{"input": stdin, "output": output}], timeout=30)
+    assert verdict, (verdict.reason, verdict.results[-1].stderr[-500:])
+    assert verdict.failed_test is None and len(verdict.results) == 1 and verdict.results[0].exit_code == 0
+
+
+@pytest.mark.parametrize("code, args, expected", [
+    ("def f(x): return x + 1", [1], 2), ("f = lambda x: x", [[1, 2]], [1, 2]), ("def f(x): return (x, (1,))", [1], [1, [1]]),
+    ("class Solution:\n def f(self, x): return 2.0", [1], 2), ("def f(): return None", [], None), ("def f(): pass", [], None),
+    ("def f(x): print('noise'); return x", ["é"], "é"), ("def f(x): return {'a': [x], 2: 3}", [1], {2: 3, "a": (1,)}),
+    ("def f(n): return [10 ** n]", [6000], [10**6000]), ("def f(): return deque([1])[0], inf", [], [1, float("inf")]),
+    ("def f(x: List[int]) -> Optional[int]: return heapq.nsmallest(1, x)[0]", [[3, 1]], 1),
+    ("def f(): return 0.1 + 0.2", [], 0.1 + 0.2), ("def f(x): x.append(1); return x", [[]], [1]),
+    ("def f(): return __name__ != '__main__'\nif __name__ == '__main__': input()", [], True),
+], ids=itertools.count())
+def test_honest_function_passes(code, args, expected):
+    tests = [{"fn_name": "f", "args": args, "expected": expected}] * 2
+    before = pickle.dumps(tests)
+    verdict = sandbox.judge(code, tests, timeout=30)
+    assert verdict, (verdict.reason, verdict.results[-1].stderr)
+    assert pickle.dumps(tests) == before
+
+
+@pytest.mark.parametrize("value", ["int64(5)", "float32(5)", "bool_(True) * 5", "array([5])[0]"])
+def test_numpy_scalars_are_numbers(value):
+    if "1" not in sandbox.run("try: import numpy; print(1)\nexcept ImportError: pass", timeout=60).stdout:
+        pytest.skip("numpy is not installed")
+    tests = [{"fn_name": "f", "args": [], "expected": 5}]
+    assert sandbox.judge(f"import numpy as np\ndef f(): return np.{value}", tests, timeout=60)
+
+
+@pytest.mark.parametrize("expected, got, same", [
+    ("1 2", "1 2", True), ("1 2\n", "1.0   2.00", True), ("a", "b", False), ("1\n2", "1", False), ("1", "1\n1", False),
+    ("0.3", "0.30000000000000004", False), ("nan", "nan", True), ("nan", "NaN", False), ("1", "sNaN", False),
+    ("1", "1e999999999999999999999", False), ("1e400", "1E+400", True), ("", "\n \n", True), ("1 x", "1.0 x", False),
+    ("1", "1" * 200000, False), ("Yes", "yes", False), ("1 2", "12", False), ("a\n\nb", "a\nb", False),
+], ids=itertools.count())
+def test_outputs_compare_as_in_livecodebench(expected, got, same):
+    assert (sandbox.difference(expected, got) == "") is same
+
+
+@pytest.mark.parametrize("code, status", [
+    ("1/0", "error"), ("print(1", "error"), ("exit(3)", "error"), ("exit('no')", "error"), ("x = [0] * 10**10", "memory"),
+    ("raise MemoryError", "memory"), ("x = []\nwhile True: x.append(bytes(1 << 20))", "memory"), ("\0", "refused"),
+    ("x = '\ud800'", "refused"), ("pass", "ok"), ("", "ok"), ("import os; os.kill(os.getpid(), 11)", "error"),
+    ("exit(256)", "ok"), ("exit(None)", "ok"), ("raise KeyboardInterrupt", "error"), ("def f(): f()\nf()", "error"),
+    ("import sys\nsys.stdout.close()", "error"), ("(" * 5000, None), ("x = " + "-" * 90000 + "1", None),
+], ids=itertools.count())
+def test_status(code, status):
+    result = sandbox.run(code, timeout=20, memory_mb=256)
+    assert result.status == (status or result.status) and result.status != "timeout", result
+    assert result.exit_code is None or isinstance(result.exit_code, int)
+    assert (result.exit_code == 0) == (result.status == "ok")
+
+
+def test_results_end_with_the_first_failure():
+    tests = [{"input": str(i), "output": "0" if i < 2 else "x"} for i in range(9)]
+    verdict = sandbox.judge("print(0)", tests)
+    assert not verdict and verdict.failed_test == 2 and len(verdict.results) == 3 and "line 1" in verdict.reason
+    with pytest.raises(ValueError):
+        sandbox.judge("print(0)", [])
+
+
+def test_random_differs_and_the_folder_is_empty():
+    assert len({sandbox.run("import random; print(random.random())").stdout for _ in range(3)}) == 3
+    sandbox.run("import os\nos.makedirs('/'.join('d' * 900))\nos.chmod('d', 0)\nopen('f', 'w').write('x')")
+    assert sandbox.run("import os; print(os.listdir())").stdout == "[]\n"
+
+
+def test_traceback_shows_the_program_only():
+    assert "sandbox.py" not in sandbox.run("def f(): 1/0\nf()").stderr
+
+
+# -------------------------------------------------------------------------------------------------------- how it is used
+
+GOOD, BAD = [("print(int(input()) + 1)", [{"input": "1", "output": answer}]) for answer in "23"]
+
+
+def test_labels_come_in_order_and_a_pool_can_be_used_again():
+    pool = sandbox.Pool(2)
+    for _ in range(2):
+        with pool:
+            assert pool.label([]) == [] and pool.label(iter([GOOD, BAD] * 20)) == [True, False] * 20
+            verdicts = {verdict.job: verdict for verdict in pool.judge([BAD, GOOD])}
+            assert not verdicts[0] and verdicts[1]
+            next(iter(pool.judge([GOOD] * 50)))  # given up half-way
+            assert pool.label([GOOD]) == [True]
+    assert sandbox.Pool(0).workers >= 1
+
+
+def test_from_threads_and_after_a_fork():
+    labels = []
+    threads = [threading.Thread(target=lambda: labels.append(bool(sandbox.judge(*GOOD)))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert labels == [True] * 6
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if sandbox.judge(*GOOD) and not sandbox.judge(*BAD) else 1)
+    assert os.waitpid(child, 0)[1] == 0 and sandbox.judge(*GOOD)
+
+
+def script(code):
+    """Start a caller of its own; it prints a line when it is ready."""
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(HERE)}
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, env=env)
+
+
+def test_with_child_signals_ignored_and_blocked():
+    caller = script("""
+        import sandbox, signal
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
+        with sandbox.Pool(2) as pool:
+            print(pool.label([("import subprocess; print(subprocess.run(['true']).returncode)",
+                               [{"input": "", "output": "0"}])] * 3))
+    """)
+    assert "[True, True, True]" in caller.communicate(timeout=60)[0] and caller.returncode == 0
+
+
+@pytest.mark.skipif(not LINUX, reason="finds processes by /proc")
+@pytest.mark.parametrize("death", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+def test_a_caller_that_dies_leaves_nothing(death):
+    tag = f"dust-{os.getpid()}-{random.randrange(1 << 28)}"
+    caller = script(f"""
+        import sandbox
+        code = "import os\\nif os.fork(): os.setsid() if 0 else None\\nos.execv('/bin/sleep', ['{tag}', '60'])"
+        test = [{{"input": "", "output": ""}}]
+        with sandbox.Pool(2, timeout=50) as pool:
+            print("ready", flush=True)
+            pool.label([(code, test)] * 9)
+    """)
+    caller.stdout.readline()
+    wait_until(lambda: len(processes_named(tag)) >= 4)
+    caller.send_signal(death)
+    caller.wait(20)
+    caller.stdout.close()
+    wait_until(lambda: not processes_named(tag))
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not LINUX or os.getuid() != 0, reason="only root can become an ordinary user")
+@pytest.mark.parametrize("rule, user", [("", 65534), ("no namespaces", 65534), ("no namespaces", 0)])
+def test_promises_hold_for_an_ordinary_user_and_without_namespaces(rule, user, tmp_path):
+    """The sandbox is mostly run by people who are not root, and in containers that allow nothing."""
+    python = next((p for p in (sys.executable, "/usr/bin/python3") if not os.path.realpath(p).startswith("/root")
+                   or user == 0), None)
+    if not python or not os.path.exists(python):
+        pytest.skip("no Python that an ordinary user can read")
+    folder = f"/tmp/dust-{os.getpid()}-copy"
+    os.makedirs(folder, exist_ok=True)
+    with open(sandbox.__file__) as f, open(folder + "/sandbox.py", "w") as copy:
+        copy.write(f.read())
+    code = f"""
+        import json, os, sys
+        sys.path.insert(0, {folder!r})
+        sys.dont_write_bytecode = True
+        os.setgroups([]), os.setresgid({user}, {user}, {user}), os.setresuid({user}, {user}, {user})
+        import sandbox
+        sandbox._Worker.mode = {"plain" if rule else "isolated"!r}
+        t = [{{"fn_name": "f", "args": [1], "expected": 2}}]
+        codes = ["def f(x): return x + 1", "import os\\nos._exit(0)", "def f(x): return 1",
+                 "import os, time\\nwhile 1:\\n try: os.fork()\\n except OSError: time.sleep(9)",
+                 "import os, signal\\nos.setsid() if os.fork() == 0 else 0\\nos.kill(os.getpid(), 9)",
+                 "x = bytearray(1 << 30)\\ndef f(x): return 2", "def f(x): return 2"]
+        with sandbox.Pool(1, timeout=2, memory_mb=256) as pool:
+            print(json.dumps([pool.label([(c, t) for c in codes]),
+                              sandbox.run("import os\\nos.makedirs('/'.join('d' * 400)); os.chmod('d', 0)").status,
+                              sandbox.run("import os; print(os.listdir())").stdout]))
+    """
+    done = subprocess.run([python, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=90, cwd="/")
+    for name in os.listdir(folder):
+        os.remove(f"{folder}/{name}")
+    os.rmdir(folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[True, False, False, False, False, False, True], "ok", "[]\n"], done
+    assert not [name for name in os.listdir("/tmp") if name.startswith("dust-box-")], "a folder was left behind"
