@@ -27,12 +27,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import grpo
 import rank_prompt
 import sandbox
-from data import BadInput, Problem, load_problems
+from data import BadInput, Problem, load_problems, write_whole
+from data.report import EVAL_CANDIDATES, write_report
 
 HERE = Path(__file__).resolve().parent
 
@@ -93,7 +95,6 @@ class Args:
 
 PAPER = dict(candidates=64, batch=64, ppo_epochs=3, steps=180, lr=1e-6, max_new_tokens=32768, repeats=10, save_every=10)
 QUICK = dict(limit=40, eval_limit=30, candidates=8, steps=3, repeats=1)
-EVAL_CANDIDATES = 4  # N of Best-of-N (section 3.1)
 NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick"}
 
 
@@ -201,12 +202,6 @@ class Journal:
         with self.path.open("a") as file:
             file.write("".join(json.dumps([key, value]) + "\n" for key, value in new.items()))
         self.done.update(new)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A file is there in full or not at all."""
-    path.with_suffix(".new").write_text(text, encoding="utf-8")
-    path.with_suffix(".new").replace(path)
 
 
 class Clock:
@@ -321,7 +316,7 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
             chosen = range(start, min(start + per_batch, len(problems)))
             if all(problems[i].id in journal.done for i in chosen):
                 continue
-            torch.manual_seed(derive(seed, name, start))
+            torch.manual_seed(derive(seed, start))
             ids, mask = grpo.left_pad([prompts[i] for i in chosen], model.device)  # [B, L] each
             rows = model.generate(
                 input_ids=ids, attention_mask=mask, do_sample=True, num_return_sequences=count,
@@ -492,7 +487,10 @@ def load_checkpoint(path: Path, model, optimizer) -> int:
 
 
 def draw(model, tokenizer, problems: list[Problem], args: Args, clock: Clock, *, name: str, out: Path) -> list[Group]:
-    """Evaluation groups (section 3.1): R times N = 4 labelled candidates a problem, at the evaluation's temperature."""
+    """Evaluation groups (section 3.1): R times N = 4 labelled candidates a problem, at the evaluation's temperature.
+
+    Every model draws them from the same seeds.
+    """
     with clock.stage(f"{name}: programs"):
         candidates = sample(
             model, tokenizer, problems, args, name=f"{name}: programs", count=EVAL_CANDIDATES * args.repeats,
@@ -536,152 +534,6 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
         labels += [0] * (len(group.candidates) - k)
         judged.append(Judged(seen, labels, answer, malformed=ranking is None and k > 1))
     return judged
-
-
-METRICS = {  # of one judged group's labels, best-ranked first; None: the group does not count
-    "pass1": lambda ranked: sum(ranked) / len(ranked),
-    "ndcg_all": lambda ranked: rank_prompt.ndcg(range(1, len(ranked) + 1), ranked),
-    "ndcg_mixed": lambda ranked: METRICS["ndcg_all"](ranked) if 0 < sum(ranked) < len(ranked) else None,
-    "ndcg_random": lambda ranked: rank_prompt.random_ndcg(ranked) if 0 < sum(ranked) < len(ranked) else None,
-    "best_of_4": lambda ranked: float(ranked[0]),
-    "oracle": lambda ranked: float(any(ranked)),
-}
-
-
-def per_problem(judged: list[Judged], metric: str) -> np.ndarray:
-    """[P, 2]: for each problem the sum of a metric over its groups, and how many groups that are."""
-    sums = defaultdict(lambda: [0.0, 0])
-    for one in judged:
-        value, entry = METRICS[metric](one.ranked), sums[one.group.problem.id]
-        if value is not None:
-            entry[0] += value
-            entry[1] += 1
-    return np.array(list(sums.values()))
-
-
-def interval(tables: list[np.ndarray], seed: int = 0, draws: int = 4000) -> dict[str, float | None]:
-    """A metric's mean with its 95 % bootstrap interval over problems, in per cent; of two tables, b - a, paired.
-
-    Resampling problems, not groups: the groups of one problem are not independent. Both tables of a difference are
-    drawn with the same problems. None where nothing counted.
-    """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        def value(rows):  # rows: [..., P] indices of problems
-            ratios = [100 * table[rows, 0].sum(-1) / table[rows, 1].sum(-1) for table in tables]
-            return ratios[-1] - ratios[0] if len(ratios) == 2 else ratios[0]
-
-        count = len(tables[0])
-        mean = float(value(np.arange(count)))
-        drawn = value(np.random.default_rng(seed).integers(count, size=(draws, count)))
-        low, high = np.nanpercentile(drawn, [2.5, 97.5]) if np.isfinite(drawn).any() else (np.nan, np.nan)
-    return {key: None if np.isnan(x) else round(float(x), 3) for key, x in zip(("mean", "low", "high"), (mean, low, high))}
-
-
-def summarise(rows: dict[str, list[Judged]]) -> dict:
-    """report.json's figures: each row (table 2 of the paper), each gain over the base, each slice of the problems."""
-    tables = {name: {metric: per_problem(judged, metric) for metric in METRICS} for name, judged in rows.items()}
-    result = {"rows": {n: {m: interval([table]) for m, table in metrics.items()} for n, metrics in tables.items()}}
-    result["gains"] = {
-        gain: {metric: interval([tables["base"][metric], tables[row][metric]]) for metric in METRICS}
-        for gain, row in (("judge", "trained_judge"), ("both", "trained")) if row in tables
-    }
-    result["counts"] = {
-        name: {
-            "groups": len(judged),
-            "mixed_groups": sum(0 < sum(one.ranked) < len(one.ranked) for one in judged),
-            "malformed_rankings": sum(one.malformed for one in judged),
-            "answers_without_program": sum(len(one.ranked) - len(one.group.candidates) for one in judged),
-        }
-        for name, judged in rows.items()
-    }
-    return result
-
-
-# --------------------------------------------------------------------------------------------------------- the report
-
-ROW_TITLES = {"base": "base", "trained_judge": "trained judge, base's candidates", "trained": "trained generator and judge"}
-COLUMNS = {"pass1": "pass@1", "ndcg_all": "NDCG", "ndcg_mixed": "NDCG mixed", "ndcg_random": "random",
-           "best_of_4": "Best-of-4", "oracle": "oracle"}
-
-
-def table(summary: dict) -> str:
-    """The three rows and two gains as a Markdown table, intervals included."""
-
-    def cell(figure: dict, sign: str = "") -> str:
-        if figure["mean"] is None:
-            return "-"
-        return f"{figure['mean']:{sign}.1f} [{figure['low']:{sign}.1f}, {figure['high']:{sign}.1f}]"
-
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, row in summary["rows"].items():
-        lines.append(f"| {ROW_TITLES[name]} | " + " | ".join(cell(row[c]) for c in COLUMNS) + " |")
-    for name, title in (("judge", "gain: judge"), ("both", "gain: both")):
-        if name in summary["gains"]:
-            lines.append(f"| {title} | " + " | ".join(cell(summary["gains"][name][c], "+") for c in COLUMNS) + " |")
-    return "\n".join(lines)
-
-
-def report(rows: dict[str, list[Judged]], args: Args, clock: Clock, out: Path) -> None:
-    """report.json, report.md, examples.md, curves.png where matplotlib is installed; and the table on the terminal."""
-    summary = summarise(rows)
-    slices = sorted({one.group.problem.difficulty for one in rows["base"]})
-    if len(slices) > 1:
-        part = lambda judged, mark: [one for one in judged if one.group.problem.difficulty == mark]  # noqa: E731
-        summary["slices"] = {mark: summarise({n: part(judged, mark) for n, judged in rows.items()}) for mark in slices}
-    summary |= {"args": asdict(args), "seconds": {name: round(s, 1) for name, s in clock.seconds.items()}}
-    write_whole(out / "report.json", json.dumps(summary, indent=1))
-    parts = ["# DuST\n", f"Model `{Path(args.model).name}`, seed {args.seed}, {args.repeats} x {EVAL_CANDIDATES} candidates "
-             f"a problem, {len({one.group.problem.id for one in rows['base']})} problems. Per cent, with 95 % bootstrap "
-             "intervals over problems; gains are paired. NDCG counts a group without a correct candidate as 0; NDCG "
-             "mixed has only groups with both; random is what a random order scores there. Row 3's mixed groups are "
-             "others than row 1's (a better generator leaves harder wrong programs): compare judges by row 2.\n",
-             table(summary)]
-    for mark, part in summary.get("slices", {}).items():
-        parts.append(f"\n## {mark or 'unmarked'}\n\n{table(part)}")
-    counts = [f"- {ROW_TITLES[n]}: " + ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in c.items())
-              for n, c in summary["counts"].items()]
-    total = sum(clock.seconds.values())
-    spent = [f"- {name}: {s:.0f} s ({s / total:.0%})" for name, s in clock.seconds.items()]
-    parts += ["\n## Counts\n", *counts, "\n## Time (this process)\n", *spent]
-    write_whole(out / "report.md", "\n".join(parts) + "\n")
-    write_whole(out / "examples.md", examples(rows))
-    with contextlib.suppress(ImportError):
-        draw_curves(out)
-    tqdm.write(f"\n{table(summary)}\n\n" + "\n".join(spent) + f"\n\nreport: {out}/report.md")
-
-
-def examples(rows: dict[str, list[Judged]], count: int = 3) -> str:
-    """A few groups to look at: the statement, the candidates with labels, the judge's answers before and after."""
-    parts, base = ["# Examples"], rows["base"]
-    mixed = [i for i, one in enumerate(base) if 0 < sum(one.ranked) < len(one.ranked)][:count]
-    for i in mixed or range(min(count, len(base))):
-        group = base[i].group
-        parts.append(f"## {group.problem.id}\n\n{group.problem.question}")
-        for number, c in enumerate(group.candidates, 1):
-            parts.append(f"Candidate {number}, {'correct' if c.correct else 'wrong'}:\n```python\n{c.code}\n```")
-        for name in ("base", "trained_judge"):
-            if name in rows:
-                parts.append(f"### The judge's answer: {ROW_TITLES[name]}\n\n````\n{rows[name][i].answer}\n````")
-    return "\n\n".join(parts) + "\n"
-
-
-def draw_curves(out: Path) -> None:
-    """curves.png: reward, malformed answers, entropy and answer length over the steps. Raises ImportError without
-    matplotlib."""
-    import matplotlib
-
-    if not (out / "metrics.jsonl").exists():
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(1, 4, figsize=(14, 3), layout="constrained")
-    for axis, name in zip(axes, ("reward", "malformed", "entropy", "answer_tokens")):
-        axis.plot([s["step"] for s in steps], [s[name] for s in steps])
-        axis.set(title=name.replace("_", " "), xlabel="step")
-    figure.savefig(out / "curves.png", dpi=120)
-    pyplot.close(figure)
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -742,8 +594,9 @@ def run(args: Args) -> None:
     if not args.eval_only:
         with clock.stage("sample"):
             candidates = sample(
-                model, tokenizer, problems, args, name="sample", count=args.candidates, seed=args.seed,
-                journal=Journal(out / "journal" / "samples.jsonl"), temperature=args.temperature, top_p=1.0, top_k=0,
+                model, tokenizer, problems, args, name="sample", count=args.candidates,
+                seed=derive(args.seed, "sample"), journal=Journal(out / "journal" / "samples.jsonl"),
+                temperature=args.temperature, top_p=1.0, top_k=0,
             )
         with clock.stage("label"):
             label(problems, candidates, args, name="label", journal=Journal(out / "journal" / "labels.jsonl"))
@@ -759,7 +612,7 @@ def run(args: Args) -> None:
         rows["trained_judge"] = judge(model, tokenizer, drawn, args, clock, name="judge", out=out)
         drawn = draw(model, tokenizer, held_out, args, clock, name="trained", out=out)
         rows["trained"] = judge(model, tokenizer, drawn, args, clock, name="trained", out=out)
-    report(rows, args, clock, out)
+    tqdm.write("\n" + write_report(rows, asdict(args), clock.seconds, out) + f"\nall of it: {out}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -772,9 +625,16 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except (BadInput, sandbox.SandboxError) as error:
         print(f"dust: {error}", file=sys.stderr)
-    except OSError as error:
-        what = "the disk is full" if error.errno == errno.ENOSPC else f"{error.filename or ''}: {error.strerror or error}"
-        print(f"dust: {what}; put that right, and the same command with --resume goes on", file=sys.stderr)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have exceptions of their own
+        text = str(error).splitlines()[0]
+        full = ("No space left", "StreamWriter failed", "inline_container")  # the two words torch has for it
+        if getattr(error, "errno", None) == errno.ENOSPC or any(words in text for words in full):
+            text = "the disk is full: make room"
+        elif isinstance(error, torch.OutOfMemoryError):
+            text = "out of memory: lower --rows (sampling) or --micro-tokens (training)"
+        elif not isinstance(error, OSError):
+            raise
+        print(f"dust: {text}; then the same command with --resume goes on", file=sys.stderr)
     return 2
 
 

@@ -1,21 +1,22 @@
 """Runs programs that a model wrote and says whether they pass: every reward in DuST comes from here.
 
-A worker is a fork server: this file, started once as a script in a small clean interpreter, forks a child for each run.
-Source, stdin and outputs are memory files that travel over a socket; the expected values never leave the caller.
+A worker is a fork server: this file, started once as a script in a small clean interpreter, forks a child for each
+run. Source, stdin and outputs are memory files that travel over a socket; expected values never leave the caller.
 
 Covered on every system:
 - The verdict is made in the caller, from what was printed or returned and the exit status that the kernel reports.
-  Patched builtins, os._exit(0), a fake ==, bytes in the result channel: nothing a candidate does turns wrong into right.
-- Limits on wall clock, CPU, memory, output, file size and open files; an own folder, a bare environment, no inherited
-  descriptors, a fresh process for each test. Ctrl-C or the death of the caller ends what runs.
+  Patched builtins, os._exit(0), a fake ==, bytes in the result channel: nothing turns a wrong answer into a right one.
+- Limits on wall clock, CPU, memory, output, file size and open files; an own folder, a bare environment, no
+  inherited descriptors, a fresh process for each test. Ctrl-C or the death of the caller ends what runs.
 - A failure of the sandbox itself is a SandboxError, never a label.
 Covered on Linux: the memory and the number of processes of the whole tree, of which nothing outlives its run.
-Covered where Linux allows namespaces (to root and to most users): no network, no sight of other processes, no files but
-Python, /usr (both read-only) and an empty folder of 64 MB. Elsewhere Landlock does what it can (files, TCP, signals),
-and one line on stderr says what is missing.
+Covered where Linux allows namespaces (to root and to most users): no network, no sight of other processes, no files
+but Python, /usr (both read-only) and an empty folder of 64 MB. Elsewhere Landlock does what it can (files, TCP,
+signals), and one line on stderr says what is missing.
 
-Not covered: holes in the kernel (no seccomp filter, no virtual machine), side channels, memory in socket buffers, disk
-space and processes that hide from their group where there are no namespaces. macOS has the first list only.
+Not covered: holes in the kernel (no seccomp filter, no virtual machine), side channels, memory in socket buffers;
+without namespaces the disk space that many files take. macOS has the first list only, and there a process that
+leaves its group outlives its run.
 """
 import atexit
 import gc
@@ -50,7 +51,7 @@ else:
 OUTPUT_CAP = 16 << 20  # bytes of stdout, of stderr, of a result and of any one file
 PROCESSES = 64  # processes and threads in one run
 REQUEST = struct.Struct("<d Q ? ?")  # timeout, memory in bytes, is it a function's test, does a cache come with it
-REPLY = struct.Struct("<c i d 200s")  # x exit, t timeout, m memory, ! sandbox failure; exit code; seconds; what failed
+REPLY = struct.Struct("<c i d 200s")  # x exit, t timeout, m memory, ! failure; exit code; seconds; what failed
 ENVIRONMENT = {  # all that candidates see, with HOME and TMPDIR; hashes repeat, so that labels do
     "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0",
     "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1",  # each arena and thread takes from RLIMIT_AS
@@ -102,7 +103,7 @@ def decode(tree: Any, sequence: type = list) -> Any:
     return sequence(decode(item, sequence) for item in tree) if isinstance(tree, list) else tree
 
 
-# ------------------------------------------------------------------------------- the fork server: a room for candidates
+# -------------------------------------------------------------------------- the fork server: a room for candidates
 
 READ_ONLY, NOSUID, NODEV, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 32, 4096, 1 << 14, 1 << 18  # mount(2)
 MOUNTS, IPC, USERS, PIDS, NETWORK = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30  # unshare(2)
@@ -191,15 +192,20 @@ def landlock(readable: "list[str]", writable: "list[str]") -> int:
 
 def furnish(isolated: bool, uid: int, box: str, paths: "list[str]", control: socket.socket) -> types.SimpleNamespace:
     """Build the room that a worker's candidates run in."""
-    room = types.SimpleNamespace(isolated=isolated, uid=uid, box=box, ruleset=None, processes=PROCESSES, missing="")
+    room = types.SimpleNamespace(isolated=isolated, box=box, ruleset=None, processes=PROCESSES, missing="")
+    room.uid = room.power = uid  # candidates' real and effective user
     room.box_options = f"size=64m,nr_inodes=4096,mode=700,uid={uid},gid={uid}"
     if isolated:
         build_root(paths, room.box_options)
     else:
         os.mkdir(room.box, 0o700)
         if LINUX and os.getuid() == 0:
-            room.uid = foreign_uid()
-            os.chown(room.box, room.uid, room.uid)
+            room.uid = room.power = foreign_uid()
+            os.seteuid(room.uid)
+            if not os.access(os.__file__, os.R_OK, effective_ids=True):
+                room.power = 0  # Python is root's alone: root to files, without capabilities; a stranger to limits
+            os.seteuid(0)
+            os.chown(room.box, room.power, room.power)
         elif LINUX:  # this limit counts all that the user runs
             mine = [pid for pid in processes() if os.stat(f"/proc/{pid}").st_uid == os.getuid()]
             room.processes += sum(len(os.listdir(f"/proc/{pid}/task")) for pid in mine)
@@ -232,9 +238,9 @@ def enter(room: types.SimpleNamespace, streams: "list[int]", timeout: float, mem
             resource.setrlimit(which, (value, value))
     if room.uid:
         os.setgroups([])
-        os.setresgid(room.uid, room.uid, room.uid)
-        os.setresuid(room.uid, room.uid, room.uid)
-    elif LINUX:
+        os.setresgid(room.power, room.power, room.power)
+        os.setresuid(room.uid, room.power, room.power)
+    if LINUX and not room.power:
         libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
     if room.ruleset:
         libc("syscall", 446, room.ruleset, 0)
@@ -243,7 +249,7 @@ def enter(room: types.SimpleNamespace, streams: "list[int]", timeout: float, mem
         os.close(fd)
 
 
-# ---------------------------------------------------------------------- the fork server: inside a candidate's process
+# ------------------------------------------------------------------- the fork server: inside a candidate's process
 
 
 def play(room: types.SimpleNamespace, fds: "list[int]", timeout: float, memory: int, call: bool, cached: bool) -> None:
@@ -279,7 +285,7 @@ def play(room: types.SimpleNamespace, fds: "list[int]", timeout: float, memory: 
 
 
 def execute(room: types.SimpleNamespace, source: int, cache: "int | None", result: "int | None") -> None:
-    """Compile a program, or take the code that its first test has compiled; run it; call its function if one is asked."""
+    """Compile a program, or take the code that its first test compiled; run it; call its function if one is asked."""
     main, blob = sys.modules["__main__"], os.pread(cache, OUTPUT_CAP, 0) if cache else b""
     if blob:
         code = marshal.loads(blob)
@@ -523,7 +529,7 @@ if SERVER:
     start_server(*sys.argv[1:])
     os._exit(0)  # the rest of this file is the caller's
 
-# ------------------------------------------------------------------------------------------------ the caller: workers
+# --------------------------------------------------------------------------------------------- the caller: workers
 
 
 class _WorkerDied(Exception):
@@ -553,10 +559,10 @@ class _Worker:
         """Start the server. Returns its first word: + and what is missing, or - and why it cannot."""
         places = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
         self.socket, theirs = socket.socketpair()
-        command = [sys.executable, "-S", "-s", os.path.abspath(__file__), str(theirs.fileno()), _Worker.mode, sys.prefix]
+        command = [sys.executable, "-S", "-s", os.path.abspath(__file__), str(theirs.fileno()), _Worker.mode]
         try:
             null = subprocess.DEVNULL
-            self.process = subprocess.Popen(command + places, stdin=null, stdout=null, stderr=null, cwd="/",
+            self.process = subprocess.Popen([*command, sys.prefix, *places], stdin=null, stdout=null, stderr=null, cwd="/",
                                             env=ENVIRONMENT, pass_fds=[theirs.fileno()], start_new_session=True)
         except OSError as error:
             raise SandboxError(f"sandbox: cannot start a worker: {error}") from None
@@ -623,7 +629,7 @@ def _status(how: bytes, code: int, longest: int, stderr: str) -> str:
     return "error" if code else "ok"
 
 
-# --------------------------------------------------------------------------------------------- the caller: the verdict
+# ----------------------------------------------------------------------------------------- the caller: the verdict
 
 
 def difference(expected: str, got: str) -> str:
@@ -777,7 +783,7 @@ class Pool:
             self._busy.discard(worker)
 
     def run(self, source: "list[int]", stdin: bytes, timeout: float, memory_mb: int, call: bool = False) -> tuple:
-        """Run once. source: the program's file, and one for its compiled code. Returns a Result and a call's answer."""
+        """Run once. source: the program's file, and one for compiled code. Returns a Result and a call's answer."""
         with contextlib.ExitStack() as stack:
             streams = [_memory_file(stack, stdin), _memory_file(stack), _memory_file(stack)]
             files = streams + source + ([_memory_file(stack)] if call else [])
@@ -795,7 +801,7 @@ class Pool:
 
 
 def _after_fork() -> None:
-    """A fork of the caller lets go of its workers: while it held their sockets, they would not see the caller die."""
+    """A fork of the caller lets go of its workers: if it held their sockets, they would not see the caller die."""
     for worker in _Worker.alive:
         worker.socket.close()
     _Worker.alive.clear()

@@ -89,3 +89,9 @@ def check_test(test, where: str) -> None:
             raise ValueError(f'{where} needs "fn_name" (a string), "args" (a list) and "expected"')
     elif not isinstance(test, dict) or not all(isinstance(test.get(name), str) for name in ("input", "output")):
         raise ValueError(f'{where} needs "input" and "output" (strings), or "fn_name", "args" and "expected"')
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file is there in full or not at all."""
+    path.with_suffix(".new").write_text(text, encoding="utf-8")
+    path.with_suffix(".new").replace(path)

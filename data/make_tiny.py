@@ -152,7 +152,7 @@ def write_problems(path: Path, marked: list[tuple[str, MicroProblem]]) -> None:
 
 
 def make_problems() -> None:
-    training = draw_distinct(2, "training", SEEN_ORDERS, 600)
+    training = draw_distinct(2, "training", SEEN_ORDERS, 400)
     evaluation = [("seen order", p) for p in draw_distinct(3, "evaluation", SEEN_ORDERS, 200)]
     evaluation += [("unseen order", p) for p in draw_distinct(4, "evaluation", sorted(UNSEEN_ORDERS), 100)]
     write_problems(DATA / "train.jsonl", [("seen order", p) for p in training])

@@ -126,7 +126,9 @@ ESCAPES = {
     "secret_in_the_environment": ("import os\nif 'DUST_SECRET' in os.environ: print('ESCAPED')", False),
     "secret_in_a_file": ("if open('{folder}/secret').read(): print('ESCAPED')", True),
     "list_of_the_callers_folder": ("import os\nif 'secret' in os.listdir('{folder}'): print('ESCAPED')", True),
-    "the_callers_home": ("import os\nos.listdir({home!r})\nprint('ESCAPED')", True),
+    "the_callers_home": (
+        "import os, sys\nfor n in os.listdir({home!r}):\n"
+        " if not sys.base_prefix.startswith({home!r} + '/' + n): print('ESCAPED')", True),
     "the_callers_etc_passwd": ("if open('/etc/passwd').read(): print('ESCAPED')", True),
     "the_callers_environment_in_proc": ("if open('/proc/{caller}/environ').read(): print('ESCAPED')", True),
     "the_callers_command_line": ("if open('/proc/{caller}/cmdline').read(): print('ESCAPED')", True),
@@ -167,22 +169,22 @@ ESCAPES = {
     "100_MB_in_small_files": ("for i in range(10): open(str(i), 'wb').write(bytes(10 << 20))\nprint('ESCAPED')", True),
     "5000_files": ("for i in range(5000): open(str(i), 'w').close()\nprint('ESCAPED')", True),
     "limits_taken_off": (
-        "import resource as r\nfor k in r.RLIMIT_FSIZE, r.RLIMIT_NPROC, r.RLIMIT_CPU:\n"
+        "import resource as r\nfor k in r.RLIMIT_FSIZE, r.RLIMIT_CPU:\n"
         " r.setrlimit(k, (r.RLIM_INFINITY, r.RLIM_INFINITY))\nprint('ESCAPED')", False),
     "20_MB_of_output": ("import sys\nfor i in range(20): sys.stdout.write('x' * (1 << 20))\nprint('ESCAPED')", False),
 }
 
-# Programs that leave a process, named by {tag}, behind.
-SLEEP = "os.execv('/bin/sleep', ['{tag}', '20'])"
+# Programs that leave a process, named by {tag}, behind. They wait a little, so that it has its name when they end.
+SLEEP = "os.execv('/bin/sleep', ['{tag}', '20'])\nimport time\ntime.sleep(.4)\n"
 NULL = "for fd in 0, 1, 2: os.dup2(os.open('/dev/null', os.O_RDWR), fd)\n"
 ORPHANS = {
     "a_child": "import os\nif os.fork() == 0:\n " + NULL + " " + SLEEP,
     "a_daemon": "import os\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0:\n  " + NULL + "  " + SLEEP,
     "one_that_ignores_signals": "import os, signal\nif os.fork() == 0:\n os.setsid()\n"
     " for s in 1, 2, 3, 15: signal.signal(s, signal.SIG_IGN)\n " + NULL + " " + SLEEP,
-    "a_stopped_one": "import os, signal, time\np = os.fork()\nif p == 0:\n os.setsid()\n " + NULL + " " + SLEEP
-    + "\ntime.sleep(.2)\nos.kill(p, signal.SIGSTOP)",
+    "a_stopped_one": "import os, signal\np = os.fork()\nif p == 0:\n os.setsid()\n " + NULL + " " + SLEEP
+    + "os.kill(p, signal.SIGSTOP)",
     "a_background_job": "import subprocess\nsubprocess.Popen(['{tag}', '20'], executable='/bin/sleep', "
-    "stdout=-3, stderr=-3, start_new_session=True)",
-    "one_of_a_crashed_program": "import os\nif os.fork() == 0:\n os.setsid()\n " + NULL + " " + SLEEP + "\nos.abort()",
+    "stdout=-3, stderr=-3, start_new_session=True)\nimport time\ntime.sleep(.4)",
+    "one_of_a_crashed_program": "import os\nif os.fork() == 0:\n os.setsid()\n " + NULL + " " + SLEEP + "os.abort()",
 }

@@ -82,7 +82,7 @@ def test_no_evaluation_statement_is_trained_on():
     """
     evaluation = {p.question for p in load_problems("micro-eval")}
     training = {p.question for p in load_problems("micro-train")}
-    assert len(evaluation) == 300 and len(training) == 600 and not evaluation & training
+    assert len(evaluation) == 300 and len(training) == 400 and not evaluation & training
     seen = set()
     for chunk in range(make_tiny.STEPS // 8):
         seen.update(p.question for p in make_tiny.draw_pretraining_problems(0, chunk, 8 * make_tiny.BATCH))

@@ -12,7 +12,7 @@ import torch
 
 import dust
 import rank_prompt
-from data import BadInput, Problem
+from data import Problem, report
 from dust import Candidate, Group, Judged
 
 torch.set_num_threads(1)  # tiny models gain nothing from more; and a forked child must not need the parent's threads
@@ -38,10 +38,10 @@ def error_of(capsys, *arguments) -> str:
 
 
 def read_run(out: Path) -> dict:
-    report = json.loads((out / "report.json").read_text())
+    figures = json.loads((out / "report.json").read_text())
     candidates = [json.loads(line) for line in (out / "candidates.jsonl").read_text().splitlines()]
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {"report": report, "candidates": candidates, "steps": steps}
+    return {"report": figures, "candidates": candidates, "steps": steps}
 
 
 def check_run(out: Path, problems: int, candidates: int, steps: int) -> None:
@@ -113,8 +113,8 @@ def test_a_random_llama_goes_through_the_same_code(llama, tmp_path):
 
 def test_eval_only_measures_and_trains_nothing(llama, tmp_path):
     assert run_dust(*llama["arguments"], "--eval-only", "--out", tmp_path / "run") == 0
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert list(report["rows"]) == ["base"] and report["gains"] == {}
+    figures = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert list(figures["rows"]) == ["base"] and figures["gains"] == {}
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -375,7 +375,7 @@ def judged(name: str, *rankings: list[int]) -> list[Judged]:
 
 def test_the_metrics_of_a_hand_made_evaluation():
     groups = judged("a", [1, 0, 0, 0], [0, 0, 0, 0]) + judged("b", [0, 1, 1, 0]) + judged("c", [1, 1, 1, 1])
-    mean = {m: dust.interval([dust.per_problem(groups, m)])["mean"] for m in dust.METRICS}
+    mean = {m: report.interval([report.per_problem(groups, m)])["mean"] for m in report.METRICS}
     second = rank_prompt.ndcg([1, 2, 3, 4], [0, 1, 1, 0])
     assert mean["pass1"] == pytest.approx(100 * (1 + 0 + 2 + 4) / 16, abs=1e-3)
     assert mean["ndcg_all"] == pytest.approx(100 * (1 + 0 + second + 1) / 4, abs=1e-3)
@@ -389,9 +389,9 @@ def test_a_paired_difference_is_drawn_with_the_same_problems():
     rng = np.random.default_rng(0)
     base = np.stack([rng.random(50), np.ones(50)], 1)
     better = base + np.array([0.1, 0])
-    gain = dust.interval([base, better])
+    gain = report.interval([base, better])
     assert gain["mean"] == pytest.approx(10) and gain["high"] - gain["low"] < 0.01
-    alone = dust.interval([base])
+    alone = report.interval([base])
     assert alone["low"] < alone["mean"] < alone["high"] and alone["high"] - alone["low"] > 5
 
 
@@ -400,10 +400,10 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says():
     hits = 0
     for trial in range(200):
         values = rng.random((60, 1)) < 0.3
-        figure = dust.interval([np.concatenate([values, np.ones((60, 1))], 1)], seed=trial, draws=500)
+        figure = report.interval([np.concatenate([values, np.ones((60, 1))], 1)], seed=trial, draws=500)
         hits += figure["low"] <= 30 <= figure["high"]
     assert 180 <= hits <= 199
 
 
 def test_an_evaluation_without_mixed_groups_has_no_made_up_ndcg():
-    assert dust.interval([dust.per_problem(judged("a", [1, 1, 1, 1]), "ndcg_mixed")]) == {"mean": None, "low": None, "high": None}
+    assert report.interval([report.per_problem(judged("a", [1, 1, 1, 1]), "ndcg_mixed")]) == {"mean": None, "low": None, "high": None}

