@@ -150,6 +150,7 @@ ESCAPES = {
         "socket.create_connection(s.getsockname(), 2)\nprint('ESCAPED')", True),
     "a_new_user_namespace": ("import ctypes\nif ctypes.CDLL(None).unshare(1 << 28) == 0: print('ESCAPED')", True),
     "memory_of_one_process": ("x = b'x' * (300 << 20)\nprint('ESCAPED')", False),
+    "address_space_without_end": ("import mmap\nx = mmap.mmap(-1, 8 << 30)\nprint('ESCAPED')", False),
     "memory_of_many_processes": (
         "import os, time\nfor i in range(4):\n if os.fork() == 0:\n  x = b'x' * (60 << 20)\n  time.sleep(1.5)\n"
         "  os._exit(0)\nfor i in range(4): os.wait()\nprint('ESCAPED')", False),
