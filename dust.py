@@ -94,7 +94,7 @@ class Args:
 
 
 PAPER = dict(candidates=64, batch=64, ppo_epochs=3, steps=180, lr=1e-6, max_new_tokens=32768, repeats=10, save_every=10)
-QUICK = dict(limit=40, eval_limit=30, candidates=8, steps=3, repeats=1)
+QUICK = dict(limit=60, eval_limit=60, candidates=8, steps=10, repeats=1)
 NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick"}
 
 
@@ -122,22 +122,31 @@ def parse_args(argv: list[str] | None) -> Args:
 
 
 def check_args(args: Args) -> Args:
-    for name in ("candidates", "group_size", "answers", "batch", "mini_batch", "ppo_epochs", "max_new_tokens",
-                 "repeats", "save_every", "rows", "micro_tokens", "workers"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least 1")
+    """Refuses what cannot work before anything starts."""
+    counts = ("candidates", "batch", "mini_batch", "ppo_epochs", "max_new_tokens", "repeats", "save_every", "rows",
+              "micro_tokens", "workers", "memory_mb")
+    at_least = dict.fromkeys(counts, 1) | dict.fromkeys(("limit", "eval_limit", "steps", "clip", "kl", "top_k"), 0)
+    above = dict.fromkeys(("timeout", "lr", "temperature", "top_p"), 0)
+    for bounds, words in ((at_least, "at least"), (above, "above")):
+        for name, bound in bounds.items():
+            value = getattr(args, name)
+            if value < bound or (value == bound and bounds is above):
+                raise BadInput(f"--{name.replace('_', '-')} is {value}; it has to be {words} {bound}")
     if args.group_size < 2:
-        raise BadInput("--group-size is 1; a ranking needs at least 2 candidates")
+        raise BadInput(f"--group-size is {args.group_size}; a ranking needs at least 2 candidates")
     if args.group_size > args.candidates:
         raise BadInput(
             f"--group-size {args.group_size} is larger than --candidates {args.candidates}; "
             "sample at least as many candidates as stand in a group"
         )
     if args.answers < 2:
-        raise BadInput("--answers is 1; GRPO compares the answers to one prompt and needs at least 2")
-    if args.temperature <= 0:
-        raise BadInput("--temperature has to be above 0: training samples its answers")
-    return args
+        raise BadInput(f"--answers is {args.answers}; GRPO compares the answers to one prompt and needs at least 2")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {device} does not work here: {str(error).splitlines()[0]}") from None
+    return replace(args, device=device)
 
 
 # ---------------------------------------------------------------------------------------- what flows, and what stays
@@ -308,8 +317,9 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
     """
     prompts = [encode(tokenizer, rank_prompt.generation_prompt(p.question, p.starter_code), args) for p in problems]
     check_context(model, prompts, [p.id for p in problems], args)
-    stops = eos_ids(model, tokenizer)
-    per_batch = max(1, args.rows // count)
+    stops, per_batch = eos_ids(model, tokenizer), max(1, args.rows // count)
+    greedy = sampling["temperature"] == 0  # then all answers to a problem are one
+    settings = {"do_sample": False} if greedy else {"do_sample": True, "num_return_sequences": count, **sampling}
     found = sum(p.id in journal.done for p in problems)
     with bar(len(problems), name, found) as progress:
         for start in range(0, len(problems), per_batch):
@@ -319,9 +329,9 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
             torch.manual_seed(derive(seed, start))
             ids, mask = grpo.left_pad([prompts[i] for i in chosen], model.device)  # [B, L] each
             rows = model.generate(
-                input_ids=ids, attention_mask=mask, do_sample=True, num_return_sequences=count,
-                max_new_tokens=args.max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], **sampling,
-            )[:, ids.shape[1] :]  # [B * count, R]
+                input_ids=ids, attention_mask=mask, max_new_tokens=args.max_new_tokens, eos_token_id=stops,
+                pad_token_id=stops[0], **settings,
+            )[:, ids.shape[1] :].repeat_interleave(count if greedy else 1, 0)  # [B * count, R]
             units = defaultdict(list)
             for row, i in zip(rows.cpu(), np.repeat(chosen, count)):
                 ends = torch.isin(row, torch.tensor(stops)).nonzero()
@@ -558,7 +568,10 @@ def open_run(args: Args) -> Path:
         if changed:
             values = ", ".join(f"{name} was {before.get(name)!r}" for name in changed)
             raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {values}")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot make this folder: {error.strerror}") from None
     write_whole(saved, json.dumps(asdict(args), indent=1))
     return out
 
@@ -583,7 +596,6 @@ def plan(problems: list[Problem], held_out: list[Problem], args: Args, out: Path
 
 def run(args: Args) -> None:
     """The method, stage by stage. Each stage keeps a journal below out/, so each goes on where it was stopped."""
-    args = replace(args, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     problems = [] if args.eval_only else load_problems(args.train)[: args.limit or None]
     held_out = load_problems(args.eval)
     if args.eval_limit:
@@ -632,7 +644,9 @@ def main(argv: list[str] | None = None) -> int:
             text = "the disk is full: make room"
         elif isinstance(error, torch.OutOfMemoryError):
             text = "out of memory: lower --rows (sampling) or --micro-tokens (training)"
-        elif not isinstance(error, OSError):
+        elif isinstance(error, OSError):
+            text = f"{error.filename or 'a file'}: {error.strerror or text}: put that right"
+        else:
             raise
         print(f"dust: {text}; then the same command with --resume goes on", file=sys.stderr)
     return 2

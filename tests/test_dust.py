@@ -111,8 +111,10 @@ def test_a_random_llama_goes_through_the_same_code(llama, tmp_path):
     check_run(tmp_path / "run", 8, 8, 2)
 
 
-def test_eval_only_measures_and_trains_nothing(llama, tmp_path):
-    assert run_dust(*llama["arguments"], "--eval-only", "--out", tmp_path / "run") == 0
+@pytest.mark.parametrize("temperature", [0, 0.6])
+def test_eval_only_measures_and_trains_nothing(llama, tmp_path, temperature):
+    """Temperature 0 as well, the first control beside every claim: a gain that it also gives is no gain of training."""
+    assert run_dust(*llama["arguments"], "--eval-only", "--eval-temperature", temperature, "--out", tmp_path / "run") == 0
     figures = json.loads((tmp_path / "run" / "report.json").read_text())
     assert list(figures["rows"]) == ["base"] and figures["gains"] == {}
     assert not (tmp_path / "run" / "model").exists()
@@ -249,7 +251,12 @@ def test_a_folder_that_is_no_model_is_one_line(tmp_path, capsys):
         (["--group-size", "1"], "at least 2"),
         (["--batch", "0"], "--batch is 0"),
         (["--answers", "1"], "--answers is 1"),
-        (["--temperature", "0"], "--temperature"),
+        (["--temperature", "0"], "--temperature is 0.0; it has to be above 0"),
+        (["--lr", "-1"], "--lr is -1.0"),
+        (["--limit", "-1"], "--limit is -1"),
+        (["--timeout", "0"], "--timeout is 0.0"),
+        (["--device", "abacus"], "--device abacus does not work here"),
+        (["--out", __file__, "--quick"], "cannot make this folder"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_starts(capsys, arguments, reason):
@@ -302,7 +309,7 @@ def test_the_paper_preset_is_the_papers_table_4_and_what_is_given_wins():
     assert (paper.candidates, paper.batch, paper.ppo_epochs, paper.lr, paper.kl) == (64, 64, 3, 1e-6, 0.001)
     assert (paper.group_size, paper.answers, paper.mini_batch, paper.clip) == (4, 8, 16, 0.2)
     assert dust.parse_args([]).lr == dust.Args.lr and dust.parse_args(["--model", "some/model", "--lr", "1"]).lr == 1
-    assert dust.parse_args(["--quick", "--steps", "7"]).steps == 7 and dust.parse_args(["--quick"]).steps < 7
+    assert dust.parse_args(["--quick", "--steps", "7"]).steps == 7 and dust.parse_args(["--quick"]).steps < dust.Args.steps
 
 
 # ------------------------------------------------------------------------------------------------ the stages' own rules
