@@ -93,7 +93,9 @@ class Args:
     top_k: int = arg(20, "top-k of the evaluation")
 
 
-PAPER = dict(candidates=64, batch=64, ppo_epochs=3, steps=180, lr=1e-6, max_new_tokens=32768, repeats=10, save_every=10)
+PAPER = dict(
+    candidates=64, batch=64, ppo_epochs=3, steps=180, lr=1e-6, max_new_tokens=32768, repeats=10, save_every=10
+)
 QUICK = dict(limit=60, eval_limit=60, candidates=8, steps=10, repeats=1)
 NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick"}
 
@@ -308,8 +310,8 @@ def check_context(model, prompts: list[torch.Tensor], names: list[str], args: Ar
 # -------------------------------------------------------------------------------------------------------- the stages
 
 
-def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, count: int, seed: int, journal: Journal,
-           **sampling) -> list[Candidate]:
+def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, count: int, seed: int,
+           journal: Journal, **sampling) -> list[Candidate]:
     """`count` answers to each problem (paper 2.2), their programs extracted; ordered by problem.
 
     sampling: temperature, top_p, top_k of model.generate. Prompts are padded on the left and decoded in batches of
@@ -342,7 +344,8 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
     answers = [(p.id, text, ended) for p in problems for text, ended in journal.done[p.id]]
     candidates = [Candidate(problem_id, text, rank_prompt.extract_code(text)) for problem_id, text, _ in answers]
     without, cut = sum(c.code is None for c in candidates), sum(not ended for *_, ended in answers)
-    tqdm.write(f"  {len(candidates)} answers, {without} without a program, {cut} cut off at {args.max_new_tokens} tokens")
+    limit = args.max_new_tokens
+    tqdm.write(f"  {len(candidates)} answers, {without} without a program, {cut} cut off at {limit} tokens")
     return candidates
 
 
@@ -431,8 +434,8 @@ def train(model, tokenizer, groups: list[Group], args: Args, out: Path) -> None:
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 save_checkpoint(checkpoint, model, optimizer, step + 1)
             progress.set_postfix_str(
-                f"reward {metrics['reward']:.2f}, malformed {metrics['malformed']:.0%}, cut {metrics['truncated']:.0%}, "
-                f"KL {metrics['ref_kl']:.3f}"
+                f"reward {metrics['reward']:.2f}, malformed {metrics['malformed']:.0%}, "
+                f"cut {metrics['truncated']:.0%}, KL {metrics['ref_kl']:.3f}"
             )
             progress.update()
 
@@ -480,7 +483,8 @@ def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout],
 
 def save_checkpoint(path: Path, model, optimizer, step: int) -> None:
     """Weights, optimiser and step in one file, whole or not at all. All randomness follows from the step."""
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, path.with_suffix(".new"))
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    torch.save(state, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
 
 
@@ -501,14 +505,15 @@ def draw(model, tokenizer, problems: list[Problem], args: Args, clock: Clock, *,
 
     Every model draws them from the same seeds.
     """
+    journals = out / "journal"
     with clock.stage(f"{name}: programs"):
         candidates = sample(
             model, tokenizer, problems, args, name=f"{name}: programs", count=EVAL_CANDIDATES * args.repeats,
-            seed=derive(args.seed, "evaluate"), journal=Journal(out / "journal" / f"{name}-samples.jsonl"),
+            seed=derive(args.seed, "evaluate"), journal=Journal(journals / f"{name}-samples.jsonl"),
             temperature=args.eval_temperature, top_p=args.top_p, top_k=args.top_k,
         )
     with clock.stage("label"):
-        label(problems, candidates, args, name=f"{name}: label", journal=Journal(out / "journal" / f"{name}-labels.jsonl"))
+        label(problems, candidates, args, name=f"{name}: label", journal=Journal(journals / f"{name}-labels.jsonl"))
     cut = [candidates[i : i + EVAL_CANDIDATES] for i in range(0, len(candidates), EVAL_CANDIDATES)]
     owners = [problem for problem in problems for _ in range(args.repeats)]
     return [Group(problem, own) for problem, own in zip(owners, cut)]
@@ -564,7 +569,8 @@ def open_run(args: Args) -> Path:
         if not args.resume:
             raise BadInput(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
         before = json.loads(saved.read_text())
-        changed = [name for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT and before.get(name) != value]
+        settings = {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
+        changed = [name for name, value in settings.items() if before.get(name) != value]
         if changed:
             values = ", ".join(f"{name} was {before.get(name)!r}" for name in changed)
             raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {values}")
@@ -587,8 +593,9 @@ def plan(problems: list[Problem], held_out: list[Problem], args: Args, out: Path
         work |= {"judge: rankings": drawn, "trained: programs": drawn * EVAL_CANDIDATES, "trained: rankings": drawn}
         print(f"  sample   {len(problems)} problems x {args.candidates} candidates = {sampled} answers")
         print(f"  label    up to {sampled} programs on all their tests, {args.workers} at a time")
-        print(f"  group    up to {len(problems) * (args.candidates // args.group_size)} groups of {args.group_size}, mixed ones kept")
-        print(f"  train    {args.steps} steps x {args.batch} groups x {args.answers} rankings = {answers} answers, reward {args.reward}")
+        groups = len(problems) * (args.candidates // args.group_size)
+        print(f"  group    up to {groups} groups of {args.group_size}, mixed ones kept")
+        print(f"  train    {args.steps} steps x {args.batch} groups x {args.answers} rankings = {answers} answers")
     times = "once" if args.eval_only else "before and after"
     print(f"  evaluate {len(held_out)} problems x {args.repeats} x {EVAL_CANDIDATES} candidates, {times}", flush=True)
     return Clock(work)

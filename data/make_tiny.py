@@ -258,7 +258,8 @@ def phrases() -> list[str]:
     intro, outro = ranking_prompt("", []).split("\n\n\n\n")
     sentences += [*intro.split(" 0"), "\n\n" + outro]
     code = [f"```python\n{FIRST_LINE}", f"\n{LAST_LINE}\n```", *(f"\n{line}" for line in LINES)]
-    words = ["<think>", "</think>", "\nTry:", "\nCandidate", "\n\nCandidate", "Ranking:", " same", " off", ": yes", ": no"]
+    words = ["<think>", "</think>", "\nTry:", "\nCandidate", "\n\nCandidate", "Ranking:"]
+    words += [" same", " off", ": yes", ": no"]
     small = [" ->", ":", ",", "\n", "\n\n", "user\n", "assistant\n"]
     world = [f" {word}" for word in READINGS] + [f" {digit}" for digit in range(10)]
     return sentences + code + words + world + small
@@ -364,11 +365,8 @@ def pretrain(tokenizer, out: Path, *, seed: int, steps: int, batch: int, lr: flo
         tokens += sum(len(p) + len(a) for p, a in batches[(step - 1) % 8])
         if step % 50 == 0:
             seconds = time.time() - began
-            print(
-                f"step {step}/{steps}  loss {sum(losses[-50:]) / len(losses[-50:]):.3f}  {tokens / seconds:,.0f} tokens/s"
-                f"  {seconds / 60:.1f} min",
-                flush=True,
-            )
+            speed, recent = f"{tokens / seconds:,.0f} tokens/s", sum(losses[-50:]) / len(losses[-50:])
+            print(f"step {step}/{steps}  loss {recent:.3f}  {speed}  {seconds / 60:.1f} min", flush=True)
         if step % 250 == 0 or step == steps:
             report(probe(model, tokenizer, problems=100))
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
@@ -443,7 +441,8 @@ def probe(model, tokenizer, *, problems: int = 200, seed: int = 5) -> dict[str, 
         for key, value in skills(drawn, texts).items():
             result[f"{name}/{key}"] = value
     programs = [read_program(answer) for answer in answers[:problems]]
-    accepted = [(t[-1].program, program) for t, program in zip(map(read_attempts, answers), programs) if t and t[-1].accepted]
+    thoughts = zip(map(read_attempts, answers), programs)
+    accepted = [(attempts[-1].program, written) for attempts, written in thoughts if attempts and attempts[-1].accepted]
     result["copy"] = mean(kept == written for kept, written in accepted)
     result["pass1"] = mean(program is not None and p.fits(program) for p, program in zip(drawn, programs))
     rankings = [parse_ranking(answer, 4) for answer in answers[problems:]]
@@ -509,7 +508,7 @@ def save(model, tokenizer, out: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=DATA / "tiny", help="folder of the model")
-    parser.add_argument("--work", type=Path, default=Path("runs/make_tiny"), help="folder of the unfinished pretraining")
+    parser.add_argument("--work", type=Path, default=Path("runs/make_tiny"), help="where unfinished pretraining is kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batch", type=int, default=BATCH, help="documents a step")

@@ -131,8 +131,11 @@ def write_report(rows: dict[str, list], args: dict, seconds: dict[str, float], o
     """report.json, report.md, examples.md and, where matplotlib is installed, curves.png; returns report.md's text."""
     summary = summarise(rows)
     marks = sorted({one.group.problem.difficulty for one in rows["base"]})
-    slices = {m: {n: [one for one in own if one.group.problem.difficulty == m] for n, own in rows.items()} for m in marks}
-    summary["slices"] = {mark: summarise(own) for mark, own in slices.items()} if len(marks) > 1 else {}
+
+    def only(mark: str) -> dict[str, list]:
+        return {name: [one for one in own if one.group.problem.difficulty == mark] for name, own in rows.items()}
+
+    summary["slices"] = {mark: summarise(only(mark)) for mark in marks} if len(marks) > 1 else {}
     summary |= {"args": args, "seconds": {name: round(s, 1) for name, s in seconds.items()}}
     parts = [f"# DuST on `{Path(args['model']).name}`, seed {args['seed']}", table(summary), NOTE]
     parts += [f"## Only: {mark or 'unmarked'}\n\n{table(own)}" for mark, own in summary["slices"].items()]
