@@ -125,8 +125,8 @@ def test_eval_only_measures_and_trains_nothing(llama, tmp_path, temperature):
 def run_and_die(where: str, count: int, arguments: list[str]) -> int:
     """Runs dust in a child process that kills itself with SIGKILL at one place; returns the child's exit code.
 
-    where: "save" (half a checkpoint written), "step" (after the update, before it is recorded) or a journal, in which
-    the unit after the first `count` calls is torn in the middle of a line.
+    where: "save" (half a checkpoint written), "step" (after the update that follows `count` whole steps) or a journal,
+    in which the unit after the first `count` calls is torn in the middle of a line.
     """
     child = os.fork()
     if child:
@@ -140,8 +140,14 @@ def run_and_die(where: str, count: int, arguments: list[str]) -> int:
     if where == "save":
         torch.save = lambda state, path: (path.write_bytes(b"half a checkpoint"), die())
     elif where == "step":
-        real_update = dust.grpo.update
-        dust.grpo.update = lambda *a, **k: (real_update(*a, **k), die())
+        real_update, made = dust.grpo.update, Counter()
+
+        def update(*a, **k):
+            metrics = real_update(*a, **k)
+            made["steps"] += 1
+            return die() if made["steps"] > count else metrics
+
+        dust.grpo.update = update
     else:
         real_add, calls = dust.Journal.add, Counter()
 
@@ -163,7 +169,7 @@ def run_and_die(where: str, count: int, arguments: list[str]) -> int:
 
 
 KILLS = [("samples", 1), ("labels", 0), ("base-samples", 0), ("base-labels", 0), ("base-rankings", 0), ("step", 0),
-         ("save", 0), ("judge-rankings", 0), ("trained-samples", 1), ("trained-labels", 0), ("trained-rankings", 0)]
+         ("save", 0), ("step", 1), ("judge-rankings", 0), ("trained-samples", 1), ("trained-labels", 0), ("trained-rankings", 0)]
 
 
 def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_was_not(llama, tmp_path):
@@ -171,7 +177,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_was_not(llama, tmp
 
     The result has to be the very same, and no unit of work may be in a journal twice.
     """
-    arguments = [*llama["arguments"], "--rows", "16"]
+    arguments = [*llama["arguments"], "--rows", "16", "--steps", "3"]
     assert run_dust(*arguments, "--out", tmp_path / "whole") == 0
     killed = [*arguments, "--out", str(tmp_path / "killed"), "--resume"]
     for where, count in KILLS:
@@ -186,6 +192,16 @@ def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_was_not(llama, tmp
     for path in (tmp_path / "killed" / "journal").iterdir():
         keys = [json.loads(line)[0] for line in path.read_text().splitlines()]
         assert len(keys) == len(set(keys)), path.name
+
+
+def test_training_goes_on_from_the_checkpoint_and_not_from_the_start(llama, tmp_path, monkeypatch):
+    """Starting again gives the same result, for all is seeded; only the number of updates tells the two apart."""
+    arguments = [*llama["arguments"], "--out", str(tmp_path / "run"), "--resume", "--steps", "3"]
+    assert run_and_die("step", 2, arguments) == -signal.SIGKILL
+    real, made = dust.grpo.update, Counter()
+    monkeypatch.setattr(dust.grpo, "update", lambda *a, **k: (made.update(steps=1), real(*a, **k))[1])
+    assert run_dust(*arguments) == 0
+    assert made["steps"] == 1
 
 
 def test_finished_work_is_not_repeated(llama, tmp_path, monkeypatch):
