@@ -16,6 +16,7 @@ import contextlib
 import copy
 import errno
 import json
+import math
 import os
 import random
 import sys
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 import grpo
 import rank_prompt
@@ -113,8 +115,8 @@ def parse_args(argv: list[str] | None) -> Args:
         else:
             default = "" if f.default in ("", MISSING) else f" (default: {f.default})"
             parser.add_argument(
-                f"--{f.name.replace('_', '-')}", type=type(f.default), metavar=f.name.upper(),
-                help=f.metadata["help"] + default, **extra,
+                f"--{f.name.replace('_', '-')}", type=type(f.default), help=f.metadata["help"] + default,
+                **({"metavar": f.name.upper()} | extra if "choices" not in extra else extra),
             )
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     shipped = Path(given.get("model", Args.model)).resolve() == Path(Args.model)
@@ -128,11 +130,12 @@ def check_args(args: Args) -> Args:
     counts = ("candidates", "batch", "mini_batch", "ppo_epochs", "max_new_tokens", "repeats", "save_every", "rows",
               "micro_tokens", "workers", "memory_mb")
     at_least = dict.fromkeys(counts, 1) | dict.fromkeys(("limit", "eval_limit", "steps", "clip", "kl", "top_k"), 0)
+    at_least["eval_temperature"] = 0
     above = dict.fromkeys(("timeout", "lr", "temperature", "top_p"), 0)
     for bounds, words in ((at_least, "at least"), (above, "above")):
         for name, bound in bounds.items():
             value = getattr(args, name)
-            if value < bound or (value == bound and bounds is above):
+            if not math.isfinite(value) or value < bound or (value == bound and bounds is above):
                 raise BadInput(f"--{name.replace('_', '-')} is {value}; it has to be {words} {bound}")
     if args.group_size < 2:
         raise BadInput(f"--group-size is {args.group_size}; a ranking needs at least 2 candidates")
@@ -145,8 +148,8 @@ def check_args(args: Args) -> Args:
         raise BadInput(f"--answers is {args.answers}; GRPO compares the answers to one prompt and needs at least 2")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise BadInput(f"--device {device} does not work here: {str(error).splitlines()[0]}") from None
     return replace(args, device=device)
 
@@ -266,8 +269,11 @@ def load_model(args: Args):
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=local)
         model = AutoModelForCausalLM.from_pretrained(args.model, local_files_only=local, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BadInput(f"--model {args.model} does not load: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # three libraries, each with exceptions of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"--model {args.model} does not load: {reason}") from None
+    if not tokenizer("x y 1").input_ids or not eos_ids(model, tokenizer):
+        raise BadInput(f"--model {args.model}: its tokenizer is empty, or nothing names an end-of-text token")
     if not tokenizer.chat_template:
         tqdm.write(f"{args.model} has no chat template: the prompt is given as plain text")
         tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
@@ -322,6 +328,8 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
     stops, per_batch = eos_ids(model, tokenizer), max(1, args.rows // count)
     greedy = sampling["temperature"] == 0  # then all answers to a problem are one
     settings = {"do_sample": False} if greedy else {"do_sample": True, "num_return_sequences": count, **sampling}
+    # the model's own config may hold penalties and filters that neither the paper nor the rankings know
+    own, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
     found = sum(p.id in journal.done for p in problems)
     with bar(len(problems), name, found) as progress:
         for start in range(0, len(problems), per_batch):
@@ -341,6 +349,7 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
                 units[problems[i].id].append([decode(tokenizer, prompts[i], answer), bool(len(ends))])
             journal.add(units)
             progress.update(len(units))
+    model.generation_config = own
     answers = [(p.id, text, ended) for p in problems for text, ended in journal.done[p.id]]
     candidates = [Candidate(problem_id, text, rank_prompt.extract_code(text)) for problem_id, text, _ in answers]
     without, cut = sum(c.code is None for c in candidates), sum(not ended for *_, ended in answers)
@@ -560,10 +569,10 @@ def open_run(args: Args) -> Path:
     if args.out:
         out = Path(args.out)
     else:
-        stem = Path(args.model).name + ("-quick" if args.quick else "")
-        own = sorted(runs.glob(f"{stem}-[0-9]*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-        number = int(own[-1].name.rsplit("-", 1)[1]) if own else 0
-        out = runs / f"{stem}-{number if args.resume and own else number + 1}"
+        stem = Path(args.model).resolve().name + ("-quick" if args.quick else "")
+        numbers = [path.name.removeprefix(f"{stem}-") for path in runs.glob(f"{stem}-*")]
+        number = max((int(n) for n in numbers if n.isdecimal()), default=0)
+        out = runs / f"{stem}-{number if args.resume and number else number + 1}"
     saved = out / "args.json"
     if saved.exists():
         if not args.resume:
@@ -606,7 +615,8 @@ def run(args: Args) -> None:
     problems = [] if args.eval_only else load_problems(args.train)[: args.limit or None]
     held_out = load_problems(args.eval)
     if args.eval_limit:
-        held_out = held_out[:: max(1, len(held_out) // args.eval_limit)][: args.eval_limit]
+        count = min(args.eval_limit, len(held_out))
+        held_out = [held_out[i * len(held_out) // count] for i in range(count)]
     model, tokenizer = load_model(args)
     out = open_run(args)
     clock = plan(problems, held_out, args, out)
@@ -649,7 +659,7 @@ def main(argv: list[str] | None = None) -> int:
         full = ("No space left", "StreamWriter failed", "inline_container")  # the two words torch has for it
         if getattr(error, "errno", None) == errno.ENOSPC or any(words in text for words in full):
             text = "the disk is full: make room"
-        elif isinstance(error, torch.OutOfMemoryError):
+        elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
             text = "out of memory: lower --rows (sampling) or --micro-tokens (training)"
         elif isinstance(error, OSError):
             text = f"{error.filename or 'a file'}: {error.strerror or text}: put that right"

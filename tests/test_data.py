@@ -37,6 +37,7 @@ def test_problems_are_read_in_order_with_their_optional_fields(tmp_path):
         (GOOD | {"id": "b", "tests": []}, '"tests" is missing or empty; every problem needs at least one test'),
         ({"id": "b", "question": "Q"}, '"tests" is missing'),
         ({"question": "Q", "tests": GOOD["tests"]}, '"id" is missing'),
+        (GOOD | {"id": "b", "question": "\ud800"}, "surrogates not allowed"),
         (GOOD | {"id": "b", "question": " "}, '"question" is missing or empty'),
         (GOOD | {"id": "b", "tests": [{"input": "1"}]}, 'tests[0] needs "input" and "output"'),
         (GOOD | {"id": "b", "tests": [{"input": 1, "output": "2"}]}, 'tests[0] needs "input" and "output"'),
@@ -84,7 +85,7 @@ def test_no_evaluation_statement_is_trained_on():
     training = {p.question for p in load_problems("micro-train")}
     assert len(evaluation) == 300 and len(training) == 400 and not evaluation & training
     seen = set()
-    for chunk in range(make_tiny.STEPS // 8):
+    for chunk in range(-(-make_tiny.STEPS // 8)):
         seen.update(p.question for p in make_tiny.draw_pretraining_problems(0, chunk, 8 * make_tiny.BATCH))
     assert len(seen) > 10000
     assert not seen & evaluation and not seen & training

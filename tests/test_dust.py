@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -109,6 +110,18 @@ def test_a_random_llama_goes_through_the_same_code(llama, tmp_path):
     """Another architecture, no chat template, no pad token, its own problems: nothing is special about the tiny one."""
     assert run_dust(*llama["arguments"], "--out", tmp_path / "run") == 0
     check_run(tmp_path / "run", 8, 8, 2)
+
+
+def test_penalties_in_a_models_own_generation_config_do_not_reach_the_candidates(llama, tmp_path):
+    """Models ship with repetition penalties; the paper samples from the model as it is, and so do the rankings."""
+    folder = tmp_path / "model"
+    shutil.copytree(llama["folder"] / "model", folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2, "repetition_penalty": 5.0, "do_sample": true}')
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    assert run_dust(*llama["arguments"], "--eval-only", "--out", plain) == 0
+    assert run_dust(*llama["arguments"], "--eval-only", "--model", folder, "--out", other) == 0
+    name = Path("journal") / "base-samples.jsonl"
+    assert (plain / name).read_text() == (other / name).read_text()
 
 
 @pytest.mark.parametrize("temperature", [0, 0.6])
@@ -269,6 +282,7 @@ def test_a_folder_that_is_no_model_is_one_line(tmp_path, capsys):
         (["--answers", "1"], "--answers is 1"),
         (["--temperature", "0"], "--temperature is 0.0; it has to be above 0"),
         (["--lr", "-1"], "--lr is -1.0"),
+        (["--lr", "nan"], "--lr is nan"),
         (["--limit", "-1"], "--limit is -1"),
         (["--timeout", "0"], "--timeout is 0.0"),
         (["--device", "abacus"], "--device abacus does not work here"),
