@@ -302,9 +302,13 @@ def eos_ids(model, tokenizer) -> list[int]:
     return sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
 
 
+def context_of(model) -> int:
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+
 def check_context(model, prompts: list[torch.Tensor], names: list[str], args: Args) -> None:
     """Stops the run while nothing is lost yet, rather than in the middle with positions the model never saw."""
-    context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    context = context_of(model)
     for prompt, name in zip(prompts, names):
         if len(prompt) + args.max_new_tokens > context:
             raise BadInput(
@@ -458,13 +462,20 @@ def pick(groups: list[Group], step: int, args: Args) -> list[Group]:
     return picked
 
 
+def ranking_ids(tokenizer, group: Group, args: Args) -> torch.Tensor:
+    prompt = rank_prompt.ranking_prompt(group.problem.question, [c.code for c in group.candidates])
+    return encode(tokenizer, prompt, args)
+
+
+def fits_context(model, tokenizer, group: Group, args: Args) -> bool:
+    """Whether a group's ranking prompt leaves room for the answer; with long programs some may not."""
+    return len(ranking_ids(tokenizer, group, args)) + args.max_new_tokens <= context_of(model)
+
+
 def rank(model, tokenizer, groups: list[Group], args: Args, **sampling) -> list[grpo.Rollout]:
     """Rankings of groups by the model, as they are ordered: one Rollout a group."""
-    asked = [rank_prompt.ranking_prompt(g.problem.question, [c.code for c in g.candidates]) for g in groups]
-    prompts = [encode(tokenizer, prompt, args) for prompt in asked]
-    check_context(model, prompts, [g.problem.id for g in groups], args)
     return grpo.rollout(
-        model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model, tokenizer), max_rows=args.rows,
+        model, [ranking_ids(tokenizer, group, args) for group in groups], max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model, tokenizer), max_rows=args.rows,
         **sampling,
     )
 
@@ -531,7 +542,8 @@ def draw(model, tokenizer, problems: list[Problem], args: Args, clock: Clock, *,
 def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, name: str, out: Path) -> list[Judged]:
     """Each evaluation group in the model's order (paper 2.1). Every model is shown the same shuffle of a group.
 
-    Answers without a program are not shown and come last. A malformed ranking leaves the shown, shuffled order, which
+    Answers without a program are not shown and come last. A malformed ranking, or a prompt that does not fit, leaves the
+    shown, shuffled order, which
     is what a system would have to fall back on: it costs what knowing nothing costs, and it is counted.
     """
     journal = Journal(out / "journal" / f"{name}-rankings.jsonl")
@@ -543,6 +555,7 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
     with clock.stage(f"{name}: rankings"), bar(len(groups), f"{name}: rankings", len(journal.done)) as progress:
         for start in range(0, len(groups), step):
             chunk = [i for i in range(start, min(start + step, len(groups))) if len(shown[i].candidates) > 1]
+            chunk = [i for i in chunk if fits_context(model, tokenizer, shown[i], args)]
             if all(str(i) in journal.done for i in chunk):
                 continue
             generator = torch.Generator().manual_seed(derive(args.seed, "judge", start))
@@ -630,7 +643,12 @@ def run(args: Args) -> None:
         with clock.stage("label"):
             label(problems, candidates, args, name="label", journal=Journal(out / "journal" / "labels.jsonl"))
         write_whole(out / "candidates.jsonl", "".join(json.dumps(asdict(c)) + "\n" for c in candidates))
-        groups = make_groups(problems, candidates, args.group_size)
+        mixed = make_groups(problems, candidates, args.group_size)
+        groups = [group for group in mixed if fits_context(model, tokenizer, group, args)]
+        if len(groups) < len(mixed):
+            tqdm.write(f"  {len(mixed) - len(groups)} groups left out: longer than the model's context with the answer")
+        if not groups:
+            raise BadInput("no group's ranking prompt fits the model's context: use a smaller --max-new-tokens")
     drawn = draw(model, tokenizer, held_out, args, clock, name="base", out=out)
     rows = {"base": judge(model, tokenizer, drawn, args, clock, name="base", out=out)}
     if not args.eval_only:

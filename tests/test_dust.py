@@ -307,6 +307,14 @@ def test_a_prompt_longer_than_the_context_is_one_line(llama, tmp_path, capsys):
     assert "problem long one" in message and "context of 512" in message
 
 
+def test_a_group_too_long_to_rank_is_left_out_and_counted(llama, tmp_path, capsys, monkeypatch):
+    """Found in the middle of training it would end the run, with settings that --resume may not change."""
+    real, seen = dust.fits_context, []
+    monkeypatch.setattr(dust, "fits_context", lambda *a: (seen.append(a), len(seen) > 2 and real(*a))[1])
+    assert run_dust(*llama["arguments"], "--out", tmp_path / "run") == 0
+    assert "2 groups left out" in capsys.readouterr().out
+
+
 def test_a_full_disk_is_one_line_and_loses_nothing(llama, tmp_path, capsys, monkeypatch):
     real, calls = dust.Journal.add, [0]
 
