@@ -542,9 +542,9 @@ def draw(model, tokenizer, problems: list[Problem], args: Args, clock: Clock, *,
 def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, name: str, out: Path) -> list[Judged]:
     """Each evaluation group in the model's order (paper 2.1). Every model is shown the same shuffle of a group.
 
-    Answers without a program are not shown and come last. A malformed ranking, or a prompt that does not fit, leaves the
-    shown, shuffled order, which
-    is what a system would have to fall back on: it costs what knowing nothing costs, and it is counted.
+    Answers without a program are not shown and come last. A malformed ranking, or a prompt that does not fit, leaves
+    the shown, shuffled order, which is what a system would have to fall back on: it costs what knowing nothing costs,
+    and it is counted.
     """
     journal = Journal(out / "journal" / f"{name}-rankings.jsonl")
     shown = []
