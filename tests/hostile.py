@@ -3,6 +3,7 @@
 Each attack succeeds against `naive_run` or `naive_judge`, so a test that sees it fail in the sandbox means something.
 They are bounded: a bomb stops at a number, a flood at a size, an orphan after seconds.
 """
+import json
 import subprocess
 import sys
 import time
@@ -18,6 +19,16 @@ def naive_run(code: str, stdin: str = "", timeout: float = 5.0, cwd: str | None 
     except subprocess.TimeoutExpired:
         out, err = b"", b""
     return out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), time.monotonic() - start
+
+
+def one_process_judge(code: str, tests: list, cwd: str) -> bool:
+    """As many runners do: all tests in one process, each with a namespace and streams of its own."""
+    script = ("import contextlib, io, json, sys\ncode, inputs = json.load(sys.stdin)\nout = []\nfor text in inputs:\n"
+              " sys.stdin = io.StringIO(text)\n with contextlib.redirect_stdout(io.StringIO()) as o:\n"
+              "  exec(code, {'__name__': '__main__'})\n out.append(o.getvalue().strip())\nprint(json.dumps(out))")
+    done = subprocess.run([sys.executable, "-c", script], input=json.dumps([code, [t["input"] for t in tests]]),
+                          text=True, capture_output=True, cwd=cwd, timeout=20)
+    return json.loads(done.stdout or "[]") == [test["output"] for test in tests]
 
 
 def naive_judge(code: str, tests: list, cwd: str) -> bool:
@@ -119,6 +130,41 @@ MEMORIES = {
         "import os, socket, time\ns = socket.socket(socket.AF_UNIX)\ntry:\n s.bind('\\0{tag}')\n"
         "except OSError: print(2)\nelse:\n print(1, flush=True)\n if os.fork() == 0:\n  os.setsid()\n  os.close(1)\n"
         "  os.close(2)\n  time.sleep(3)\n  os._exit(0)\n"),
+}
+
+# The same in the memory of one process, where a runner executes all tests of a program one after another.
+KEEP = "\nd['n'] = d.get('n', 0) + 1\nprint(d['n'])"
+TRACES = {
+    "in_a_module": "import math\ntry: math.n += 1\nexcept AttributeError: math.n = 1\nprint(math.n)",
+    "in_a_class_of_a_module": (
+        "from collections import Counter\ntry: n = Counter.n + 1\nexcept AttributeError: n = 1\n"
+        "for Counter.n in [n]: print(n)"),
+    "in_the_builtins": "import builtins\nd = vars(builtins)" + KEEP,
+    "in_its_own_builtins": "d = __builtins__ if type(__builtins__) is dict else __builtins__.__dict__" + KEEP,
+    "in_the_builtins_of_a_function": "def f(): pass\nd = f.__builtins__" + KEEP,
+    "in_the_builtins_by_a_pattern": "def f(): pass\nmatch f:\n case object(__builtins__=d): pass" + KEEP,
+    "in_the_builtins_by_a_frame": "g = (x for x in [1])\nd = g.gi_frame.f_builtins" + KEEP,
+    "in_the_builtins_by_name": "def f(): pass\nd = getattr(f, '__built' + 'ins__')" + KEEP,
+    "in_the_builtins_by_a_getter": (
+        "from operator import attrgetter\ndef f(): pass\nd = attrgetter('__builtins__')(f)" + KEEP),
+    "in_the_builtins_by_a_getter_that_nobody_imports": (
+        "try: attrgetter\nexcept NameError: from operator import attrgetter\ndef f(): pass\n"
+        "d = attrgetter('__builtins__')(f)" + KEEP),
+    "in_a_module_by_a_formatter": (
+        "import string\nd = string.Formatter().get_field('0.__globals__', [string.capwords], {})[0]" + KEEP),
+    "in_code_made_late": "exec('import builtins')\nd = eval('vars(builtins)')" + KEEP,
+    "in_wide_letters": "\uff45xec('import builtins')\nd = \uff45val('vars(builtins)')" + KEEP,
+    "in_the_list_of_modules": "import sys\nd = sys.modules" + KEEP,
+    "in_the_list_of_modules_by_the_way": "import typing\nd = typing.sys.modules" + KEEP,
+    "in_the_arguments": "import sys\nsys.argv.append(1)\nprint(len(sys.argv) - 1)",
+    "in_the_recursion_limit": "import sys\nprint(1 + (sys.getrecursionlimit() == 777))\nsys.setrecursionlimit(777)",
+    "in_the_random_state": (
+        "import random\nprint(1 + (random.getstate()[1][:3] == (1, 2, 3)))\n"
+        "random.setstate((3, (1, 2, 3) + (0,) * 621 + (624,), None))"),
+    "in_the_decimal_context": (
+        "import decimal\nprint(1 + (decimal.getcontext().prec == 7))\ndecimal.getcontext().prec = 7"),
+    "in_the_environment": "import os\nd = os.environ\nd['n'] = str(int(d.get('n', 0)) + 1)\nprint(d['n'])",
+    "in_the_builtins_by_their_owner": "d = print.__self__.__dict__" + KEEP,
 }
 
 # Programs that print ESCAPED when they got through. The bool says: it takes namespaces (or Landlock) to hold it.

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -76,6 +77,68 @@ def test_nothing_is_remembered_from_test_to_test(name, tmp_path):
     assert verdict.failed_test is not None
     assert not [file for folder in ("/tmp", "/var/tmp", "/dev/shm") for file in os.listdir(folder)
                 if file.startswith(f"dust-{os.getpid()}-")]
+
+
+@pytest.mark.parametrize("name", hostile.TRACES)
+def test_a_used_process_cannot_be_told_from_a_new_one(name, tmp_path):
+    """Tests that share a process are quick; what the first leaves in its memory would be there for the second."""
+    code = hostile.TRACES[name]
+    assert hostile.one_process_judge(code, hostile.TWICE, str(tmp_path)), "the one process is not fooled"
+    verdict = sandbox.judge(code, hostile.TWICE, timeout=5)
+    assert verdict.failed_test == 1 and verdict.results[0].stdout.strip() == "1", verdict
+
+
+def test_a_used_process_has_no_old_names_and_no_old_generators():
+    """A generator in a cycle ends when the collector comes, and would print into whichever test runs then."""
+    names = "try: n += 1\nexcept NameError: n = 1\nprint(n)"
+    late = ("def f():\n try: yield\n finally: print(2)\nimport sys\nif sys.stdin.read() == 'a':\n g = [f()]\n g.append(g)\n next(g[0])\n"
+            " print(1)\nelse: l = [[] for i in range(99999)]")
+    assert sandbox.judge(names, hostile.TWICE).failed_test == 1
+    tests = [{"input": text, "output": number} for text, number in (("", ""), ("a", "1"), ("b", "2"))]
+    assert hostile.one_process_judge(late, tests, "/") and sandbox.judge(late, tests).failed_test == 2
+
+
+@pytest.mark.parametrize("code, output, processes", [
+    ("print(int(input()) + 1)", "{0}", 1), ("import os\nprint(int(input()) + 1)", "{0}", 6),
+    ("import sys\nfrom collections import deque\ndef main():\n q = deque(map(int, sys.stdin.read().split()))\n"
+     " print(q[0] + 1)\nif __name__ == '__main__':\n main()", "{0}", 1),
+    ("class A:\n def f(self, x): return int(x) + 1\nS = A()\nprint(S.f(input()))\nexit()", "{0}", 1),
+    ("class A:\n def __init__(self): self.x = 7\nprint(A().x)", "7", 6), ("print(gcd(4, 6), sum(map(int, open(0))))", "2 {1}", 6),
+    ("print(randint(4, 4))", "4", 6),
+    ("n = int(input())\nl = [0] * (30 << 20 if n != 4 else 1)\nprint(n + 1)", "{0}", 1),
+], ids=itertools.count())
+def test_tests_share_a_process_where_they_may(code, output, processes, monkeypatch):
+    """A check that is too cautious is slow, one that is not cautious enough is wrong; and nothing shows either."""
+    play, played = sandbox.Pool._play, []
+    monkeypatch.setattr(sandbox.Pool, "_play", lambda *arguments: played.append(1) or play(*arguments))
+    tests = [{"input": f"{i}\n", "output": output.format(i + 1, i)} for i in range(6)]
+    verdict = sandbox.judge(code, tests, timeout=5)
+    assert verdict and len(verdict.results) == 6 and len(played) == processes, verdict.reason
+
+
+def test_the_code_of_a_program_is_compiled_once():
+    """Most of a short run was the compiler's, once for each test."""
+    with contextlib.ExitStack() as stack:
+        program = sandbox._program(stack, "import os\nprint(7)")
+        for _ in range(2):
+            assert sandbox._runs(sandbox._shared, program, PRINTS_7, 5, 512)[0][0].stdout == "7\n"
+            assert os.pread(program, 1, 0) == b"c"
+
+
+def test_a_test_that_hangs_in_a_used_process_costs_a_second_more_and_not_its_time_twice():
+    start = time.monotonic()
+    verdict = sandbox.judge("n = int(input())\nwhile n == 3: pass\nprint(n)",
+                            [{"input": f"{i}", "output": f"{i}"} for i in range(6)], timeout=3)
+    assert verdict.failed_test == 3 and verdict.results[3].status == "timeout" and time.monotonic() - start < 5.5
+
+
+def test_a_slow_test_does_not_take_the_time_of_the_next():
+    """Six tests of 0.4 s pass a timeout of 1 s each, though not in the second that one process is used for."""
+    code = "import sys\nn = int(input())\nfor i in range({}): pass\nprint(n)"
+    one = sandbox.run(code.format(10**6), "1\n").seconds
+    code = code.format(int(0.4 * 10**6 / one))
+    verdict = sandbox.judge(code, [{"input": f"{i}\n", "output": f"{i}"} for i in range(6)], timeout=2)
+    assert verdict and len(verdict.results) == 6 and all(0.05 < result.seconds < 2 for result in verdict.results)
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +350,8 @@ BENIGN = {
 @pytest.mark.parametrize("name", BENIGN)
 def test_honest_program_passes(name):
     code, stdin, output = BENIGN[name]
+    if name == "processes" and not ISOLATED:
+        pytest.skip("without namespaces there is no /dev/shm of one's own")
     if stdin is None:
         stdin = sandbox.run("print(hash('a'))").stdout
     verdict = sandbox.judge(code, [{"input": stdin, "output": output}], timeout=30)
@@ -363,6 +428,7 @@ def test_traceback_shows_the_program_only():
 
 # -------------------------------------------------------------------------------------------------------- how it is used
 
+PRINTS_7 = [{"input": "", "output": "7"}] * 2
 GOOD, BAD = [("print(int(input()) + 1)", [{"input": "1", "output": answer}]) for answer in "23"]
 
 
@@ -430,6 +496,32 @@ def test_a_caller_that_dies_leaves_nothing(death):
     wait_until(lambda: not processes_named(tag))
 
 
+@pytest.mark.skipif(not LINUX, reason="finds processes by /proc")
+def test_a_caller_that_dies_leaves_nothing_though_its_fork_lives_on():
+    """A fork that held the workers' sockets kept them waiting for a caller that was dead."""
+    tag = f"dust-{os.getpid()}-{random.randrange(1 << 28)}"
+    caller = script(f"""
+        import os, sandbox, threading, time
+        code = "import os\\nos.execv('/bin/sleep', ['{tag}', '60'])"
+        run = lambda: sandbox.run(code, timeout=50)
+        threading.Thread(target=run, daemon=True).start()
+        time.sleep(2)
+        child = os.fork()
+        if child:
+            print(child, flush=True)
+        time.sleep(60)
+    """)
+    child = int(caller.stdout.readline())
+    try:
+        wait_until(lambda: processes_named(tag))
+        caller.kill()
+        wait_until(lambda: not processes_named(tag))
+        os.kill(child, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        caller.communicate()
+
+
 def wait_until(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
@@ -447,8 +539,8 @@ def test_promises_hold_for_an_ordinary_user_and_without_namespaces(rule, user, t
         pytest.skip("no Python that an ordinary user can read")
     folder = f"/tmp/dust-{os.getpid()}-copy"
     os.makedirs(folder, exist_ok=True)
-    with open(sandbox.__file__) as f, open(folder + "/sandbox.py", "w") as copy:
-        copy.write(f.read())
+    for module in (sandbox, sandbox.sandbox_server):
+        shutil.copy(module.__file__, folder)
     code = f"""
         import json, os, sys
         sys.path.insert(0, {folder!r})
@@ -467,9 +559,7 @@ def test_promises_hold_for_an_ordinary_user_and_without_namespaces(rule, user, t
                               sandbox.run("import os; print(os.listdir())").stdout]))
     """
     done = subprocess.run([python, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=90, cwd="/")
-    for name in os.listdir(folder):
-        os.remove(f"{folder}/{name}")
-    os.rmdir(folder)
+    shutil.rmtree(folder)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[True, False, False, False, False, False, True], "ok", "[]\n"], done
     assert not [name for name in os.listdir("/tmp") if name.startswith("dust-box-")], "a folder was left behind"
