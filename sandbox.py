@@ -110,7 +110,7 @@ def run(code: str, stdin: str = "", *, timeout: float = 10.0, memory_mb: int = 1
     with contextlib.ExitStack() as stack:
         program = _program(stack, code)
         return program if isinstance(program, Result) else _runs(
-            _shared, program, [{"input": stdin}], timeout, memory_mb)[0][0]
+            _shared, program, [{"input": stdin}], timeout, memory_mb)[1][0][0]
 
 
 def judge(code: str, tests: "list[dict]", *, timeout: float = 10.0, memory_mb: int = 1024) -> Verdict:
@@ -129,16 +129,19 @@ def _judge(pool: "Pool", code: str, tests: "list[dict]", timeout: float, memory_
         program = _program(stack, code)
         if isinstance(program, Result):
             return Verdict(False, [program], 0, f"test 0: {program.stderr}")
+        sharing = True
         while len(results) < len(tests):
-            left = tests[len(results) :]
-            for i, (test, (result, answer)) in enumerate(zip(left, _runs(pool, program, left, timeout, memory_mb))):
+            left = tests[len(results) :] if sharing else tests[len(results) :][:1]
+            sharing, runs = _runs(pool, program, left, timeout, memory_mb)
+            for test, (result, answer) in zip(left, runs):
                 wrong = why_wrong(test, result, answer)
-                if wrong and i:
-                    break  # it was not the first in its process: once more, in a new one
+                if wrong and sharing:
+                    break
                 results.append(result)
                 if wrong:
                     failed = len(results) - 1
                     return Verdict(False, results, failed, f"test {failed}: {wrong}")
+            sharing = sharing and len(runs) > 0 and not wrong  # what fails in a used process is run again in a new one
     return Verdict(True, results, None, "")
 
 
@@ -170,19 +173,21 @@ def _program(stack: "contextlib.ExitStack", code: str) -> "int | Result":
     return Result("refused", "", why, None, 0.0) if why else _memory_file(stack, b"s" + source)
 
 
-def _runs(pool: "Pool", program: int, tests: "list[dict]", timeout: float, memory_mb: int) -> "list[tuple]":
-    """Run the first test, and those after it that can follow in its process: a Result each, and a function's answer."""
+def _runs(pool: "Pool", program: int, tests: "list[dict]", timeout: float, memory_mb: int) -> "tuple[bool, list]":
+    """Run the first test, or as many as can share a process. Returns whether they did; a Result and an answer each."""
+    if not (0 < timeout < 1e6 and memory_mb >= 1):
+        raise ValueError("sandbox: timeout is a number of seconds above 0, memory_mb at least 1")
     inputs, total = [], 0
     for test in tests:
         call = "fn_name" in test
-        given = (test["fn_name"], list(test["args"])) if call else test["input"].encode("utf-8", "replace")
-        total += len(marshal.dumps(given)) if inputs else 0
+        inputs.append((test["fn_name"], list(test["args"])) if call else test["input"].encode("utf-8", "replace"))
+        total += len(marshal.dumps(inputs[-1]))
         if total > SHARED_INPUTS:
+            inputs = inputs[:-1] or inputs
             break
-        inputs.append(given)
     stdin = inputs[0] if isinstance(inputs[0], bytes) else b""
-    keys = [os.urandom(8).hex().encode() for _ in range(2)]
-    ledger = marshal.dumps(([b"", *inputs[1:]] if stdin else inputs, keys))
+    key = os.urandom(16)
+    ledger = marshal.dumps((key, inputs if inputs[1:] or not stdin else [b""]))
     for _ in range(2):  # twice, as a worker can also die by an accident
         with contextlib.ExitStack() as stack:
             files = [program, *(_memory_file(stack, data) for data in (stdin, b"", b"", ledger))]
@@ -193,33 +198,13 @@ def _runs(pool: "Pool", program: int, tests: "list[dict]", timeout: float, memor
             outputs = [os.pread(fd, OUTPUT_CAP, 0) for fd in files[2:]]
         if how != b"k":
             break
+    if inputs[1:] and os.pread(program, 1, 0) == b"s":  # see load() in sandbox_server.py
+        lines = [json.loads(line) for line in outputs[2].split(b"\n")[:-1]]
+        return True, [(Result("ok", out, err, 0, spent), answer.encode()) for spent, out, err, answer in lines]
     out, err = (data.decode("utf-8", "replace") for data in outputs[:2])
-    lines = _signed_lines(outputs[2], keys)
-    plain, spent, answer = lines[0] if lines else (False, 0.0, b"")
-    if plain:
-        first = Result("ok", out, err, 0, spent)
-    else:
-        status = _status(how, code, max(map(len, outputs)), err)
-        first = Result(status, out, err, code if how in b"xk" else None, seconds)
-    runs = [(first, answer)]
-    for given, (_, spent, answer) in zip(inputs[1:], lines[1:] if plain else []):
-        out, err = ("", "") if isinstance(given, tuple) else json.loads(answer)
-        runs.append((Result("ok", out, err, 0, spent), answer))
-    return runs
-
-
-def _signed_lines(ledger: bytes, keys: "list[bytes]") -> "list[tuple[bool, float, bytes]]":
-    """The ledger's lines: by a plain program?, seconds, answer. They end at the first that is not signed."""
-    lines = []
-    for line in ledger.split(b"\n")[:-1]:
-        key, seconds, answer = (line.split(b" ", 2) + [b"", b""])[:3]
-        if key not in keys:
-            break
-        if seconds == b"!" and key == keys[True]:
-            raise SandboxError("sandbox: a child cannot enter its room: " + answer.decode("utf-8", "replace"))
-        with contextlib.suppress(ValueError):
-            lines.append((key == keys[True], float(seconds), answer))
-    return lines
+    status = _status(how, code, max(map(len, outputs)), err)
+    answer = outputs[2][len(key) :] if outputs[2].startswith(key) else b""
+    return False, [(Result(status, out, err, code if how in b"xk" else None, seconds), answer)]
 
 
 def _status(how: bytes, code: int, longest: int, stderr: str) -> str:
@@ -323,6 +308,8 @@ class Pool:
         for worker in [*self._busy, *self._idle]:
             worker.close()
         self._idle.clear()
+
+    __del__ = __exit__
 
     def label(self, jobs: "Iterable[tuple[str, list]]") -> "list[bool]":
         """Whether each (code, tests) passes, in order."""

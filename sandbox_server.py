@@ -9,12 +9,15 @@ that brings the tests' inputs and takes back, a line each, what was returned or 
 """
 import ast
 import atexit
+import builtins
+import collections
 import ctypes
 import gc
 import io
 import json
 import marshal
 import os
+import re
 import resource
 import select
 import signal
@@ -30,7 +33,7 @@ LINUX = sys.platform == "linux"
 OUTPUT_CAP = 16 << 20  # bytes of stdout, of stderr, of the ledger and of any one file
 PROCESSES = 64  # processes and threads in one run
 RECURSION = 50_100  # LiveCodeBench's 50,000, all of them for the program itself
-ONE_AFTER_ANOTHER = 1.0  # seconds that the later tests of a plain program may take in the process of the first
+ONE_AFTER_ANOTHER = 1.0  # seconds that a plain program's tests may take in one process
 REQUEST = struct.Struct("<d Q")  # timeout, memory in bytes
 REPLY = struct.Struct("<c i d 200s")  # x exit, t timeout, m memory, ! failure; exit code; seconds; what failed
 
@@ -52,10 +55,12 @@ def encode(value: Any) -> Any:
 
 # ----------------------------------------------------------------------------------------------------- the room
 
-READ_ONLY, NOSUID, NODEV, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 4096, 1 << 14, 1 << 18  # mount(2)
+READ_ONLY, NOSUID, NODEV, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 32, 4096, 1 << 14, 1 << 18  # mount(2)
 MOUNTS, IPC, USERS, PIDS, NETWORK = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30  # unshare(2)
-READABLE = "/usr /lib /lib64 /bin /etc/ld.so.cache /etc/localtime /etc/alternatives /dev/random /dev/urandom"
+READABLE = "/usr /lib /lib64 /bin /etc/ld.so.cache /etc/localtime /etc/alternatives " \
+    "/dev/null /dev/zero /dev/random /dev/urandom"
 LIBC = ctypes.CDLL(None, use_errno=True)
+NO_CAPABILITIES = struct.pack("Ii", 0x20080522, 0)
 
 
 def libc(function: str, *arguments: Any) -> int:
@@ -86,76 +91,91 @@ def leave_namespaces() -> None:
         write("/proc/self/gid_map", f"0 {gid} 1")
 
 
-def isolate(box: str, box_options: str) -> None:
-    """Make every file read-only, show no processes but ours, and lay an empty folder over the box."""
+def build_root(paths: "list[str]", box_options: str) -> None:
+    """Exchange all files for the given ones, read-only, and an empty folder /box."""
     mount(None, "/", None, RECURSIVE | PRIVATE)
-    mount("proc", "/proc", "proc", NOSUID | NODEV)
+    sources = {path: "/old" + os.path.realpath(path) for path in paths}
+    mount("tmpfs", "/tmp", "tmpfs", NOSUID, "mode=755")
+    for folder in ("root/box", "root/proc", "root/dev", "old"):
+        os.makedirs("/tmp/" + folder)
+    libc("pivot_root", "/tmp", "/tmp/old")
+    os.chdir("/root")
+    for path, source in sources.items():
+        target = "/root" + path
+        if os.path.exists(target) or not os.path.exists(source):
+            continue
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.mkdir(target) if os.path.isdir(source) else open(target, "w").close()
+        mount(source, target, None, BIND | RECURSIVE)
+        if not path.startswith("/dev/"):
+            kept = os.statvfs(target).f_flag & 8  # a user namespace may not take a noexec away
+            mount(None, target, None, REMOUNT | BIND | READ_ONLY | NOSUID | NODEV | kept)
+    links = {"tmp": "box", "dev/shm": "../box", "dev/fd": "/proc/self/fd", "dev/stdin": "fd/0", "dev/stdout": "fd/1"}
+    for name in links.keys() - set(os.listdir()):
+        os.symlink(links[name], name)
+    mount("proc", "proc", "proc", NOSUID | NODEV)
     for name, value in (("shmmni", "0"), ("msgmni", "0"), ("sem", "1 0 1 0")):
-        write(f"/proc/sys/kernel/{name}", value)  # no System V objects: they outlive the processes that make them
-    mount("/", "/proc", None, BIND | RECURSIVE)
-    os.chdir("/proc")
-    os.chroot(".")  # to the same files; but in a chroot nobody gets a user namespace, and with it new powers
-    attributes = struct.pack("4Q", READ_ONLY | NOSUID, 0, 0, 0)
-    libc("syscall", 442, -100, "/", 1 << 15, attributes, ctypes.c_size_t(len(attributes)))  # mount_setattr, all below /
-    mount("tmpfs", box, "tmpfs", NOSUID | NODEV, box_options)
+        write("proc/sys/kernel/" + name, value)  # no System V objects: they outlive the processes that make them
+    mount(None, "proc", None, REMOUNT | BIND | READ_ONLY | NOSUID | NODEV)
+    libc("umount2", "/old", 2)
+    mount(None, "/", None, REMOUNT | BIND | READ_ONLY | NOSUID)
+    os.chroot(".")  # in a chroot nobody gets a user namespace, and with it new powers
+    mount("tmpfs", "/box", "tmpfs", NOSUID | NODEV, box_options)
 
 
-def lock(room: types.SimpleNamespace) -> None:
-    """Make the room's Landlock rule set: its files only, no TCP, no signals to the outside."""
+def landlock(readable: "list[str]", writable: "list[str]") -> int:
+    """A Landlock rule set: these files only, no TCP, no signals to the outside. Returns its descriptor."""
     abi = libc("syscall", 444, None, 0, 1)
     files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
     rules = struct.pack("QQQ", files, 3, 3)[: 8 if abi < 4 else 16 if abi < 6 else 24]
     ruleset = libc("syscall", 444, rules, ctypes.c_size_t(len(rules)), 0)
-    for path in filter(os.path.exists, [*room.readable, "/dev/null", "/dev/zero", room.box]):
-        rights = 0b1101 if path in room.readable else files  # execute, read a file, read a folder
+    for path in filter(os.path.exists, [*writable, *readable]):
+        rights = files if path in writable else 0b1101  # execute, read a file, read a folder
         inode = os.open(path, os.O_PATH)
         libc("syscall", 445, ruleset, 1, struct.pack("=Qi", rights if os.path.isdir(path) else rights & 7, inode), 0)
         os.close(inode)
-    if room.ruleset:
-        os.close(room.ruleset)
-    room.ruleset = ruleset
+    return ruleset
 
 
 def choose_user(room: types.SimpleNamespace) -> None:
-    """Who candidates are (real and effective uid), and the process limit that holds for that user."""
-    room.real = room.power = 0  # in a user namespace of our own: root of nothing; without one: whoever runs us
+    """Who candidates are, and the process limit that holds for that user."""
     with open("/proc/self/uid_map") as f:
         _, _, size = f.read().split()
-    if size == "1":
+    if size == "1":  # a user namespace of our own, where processes are counted anew
         return
     if os.getuid():  # this limit counts all that the user runs
         mine = [pid for pid in os.listdir("/proc") if pid.isdigit() and os.stat(f"/proc/{pid}").st_uid == os.getuid()]
         room.limits["NPROC"] += sum(len(os.listdir(f"/proc/{pid}/task")) for pid in mine)
         return
     # a uid for this worker alone, as processes are counted by uid: no worker's bomb may starve another worker
-    room.real = (1 << 30 if size == "4294967295" else 10_000) + int.from_bytes(os.urandom(2), "little") % 50_000
-    os.seteuid(room.real)
-    if os.access(os.__file__, os.R_OK, effective_ids=True):
-        room.power = room.real  # else Python is root's alone: root to files, without capabilities; a stranger to limits
-    os.seteuid(0)
+    room.user = (1 << 30 if size == "4294967295" else 10_000) + int.from_bytes(os.urandom(2), "little") % 50_000
+    if not room.isolated:  # then Python may be root's alone: the new user reads and writes files as root does
+        os.seteuid(room.user)
+        room.root_files = not os.access(os.__file__, os.R_OK, effective_ids=True)
+        os.seteuid(0)
 
 
 def furnish(isolated: bool, box: str, paths: "list[str]", control: socket.socket) -> types.SimpleNamespace:
     """Build the room that a worker's candidates run in. room.missing says what this system does not give."""
-    room = types.SimpleNamespace(isolated=isolated, box=box, ruleset=None, real=0, power=0, missing="",
-                                 control=control.fileno())
+    room = types.SimpleNamespace(isolated=isolated, box=box, control=control.fileno(), user=0, root_files=False,
+                                 ruleset=None, missing="")
     room.limits = {"FSIZE": OUTPUT_CAP, "NPROC": PROCESSES, "NOFILE": 256, "CORE": 0, "MSGQUEUE": 0,
                    "STACK": 120 << 20}  # Linux keeps 128 MB free below a stack
-    room.no_capabilities = struct.pack("Ii", 0x20080522, 0)
     if LINUX:
         choose_user(room)
-    room.box_options = f"size=64m,nr_inodes=4096,mode=700,uid={room.power},gid={room.power}"
+    owner = 0 if room.root_files else room.user
+    room.box_options = f"size=64m,nr_inodes=4096,mode=700,uid={owner},gid={owner}"
+    paths = sorted({*READABLE.split(), *paths}, key=len)  # a folder before what is in it
     if isolated:
-        isolate(box, room.box_options)
+        build_root(paths, room.box_options)
     else:
         os.mkdir(box, 0o700)
-        os.chown(box, room.power or -1, room.power or -1)
-        room.missing = "candidates can see other processes and the network. "
-    room.readable = [*READABLE.split(), *paths, *(["/proc"] if isolated else [])]
-    try:
-        lock(room)
-    except (OSError, AttributeError):
-        room.missing += "no Landlock: candidates can read what you can read. "
+        os.chown(box, owner or -1, owner or -1)
+        room.missing = "candidates can see other processes"
+        try:
+            room.ruleset = landlock(paths, [box, "/dev/null", "/dev/zero"])
+        except (OSError, AttributeError):
+            room.missing += ", the network and all files that you can read; only the limits hold"
     os.environ.update(HOME=box, TMPDIR=box)
     room.clean = os.stat(box).st_ctime_ns  # moves with whatever is made, removed or renamed in the folder
     return room
@@ -172,13 +192,17 @@ def enter(room: types.SimpleNamespace, streams: "list[int]", timeout: float, mem
         if which is not None and (LINUX or name != "AS"):  # which macOS cannot set
             hard = resource.getrlimit(which)[1]
             limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-            resource.setrlimit(which, (limit, limit))
-    if room.real:
+            resource.setrlimit(which, (limit, hard if name == "STACK" else limit))  # programs like to raise that one
+    if room.user:
+        if room.root_files:
+            libc("prctl", 28, 4, 0, 0, 0)  # PR_SET_SECUREBITS: no change of user changes what the next lines do
         os.setgroups([])
-        os.setresgid(room.power, room.power, room.power)
-        os.setresuid(room.real, room.power, room.power)
-    if LINUX and not room.power:
-        libc("syscall", 126, room.no_capabilities, bytes(24))  # capset(2)
+        os.setresgid(room.user, room.user, room.user)
+        os.setresuid(room.user, room.user, room.user)
+        if room.root_files:
+            libc("setfsuid", 0)
+    if LINUX and (room.root_files or not room.user):
+        libc("syscall", 126, NO_CAPABILITIES, bytes(24))  # capset(2)
     if room.ruleset:
         libc("syscall", 446, room.ruleset, 0)
         os.close(room.ruleset)
@@ -189,57 +213,90 @@ def enter(room: types.SimpleNamespace, streams: "list[int]", timeout: float, mem
 
 # ----------------------------------------------------------------------------------------------- a child's life
 
-SAFE = {  # modules in which a program can leave no trace, and those of their names for which that holds
-    "math": "*", "itertools": "*", "heapq": "*", "bisect": "*", "operator": "*", "string": "*",
+# What a plain program is made of; whatever is not listed here makes a program one that is not plain.
+NODES = "Module FunctionDef ClassDef Return Delete Assign AugAssign AnnAssign For While If Raise Try Assert " \
+    "Import ImportFrom Global Nonlocal Expr Pass Break Continue NamedExpr BoolOp BinOp UnaryOp Lambda IfExp Dict Set " \
+    "ListComp SetComp DictComp GeneratorExp Compare Call FormattedValue JoinedStr Constant Attribute Subscript Starred " \
+    "Name List Tuple Slice comprehension ExceptHandler arguments arg keyword alias"
+CAUGHT = "EOFError IndexError KeyError NameError OverflowError StopIteration TypeError ValueError ZeroDivisionError"
+BUILTINS = CAUGHT + " abs all any ascii bin bool bytearray bytes callable chr classmethod complex dict divmod " \
+    "enumerate exit filter float format frozenset hash hex input int isinstance issubclass iter len list map max min " \
+    "next oct ord pow print property quit range repr reversed round set slice sorted staticmethod str sum tuple zip"
+MODULES = {  # and the names in them that leave no trace
+    "math": "*", "itertools": "*", "heapq": "*", "bisect": "*", "operator": "*", "copy": "copy deepcopy",
+    "string": "ascii_letters ascii_lowercase ascii_uppercase digits punctuation",
     "collections": "Counter OrderedDict defaultdict deque namedtuple",
     "functools": "cache cmp_to_key lru_cache partial reduce",
-    "copy": "copy deepcopy", "sys": "exit getrecursionlimit setrecursionlimit stderr stdin stdout",
+    "sys": "exit maxsize setrecursionlimit stderr stdin stdout",
     "typing": "Any Callable Deque Dict Generator Iterable Iterator List Optional Sequence Set Tuple Union",
 }
-BARRED = "exec eval compile open globals locals vars getattr setattr delattr breakpoint help " \
-    "attrgetter methodcaller Formatter Template gi_frame gi_code cr_frame cr_code ag_frame ag_code"
+STREAMS = "buffer flush read readline readlines write writelines"
+OWN_NAMES = ("_", "__name__")
+BY_NAME = {"attrgetter", "methodcaller", "format", "format_map"}  # these read whatever attribute a text names
+FIELD = re.compile(r"\{\{|\}\}|\{[0-9a-zA-Z]*(![rsa])?(:[^{}]*)?\}")  # of a format that reads none
 
 
-def traces(module: str) -> "set[str]":
-    """The names of a module by which a program could leave a trace: all but what is safe, or a constant."""
-    safe, public = SAFE.get(module, ""), vars(__import__(module))
-    constants = {name for name, value in public.items() if isinstance(value, (str, int, float, tuple))}
-    return set() if safe == "*" else public.keys() - constants - {*safe.split(), *SAFE}
+def is_safe(module: str, name: str) -> bool:
+    names = MODULES.get(module, "")
+    return name not in BY_NAME and (names == "*" or name in names.split())
 
 
-def is_plain(source: str, room: types.SimpleNamespace) -> bool:
+def plain_sets(prelude: "dict[str, str]") -> types.SimpleNamespace:
+    """What is_plain compares with: kinds of nodes and attributes that may occur, and names that may not."""
+    operators = (ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
+    values = (str, bytes, bytearray, int, float, list, tuple, dict, set, frozenset, range, collections.deque)
+    inner = (types.FrameType, types.TracebackType, types.GeneratorType, types.CodeType, io.TextIOWrapper, type)
+
+    def is_foreign(name: str, module: str) -> bool:  # a name of the prelude that does not come from MODULES
+        constant = isinstance(getattr(sys.modules.get(module), name, None), (str, int, float, tuple))
+        return module not in MODULES if name == module else not constant and not is_safe(module, name)
+
+    safe = {name for module in MODULES for name in vars(sys.modules[module]) if is_safe(module, name)}
+    safe.update(STREAMS.split(), ["most_common", "move_to_end"], *map(dir, values))
+    return types.SimpleNamespace(
+        nodes={kind for name, kind in vars(ast).items() if name in NODES.split() or (
+            isinstance(kind, type) and issubclass(kind, operators))},
+        attributes=safe - BY_NAME, barred_methods={name for kind in inner for name in dir(kind)} | {"register"},
+        barred_names={name for name in dir(builtins) if name not in BUILTINS.split()}.union(
+            name for name, module in prelude.items() if is_foreign(name, module)))
+
+
+def is_plain(source: str, sets: types.SimpleNamespace) -> bool:
     """Can this program leave nothing behind in its process, so that its next test may run there too?
 
-    True when all it mentions are names of its own, harmless builtins and SAFE; when it sets no attribute, has no name
-    with an underscore in front, no pattern that reads attributes and no generator that could clean up late. Cautious:
-    False for many programs that would do no harm; they pay with a process for each test.
+    It is made of NODES, BUILTINS, MODULES, methods of plain values and names of its own; it sets no attribute, has no
+    name with an underscore in front, and catches no error that the state of a process can cause. Cautious: False for
+    many programs that would do no harm; they pay with a process for each test.
     """
-    kinds, modules, free, names = set(), set(), set(), set()
     try:
-        tree = ast.parse(source)
+        nodes = list(ast.walk(ast.parse(source)))
     except (RecursionError, MemoryError):  # deeper than a tree may be, though not than code may
         return False
-    for node in ast.walk(tree):
+    methods = {node.name for node in nodes if type(node) is ast.FunctionDef} - sets.barred_methods
+    for node in nodes:
         kind = type(node)
-        kinds.add(kind)
-        if kind is ast.Name:
-            free.add(node.id)
-        elif kind is ast.Attribute:
-            names.add(node.attr)
-            kinds.add("attribute read" if isinstance(node.ctx, ast.Load) else "attribute set")
-        elif kind in (ast.FunctionDef, ast.ClassDef):
-            names.add(node.name)
-        elif kind in (ast.Import, ast.ImportFrom):
-            listed = {alias.name for alias in node.names}
-            modules.update(listed if kind is ast.Import else [node.module])
-            names.update(listed if kind is ast.ImportFrom else ())
-    if kinds & {"attribute set", ast.MatchClass, ast.AsyncFunctionDef, ast.Await}:
-        return False
-    if kinds & {ast.Yield, ast.YieldFrom} and kinds & {ast.Try, ast.With}:
-        return False
-    names |= free
-    private = any(name[0] == "_" and name not in ("_", "__name__") for name in names)
-    return not (private or modules - SAFE.keys() or names & room.barred or free & room.foreign)
+        if kind not in sets.nodes:
+            return False
+        if kind is ast.Attribute:
+            literal = getattr(node.value, "value", None) if type(node.value) is ast.Constant else None
+            formats = node.attr == "format" and isinstance(literal, str) and not set("{}") & set(FIELD.sub("", literal))
+            known = formats or node.attr in sets.attributes or node.attr in methods
+            if type(node.ctx) is not ast.Load or not known or node.attr[0] == "_":
+                return False
+        elif kind is ast.Import and not all(alias.name in MODULES for alias in node.names):
+            return False
+        elif kind is ast.ImportFrom and not all(is_safe(node.module or "", alias.name) for alias in node.names):
+            return False  # `*` is a name, too: of the modules where all names are safe
+        elif kind is ast.ExceptHandler:
+            caught = node.type.elts if type(node.type) is ast.Tuple else [node.type]
+            if not all(type(each) is ast.Name and each.id in CAUGHT.split() for each in caught):
+                return False
+        if kind not in (ast.Attribute, ast.Constant):  # every name there is, wherever the grammar has one
+            for _, value in ast.iter_fields(node):
+                for name in value if type(value) is list else [value]:
+                    if type(name) is str and (name in sets.barred_names or name[:1] == "_") and name not in OWN_NAMES:
+                        return False
+    return True
 
 
 def names_in(code: types.CodeType) -> "set[str]":
@@ -248,16 +305,17 @@ def names_in(code: types.CodeType) -> "set[str]":
 
 
 def load(program: int, room: types.SimpleNamespace, more: bool) -> "tuple[types.CodeType, bool]":
-    """A program's code, and whether more of its tests may follow the first in the same process.
+    """A program's code, and whether its tests may share a process, where there is more than one.
 
-    If they may not, the code is left in the place of the source, so that no later run has to compile it.
+    If they may not, the code takes the place of the source: the first byte says so to the caller, and no later run has
+    to compile it. No candidate has run yet, and none gets this file.
     """
     data = os.pread(program, os.fstat(program).st_size, 0)
     if data[:1] == b"c":
         return marshal.loads(data[1:]), False
     source = data[1:].decode()
     code = compile(source, "<solution>", "exec", dont_inherit=True)
-    plain = more and is_plain(source, room)
+    plain = more and is_plain(source, room.sets)
     if more and not plain:
         os.pwrite(program, b"c" + marshal.dumps(code), 0)
     return code, plain
@@ -275,7 +333,7 @@ def execute(code: types.CodeType, prelude: "dict[str, str]", call: "tuple | None
     try:
         exec(code, vars(main))
     except SystemExit as error:
-        if call or error.code not in (None, 0):
+        if call or error.code is not None and not (type(error.code) is int and error.code == 0):
             raise
     if not call:
         return ""
@@ -285,29 +343,39 @@ def execute(code: types.CodeType, prelude: "dict[str, str]", call: "tuple | None
     return json.dumps(encode(function(*arguments)), separators=(",", ":"))
 
 
-def play(room: types.SimpleNamespace, files: "list[int]", timeout: float, memory: int) -> None:
-    """A child's whole life. Nothing here is trusted once the candidate's code has begun, unless it is plain."""
-    status, leave, write_fd = 1, os._exit, os.write
+def play(room: types.SimpleNamespace, files: "list[int]", timeout: float, memory: int, complain: int) -> None:
+    """A child's whole life. Nothing here is trusted once the code of a candidate has begun that is not plain."""
+    status, leave, say = 1, os._exit, os.write
     try:
         program, *streams, ledger = files
-        tests, keys = marshal.loads(os.pread(ledger, os.fstat(ledger).st_size, 0))
-        os.ftruncate(ledger, 0)
         try:
             enter(room, streams, timeout, memory)
         except BaseException as error:
-            write_fd(ledger, b"%s ! %s\n" % (keys[True], str(error).encode()))
+            say(complain, str(error).encode())
             leave(1)
         try:
-            play_tests(room, program, ledger, tests, keys, min(timeout, ONE_AFTER_ANOTHER))
+            os.close(complain)
+            key, tests = marshal.loads(os.pread(ledger, os.fstat(ledger).st_size, 0))
+            os.ftruncate(ledger, 0)
+            code, plain = load(program, room, len(tests) > 1)
+            os.close(program)
+            if plain:
+                play_all(room, code, tests, ledger, min(timeout, ONE_AFTER_ANOTHER))
+            call = tests[0] if isinstance(tests[0], tuple) else None
+            if not call:
+                os.close(ledger)
+            answer = execute(code, room.prelude, call)
+            if call:
+                os.pwrite(ledger, key + answer.encode(), 0)
             status = 0
         except SystemExit as error:
-            status = error.code & 255 if isinstance(error.code, int) else 0 if error.code is None else 1
-            if status and not isinstance(error.code, int):
+            status = error.code & 255 if isinstance(error.code, int) else 1
+            if not isinstance(error.code, int):
                 print(error.code, file=sys.stderr)
         except MemoryError as error:
             error.__traceback__ = None  # frees what the program holds, so that there is memory to go on with
             vars(sys.modules["__main__"]).clear()
-            write_fd(2, b"MemoryError\n")
+            say(2, b"MemoryError\n")
         except BaseException as error:
             trace = error.__traceback__
             while trace and trace.tb_frame.f_code.co_filename == __file__:
@@ -320,52 +388,41 @@ def play(room: types.SimpleNamespace, files: "list[int]", timeout: float, memory
         leave(status)
 
 
-def play_tests(room: types.SimpleNamespace, program: int, ledger: int, tests: list, keys: list,
-               seconds: float) -> None:
-    """Run the first test, and after it, if the program is plain, as many others as end well within some seconds.
+def play_all(room: types.SimpleNamespace, code: types.CodeType, tests: list, ledger: int, seconds: float) -> None:
+    """A plain program's tests, each as if the process were new, as many as end well within some seconds.
 
-    A plain program's lines in the ledger are signed with another key: they alone say that a test ended well, where
-    else the exit status does. An attentive program could read the one key that it is left, and write with it what its
-    function returns: it may as well return it.
+    Writes a line for each into the ledger: seconds, stdout, stderr, answer. Where one fails we leave: it will be run
+    again, alone.
     """
-    code, plain = load(program, room, bool(tests[1:]))
-    start, call = time.monotonic(), tests[0] if isinstance(tests[0], tuple) else None
-    key = keys[plain]
-    keys.clear()
-    for fd in (program,) if plain or call else (program, ledger):
-        os.close(fd)
-    answer = execute(code, room.prelude, call)
-    if plain:
-        sys.stdout.flush()
-    if plain or call:
-        os.pwrite(ledger, b"%s %f %s\n" % (key, time.monotonic() - start, answer.encode()), 0)
-    if plain:
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends us; the rest will be run again, alone
-        os.lseek(ledger, 0, os.SEEK_END)
-        try:
-            for test in tests[1:]:
-                os.write(ledger, key + play_again(room, code, test))
-        finally:
-            os._exit(0)
-
-
-def play_again(room: types.SimpleNamespace, code: types.CodeType, test: "bytes | tuple") -> bytes:
-    """One more test of a plain program in the same process, as if it were a new one. Returns its line of the ledger."""
-    start, call = time.monotonic(), test if isinstance(test, tuple) else None
-    new_main()
-    sys.setrecursionlimit(RECURSION)
-    sys.stdin = io.TextIOWrapper(io.BytesIO(b"" if call else test), "utf-8", "surrogateescape", newline="\n")
-    sys.stdout, sys.stderr = (io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace") for _ in range(2))
-    answer, outputs = execute(code, room.prelude, call), []
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-        outputs.append(stream.buffer.getvalue().decode("utf-8", "replace"))
-    return b" %f %s\n" % (time.monotonic() - start, (answer or json.dumps(outputs)).encode())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends us
+        os.lseek(ledger, 0, os.SEEK_SET)
+        for test in tests:
+            start, call = time.monotonic(), test if isinstance(test, tuple) else None
+            new_main()
+            gc.collect()
+            sys.setrecursionlimit(RECURSION)
+            out, err = io.BytesIO(), io.BytesIO()
+            open_streams(io.BytesIO(b"" if call else test), out, err)
+            answer = execute(code, room.prelude, call)
+            flush()
+            outputs = (stream.getvalue().decode("utf-8", "replace") for stream in (out, err))
+            os.write(ledger, json.dumps([time.monotonic() - start, *outputs, answer]).encode() + b"\n")
+    finally:
+        os._exit(0)
 
 
 def new_main() -> None:
     main = sys.modules["__main__"] = types.ModuleType("__main__")
-    main.__builtins__, main.__file__ = sys.modules["builtins"], "solution.py"
+    main.__builtins__, main.__file__ = builtins, "solution.py"
+
+
+def open_streams(stdin: Any, stdout: Any, stderr: Any) -> None:
+    """sys.stdin, stdout and stderr as Python opens them, on these buffers."""
+    sys.stdin = sys.__stdin__ = io.TextIOWrapper(stdin, "utf-8", "surrogateescape", newline="\n")
+    sys.stdout = sys.__stdout__ = io.TextIOWrapper(stdout, "utf-8", "replace")
+    sys.stderr = sys.__stderr__ = io.TextIOWrapper(stderr, "utf-8", "backslashreplace", line_buffering=True)
+    sys.stdin.mode, sys.stdout.mode, sys.stderr.mode = "r", "w", "w"
 
 
 def finish() -> None:
@@ -373,9 +430,16 @@ def finish() -> None:
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()
     atexit._run_exitfuncs()
+    flush()
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     vars(sys.modules["__main__"]).clear()
-    for stream in (sys.stderr, sys.stdout, sys.__stdout__):
-        stream.flush()
+    flush()
+
+
+def flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not getattr(stream, "closed", False):
+            stream.flush()
 
 
 # --------------------------------------------------------------------------------------------- the server's loop
@@ -400,18 +464,21 @@ def serve(control: socket.socket, room: types.SimpleNamespace) -> None:
 
 def one_run(control: socket.socket, room: types.SimpleNamespace, files: list, timeout: float, memory: int) -> tuple:
     """Fork a child, wait for its end, kill what it left, clear the folder. Returns the fields of a REPLY."""
-    start = time.monotonic()
+    start, (complaints, complain) = time.monotonic(), os.pipe()  # for a child that could not even enter
     child = os.fork()
     if child == 0:
-        play(room, files, timeout, memory)
+        os.close(complaints)
+        play(room, files, timeout, memory, complain)
+    os.close(complain)
     try:
         how, code = watch(control, room, child, start + timeout, memory)
     finally:
         sweep(room, child)
-    seconds = time.monotonic() - start
+    seconds, complaint = time.monotonic() - start, os.read(complaints, 200)
+    os.close(complaints)
     if os.stat(room.box).st_ctime_ns != room.clean:
         clear(room)
-    return how, code, seconds, b""
+    return b"!" if complaint else how, code, seconds, complaint
 
 
 def watch(control: socket.socket, room: types.SimpleNamespace, child: int, deadline: float, memory: int) -> tuple:
@@ -453,16 +520,19 @@ def descendants(pid: "int | str" = "self") -> "set[int]":
 
 
 def memory_of(pids: "set[int]") -> int:
-    """Bytes that the processes hold in memory, files without a name (memfd_create) included."""
+    """Bytes that the processes hold in memory: each its share (PSS) of what it maps, and files without a name."""
     total, files = 0, {}
     for pid in pids:
         try:
-            with open(f"/proc/{pid}/statm") as f:
-                total += int(f.read().split()[1]) * resource.getpagesize()
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                about = os.stat(f"/proc/{pid}/fd/{fd}")
-                files[about.st_ino] = 0 if about.st_nlink else about.st_blocks * 512
-        except OSError:
+            largest = 0
+            for thread in os.listdir(f"/proc/{pid}/task"):  # its first one may be gone, another may have other files
+                with open(f"/proc/{pid}/task/{thread}/smaps_rollup") as f:
+                    largest = max(largest, *(int(line.split()[1]) for line in f if line.startswith("Pss:")))
+                for fd in os.listdir(f"/proc/{pid}/task/{thread}/fd"):
+                    about = os.stat(f"/proc/{pid}/task/{thread}/fd/{fd}")
+                    files[about.st_ino] = 0 if about.st_nlink else about.st_blocks * 512
+            total += largest << 10
+        except (OSError, TypeError):
             pass  # it has just ended
     return total + sum(files.values())
 
@@ -489,8 +559,6 @@ def clear(room: types.SimpleNamespace) -> None:
     if room.isolated:
         libc("umount2", room.box, 2)
         mount("tmpfs", room.box, "tmpfs", NOSUID | NODEV, room.box_options)
-        if room.ruleset:
-            lock(room)  # a rule holds for one folder, and this is another
     else:  # rm can remove what is too deep for shutil.rmtree
         script = 'chmod -R u+rwX "$0"; cd "$0" && rm -rf -- ..?* .[!.]* *; chmod 700 "$0"'
         os.spawnl(os.P_WAIT, "/bin/sh", "sh", "-c", script, room.box)
@@ -507,28 +575,23 @@ def prelude() -> "dict[str, str]":
     names = {name: module for module in late for name in late[module].split()}
     for module in map(__import__, early.split()):
         public = getattr(module, "__all__", None) or [name for name in dir(module) if name[0] != "_"]
-        names.update((name, module.__name__) for name in public if not hasattr(__builtins__, name))
+        names.update((name, module.__name__) for name in public if not hasattr(builtins, name))
     return {**names, **{module: module for module in [*late, *early.split()]}}
 
 
 def warm_up(room: types.SimpleNamespace) -> None:
     """Do once what every child would have to do, as each is a copy of this process."""
     room.prelude = prelude()
-    room.barred = set(BARRED.split()).union(*map(traces, SAFE))
-    room.foreign = {name for name, module in room.prelude.items()
-                    if module not in SAFE and name in {module, *traces(module)}}
+    room.sets = plain_sets(room.prelude)
     site.setquit()
     sys.argv, sys.path[0] = ["solution.py"], ""
     sys.setrecursionlimit(RECURSION)
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(50_000)
-    source, sink, errors = (open(fd, mode, closefd=False) for fd, mode in ((0, "rb"), (1, "wb"), (2, "wb")))
-    sys.stdin = sys.__stdin__ = io.TextIOWrapper(source, "utf-8", "surrogateescape", newline="\n")
-    sys.stdout = sys.__stdout__ = io.TextIOWrapper(sink, "utf-8", "replace")
-    sys.stderr = sys.__stderr__ = io.TextIOWrapper(errors, "utf-8", "backslashreplace", line_buffering=True)
+    open_streams(*(open(fd, mode, closefd=False) for fd, mode in ((0, "rb"), (1, "wb"), (2, "wb"))))
     new_main()
     source = "import math\ndef f(x):\n    return [x for x in x]\nprint(f([1]))"
-    is_plain(source, room)
+    is_plain(source, room.sets)
     compile(source, "<warm>", "exec")
     gc.collect()
     gc.freeze()
@@ -540,9 +603,9 @@ def start_server(control_fd: str, mode: str, *paths: str) -> None:
     for number in (signal.SIGCHLD, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     control, isolated = socket.socket(fileno=int(control_fd)), mode == "isolated"
-    box = "/dev/shm" if isolated else f"/tmp/dust-box-{os.getpid()}-{os.urandom(8).hex()}"
+    box = "/box" if isolated else f"/tmp/dust-box-{os.getpid()}-{os.urandom(8).hex()}"
     sys.path += paths[1:]
-    readable = sorted({os.path.abspath(path) for path in (sys.base_prefix, *paths)} - {"/"})
+    readable = [path for path in map(os.path.abspath, (sys.base_prefix, *paths)) if path != "/"]
     try:
         if LINUX:
             libc("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER

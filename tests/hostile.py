@@ -28,7 +28,8 @@ def one_process_judge(code: str, tests: list, cwd: str) -> bool:
               "  exec(code, {'__name__': '__main__'})\n out.append(o.getvalue().strip())\nprint(json.dumps(out))")
     done = subprocess.run([sys.executable, "-c", script], input=json.dumps([code, [t["input"] for t in tests]]),
                           text=True, capture_output=True, cwd=cwd, timeout=20)
-    return json.loads(done.stdout or "[]") == [test["output"] for test in tests]
+    last = (done.stdout.splitlines() or ["[]"])[-1]  # what runs late may print before it
+    return json.loads(last) == [test["output"] for test in tests]
 
 
 def naive_judge(code: str, tests: list, cwd: str) -> bool:
@@ -164,6 +165,20 @@ TRACES = {
     "in_the_decimal_context": (
         "import decimal\nprint(1 + (decimal.getcontext().prec == 7))\ndecimal.getcontext().prec = 7"),
     "in_the_environment": "import os\nd = os.environ\nd['n'] = str(int(d.get('n', 0)) + 1)\nprint(d['n'])",
+    "in_the_names_of_a_frame": (
+        "S = []\nA = type('A', (), {'__enter__': lambda s: s, '__exit__': lambda s, t, v, b: S.append(b) or True})\n"
+        "with A(): 1 / 0\nd = S[0].tb_frame.f_builtins" + KEEP),
+    "in_the_names_of_a_frame_by_a_pattern": (
+        "class A:\n match lambda s: s:\n  case __enter__: pass\n match lambda s, t, v, b: s.got.append(b) or True:\n"
+        "  case __exit__: pass\n got = []\nwith A(): 1 / 0\nd = A.got[0].tb_frame.f_builtins" + KEEP),
+    "in_a_module_by_a_copy": (
+        "import copy, math\nn = hasattr(math, 'n')\nA = type('A', (), {'__reduce_ex__': lambda s, v: "
+        "(lambda: math, (), (None, {'n': 1}))})\ncopy.copy(A())\nprint(1 + n)"),
+    "in_a_register_of_classes": (
+        "from typing import Iterable\nn = isinstance(1, Iterable)\nIterable.register(int)\nprint(1 + n)"),
+    "in_a_file_without_open": (
+        "import sys\nimport io\nF = io.FileIO\ntry: F('state')\nexcept OSError: n = 0\nelse: n = 1\nF('state', 'w')\n"
+        "print(1 + n)"),
     "in_the_builtins_by_their_owner": "d = print.__self__.__dict__" + KEEP,
 }
 
@@ -188,6 +203,16 @@ ESCAPES = {
         "import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)\nprint('ESCAPED')", True),
     "an_abstract_socket": (
         "import socket\nsocket.socket(socket.AF_UNIX).connect('\\0{tag}')\nprint('ESCAPED')", True),
+    "a_socket_with_a_path": (
+        "import socket\nsocket.socket(socket.AF_UNIX).connect('/tmp/dust-{caller}-named')\nprint('ESCAPED')", True),
+    "what_files_there_are": ("import os\nos.stat('{folder}/secret')\nprint('ESCAPED')", True),
+    "150_processes_by_another_user": (
+        "import os, time\ntry: os.setresuid(0, 0, 0)\nexcept OSError: pass\nfor i in range(150):\n if os.fork() == 0:\n"
+        "  time.sleep(1)\n  os._exit(0)\nprint('ESCAPED')", False),
+    "memory_behind_a_thread_that_is_gone": (
+        "import ctypes, os, threading, time\ndef f():\n x = b'x' * (60 << 20)\n time.sleep(1.3)\n os._exit(0)\n"
+        "for i in range(4):\n if os.fork() == 0:\n  threading.Thread(target=f).start()\n"
+        "  ctypes.CDLL(None).syscall({exit}, 0)\ntime.sleep(1.2)\nprint('ESCAPED')", False),
     "a_datagram": (
         "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.sendto(b'x', ('127.0.0.1', {port}))\n"
         "print('ESCAPED')", True),

@@ -34,6 +34,7 @@ LINUX = sys.platform == "linux"
 def fill(code, folder="", number=0, **more):
     """Put the places of this run into an attack."""
     for name, value in {"folder": folder, "home": os.path.expanduser("~"), "caller": os.getpid(), "number": number,
+                        "exit": 60 if os.uname().machine == "x86_64" else 93,
                         "tag": f"dust-{os.getpid()}-{number}", **more}.items():
         code = code.replace("{%s!r}" % name, repr(value)).replace("{%s}" % name, str(value))
     return code
@@ -88,14 +89,39 @@ def test_a_used_process_cannot_be_told_from_a_new_one(name, tmp_path):
     assert verdict.failed_test == 1 and verdict.results[0].stdout.strip() == "1", verdict
 
 
+LATE_TESTS = [{"input": text, "output": number} for text, number in (("", ""), ("a", "1"), ("b", "2"))]
+
+
 def test_a_used_process_has_no_old_names_and_no_old_generators():
     """A generator in a cycle ends when the collector comes, and would print into whichever test runs then."""
     names = "try: n += 1\nexcept NameError: n = 1\nprint(n)"
     late = ("def f():\n try: yield\n finally: print(2)\nimport sys\nif sys.stdin.read() == 'a':\n g = [f()]\n g.append(g)\n next(g[0])\n"
             " print(1)\nelse: l = [[] for i in range(99999)]")
     assert sandbox.judge(names, hostile.TWICE).failed_test == 1
-    tests = [{"input": text, "output": number} for text, number in (("", ""), ("a", "1"), ("b", "2"))]
-    assert hostile.one_process_judge(late, tests, "/") and sandbox.judge(late, tests).failed_test == 2
+    # by a way to finalise that is no generator, and by one more kind of try
+    other = late.replace("try: yield\n finally: print(2)", "yield from I(abs, [1, 2])")
+    other = "class I(map):\n def close(self): print(2)\n" + other
+    for code in [other] + [late.replace(" finally", " except* ValueError: pass\n finally")] * (sys.version_info >= (3, 11)):
+        assert hostile.one_process_judge(code, LATE_TESTS, "/"), code
+        assert sandbox.judge(code, LATE_TESTS).failed_test == 2
+    assert hostile.one_process_judge(late, LATE_TESTS, "/") and sandbox.judge(late, LATE_TESTS).failed_test == 2
+
+
+@pytest.mark.parametrize("code", [
+    "import sys\ntry:\n sys.stdin.fileno()\n print(1)\nexcept ValueError: print(2)",
+    "import sys\nprint(1 if 'name=' in str(sys.stdin) else 2)", "import sys\nprint(1 + hasattr(sys.stdin, 'name'))",
+    "import sys\nprint(sys.stdin.buffer.getvalue())", "print('\\ud800')", "import sys\nprint(sys.stdout.errors)",
+    "import sys\nsys.setrecursionlimit(100)\ndef f(n):\n try: return f(n + 1)\n except RecursionError: return n\n"
+    "print(f(0))", "l = []\ntry:\n l.append(bytes(600 << 20))\n l.append(l)\n print(1)\nexcept MemoryError: print(2)",
+    "from typing import List\nclass A:\n def f(self): pass\nList[A]\ntry:\n big = bytes(600 << 20)\n print(1)\n"
+    "except MemoryError: print(2)", "def g(): yield '{0.gi_frame.f_back.f_locals}'.format(G)\nG = g()\nprint(len(next(G)) > 3000)",
+    "print('{:{0.__class__}}')", "print('{0.real} {0[0]}'.format(7) if 0 else 3)",
+], ids=itertools.count())
+def test_every_run_of_a_program_prints_the_same(code):
+    """Streams that differ from the first test's, errors that depend on what was there before, and words of our own."""
+    first = sandbox.run(code).stdout
+    verdict = sandbox.judge(code, [{"input": "", "output": first}] * 3)
+    assert verdict or verdict.failed_test == 0, verdict
 
 
 @pytest.mark.parametrize("code, output, processes", [
@@ -105,7 +131,7 @@ def test_a_used_process_has_no_old_names_and_no_old_generators():
     ("class A:\n def f(self, x): return int(x) + 1\nS = A()\nprint(S.f(input()))\nexit()", "{0}", 1),
     ("class A:\n def __init__(self): self.x = 7\nprint(A().x)", "7", 6), ("print(gcd(4, 6), sum(map(int, open(0))))", "2 {1}", 6),
     ("print(randint(4, 4))", "4", 6),
-    ("n = int(input())\nl = [0] * (30 << 20 if n != 4 else 1)\nprint(n + 1)", "{0}", 1),
+    ("n = int(input())\nl = [0] * (3 << 20 if n != 4 else 1)\nprint(n + 1)", "{0}", 1),
 ], ids=itertools.count())
 def test_tests_share_a_process_where_they_may(code, output, processes, monkeypatch):
     """A check that is too cautious is slow, one that is not cautious enough is wrong; and nothing shows either."""
@@ -121,7 +147,7 @@ def test_the_code_of_a_program_is_compiled_once():
     with contextlib.ExitStack() as stack:
         program = sandbox._program(stack, "import os\nprint(7)")
         for _ in range(2):
-            assert sandbox._runs(sandbox._shared, program, PRINTS_7, 5, 512)[0][0].stdout == "7\n"
+            assert sandbox._runs(sandbox._shared, program, PRINTS_7, 5, 512)[1][0][0].stdout == "7\n"
             assert os.pread(program, 1, 0) == b"c"
 
 
@@ -152,8 +178,13 @@ def outside(tmp_path_factory):
     udp.bind(tcp.getsockname())
     local.bind(f"\0dust-{os.getpid()}-0")
     local.listen(9)
-    with tcp, udp, local:
+    named = socket.socket(socket.AF_UNIX)
+    named.bind(f"/tmp/dust-{os.getpid()}-named")
+    named.listen(9)
+    os.chmod(f"/tmp/dust-{os.getpid()}-named", 0o777)
+    with tcp, udp, local, named:
         yield {"folder": str(folder), "port": tcp.getsockname()[1]}
+    os.remove(f"/tmp/dust-{os.getpid()}-named")
 
 
 @pytest.mark.skipif(not LINUX, reason="the attacks are written for Linux")
@@ -343,6 +374,22 @@ BENIGN = {
     "a_byte_order_mark": ("\ufeffprint(1)", "", "1"),
     "exact_decimals": ("print('1.0 2.50')\nprint('x 1.0')", "", "1 2.5\nx 1.0"),
     "blanks_and_crlf": ("print('  a b  \\n\\n c\\n\\n')", "", "a b\r\n\r\nc\r\n"),
+    "fast_io_by_descriptors": (  # as in the templates that contestants paste
+        "import os, sys\nfrom io import BytesIO, IOBase\nclass FastIO(IOBase):\n def __init__(self, file):\n"
+        "  self._file = file\n  self._fd = file.fileno()\n  self.buffer = BytesIO()\n"
+        "  self.writable = 'x' in file.mode or 'r' not in file.mode\n def write(self, b): self.buffer.write(b.encode())\n"
+        " def flush(self): os.write(self._fd, self.buffer.getvalue()); self.buffer = BytesIO()\n"
+        "sys.stdout = FastIO(sys.stdout)\nprint(os.read(sys.stdin.fileno(), 9).decode())\nsys.stdout.flush()", "7", "7"),
+    "closed_stdout": ("import sys\nprint(7)\nsys.stdout.close()", "", "7"),
+    "closed_stderr": ("import sys\nprint(7)\nsys.stderr.close()", "", "7"),
+    "no_stdout": ("import sys\nprint(7)\nsys.stdout = None", "", "7"),
+    "a_larger_stack": (
+        "import resource\nresource.setrlimit(resource.RLIMIT_STACK, (0x10000000, resource.RLIM_INFINITY))\nprint(7)", "", "7"),
+    "programs_that_share_its_files": (
+        "import subprocess\nopen('a', 'w').write('7')\nprint(subprocess.check_output(['/bin/cat', 'a']).decode())", "", "7"),
+    "children_that_share_its_memory": (
+        "import os, time\nx = bytearray(90 << 20)\nfor i in range(6):\n if os.fork() == 0:\n  time.sleep(.3)\n  os._exit(0)\n"
+        "for i in range(6): os.wait()\nprint(7)", "", "7"),
     "hashes_repeat": ("print(hash('a') == int(input()))", None, "True"),
 }
 
@@ -354,7 +401,8 @@ def test_honest_program_passes(name):
         pytest.skip("without namespaces there is no /dev/shm of one's own")
     if stdin is None:
         stdin = sandbox.run("print(hash('a'))").stdout
-    verdict = sandbox.judge(code, [{"input": stdin, "output": output}], timeout=30)
+    memory = 400 if name.startswith("children") else 1024
+    verdict = sandbox.judge(code, [{"input": stdin, "output": output}], timeout=30, memory_mb=memory)
     assert verdict, (verdict.reason, verdict.results[-1].stderr[-500:])
     assert verdict.failed_test is None and len(verdict.results) == 1 and verdict.results[0].exit_code == 0
 
@@ -399,7 +447,7 @@ def test_outputs_compare_as_in_livecodebench(expected, got, same):
     ("raise MemoryError", "memory"), ("x = []\nwhile True: x.append(bytes(1 << 20))", "memory"), ("\0", "refused"),
     ("x = '\ud800'", "refused"), ("pass", "ok"), ("", "ok"), ("import os; os.kill(os.getpid(), 11)", "error"),
     ("exit(256)", "ok"), ("exit(None)", "ok"), ("raise KeyboardInterrupt", "error"), ("def f(): f()\nf()", "error"),
-    ("import sys\nsys.stdout.close()", "error"), ("(" * 5000, None), ("x = " + "-" * 90000 + "1", None),
+    ("import sys\nsys.stdout.close()", "ok"), ("import sys\nsys.exit(0.0)", "error"), ("(" * 5000, None), ("x = " + "-" * 90000 + "1", None),
 ], ids=itertools.count())
 def test_status(code, status):
     result = sandbox.run(code, timeout=20, memory_mb=256)
