@@ -68,9 +68,19 @@ def mamba():
     return build("Mamba", hidden_size=32, num_hidden_layers=2, initializer_range=0.2)
 
 
-def gemma2():
-    """Capped attention scores and capped logits."""
-    return build("Gemma2", **SIZE)
+def qwen3_next():
+    """Linear attention in three layers of four; so faint that its numbers alone would not tell."""
+    return build("Qwen3Next", **{**SIZE, "num_hidden_layers": 4, "initializer_range": 0.002}, **EXPERTS, num_experts=4)
+
+
+def gemma2(**changes):
+    """Capped logits, as faint."""
+    return build("Gemma2", **{**SIZE, "initializer_range": 0.002, "attn_logit_softcapping": None, **changes})
+
+
+def gemma2_scores():
+    """Capped attention scores."""
+    return gemma2(attn_logit_softcapping=50.0, final_logit_softcapping=None)
 
 
 def granite():
@@ -142,10 +152,12 @@ def test_a_prompt_is_not_moved_by_the_padding_beside_longer_ones(make):
         torch.testing.assert_close(r.logps, alone.logps, atol=1e-5, rtol=0)
 
 
-def test_rows_that_leave_the_batch_do_not_change_what_the_others_draw():
-    """Without an EOS no row leaves; cut at the first EOS, the same draws have to give the same answers."""
-    model, prompts = qwen3(), ids(4, 9, 6)
-    draw = dict(answers=8, max_new_tokens=40, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("lengths, answers", [((4, 9, 6), 8), ((3, 5, 9, 2, 7, 8, 6, 4, 11, 10), 1)])
+def test_rows_that_leave_the_batch_do_not_change_what_the_others_draw(lengths, answers):
+    """Without an EOS no row leaves; cut at the first EOS, the same draws have to give the same answers. With one
+    answer each, prompts leave as well."""
+    model, prompts = qwen3(), ids(*lengths)
+    draw = dict(answers=answers, max_new_tokens=40, generator=torch.Generator().manual_seed(1))
     some = grpo.rollout(model, prompts, eos_ids=[EOS, 8], **draw)
     draw["generator"].manual_seed(1)
     whole = grpo.rollout(model, prompts, eos_ids=[], **draw)
@@ -303,8 +315,11 @@ def test_a_prompt_is_read_once_for_its_answers():
     assert seen == [4 + 11 + 6 * 4]
 
 
-@pytest.mark.parametrize("make", [mamba, gemma2, granite])
-def test_a_model_that_cannot_share_falls_back_and_says_so_once(make, capsys):
+@pytest.mark.parametrize("make, reason", [
+    (mamba, "not all of its layers attend"), (qwen3_next, "not all of its layers attend"),
+    (gemma2, "its logits are soft-capped"), (gemma2_scores, "soft-capped attention"), (granite, "update is off by"),
+])
+def test_a_model_that_cannot_share_falls_back_and_says_so_once(make, reason, capsys):
     """Shared attention would be wrong for it, or its head's logits would; one line, and the definition's numbers."""
     model = make()
     prompts = ids(4, 9)
@@ -313,19 +328,20 @@ def test_a_model_that_cannot_share_falls_back_and_says_so_once(make, capsys):
         r.rewards = torch.tensor(values)
         for answer, logp in zip(r.answers, grpo.answer_logprobs(model, r.prompt, r.answers, temperature=0.7)):
             torch.testing.assert_close(logp, full_logps(model, r.prompt, answer, 0.7), atol=1e-5, rtol=1e-5)
-            ends = torch.isin(answer, torch.tensor([EOS, 8])).nonzero()
-            assert len(ends) == 0 if len(answer) == 6 and not len(ends) else ends.tolist() == [[len(answer) - 1]]
+        for answer, finished in zip(r.answers, r.finished):
+            ends = torch.isin(answer, torch.tensor([EOS, 8])).tolist()
+            assert ends == [False] * (len(answer) - 1) + [finished] and (finished or len(answer) == 6)
     expected = definition_gradients(model, rollouts, "sequence", 0.7)
     seen, _ = gradients(model, rollouts, temperature=0.7, micro_tokens=30)
     assert distance(seen, expected) < 1e-5
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"grpo: {type(model).__name__} reads the prompt again")
+    assert line.startswith(f"grpo: {type(model).__name__} reads the prompt again") and reason in line
 
 
 def test_checkpointed_layers_run_again_with_the_same_attention(monkeypatch):
     """Outside `sharing` they would attend in another way, and only the gradients would show it."""
     model, checkpointed = qwen3(), qwen3()
-    checkpointed.gradient_checkpointing_enable(dict(use_reentrant=False))
+    checkpointed.gradient_checkpointing_enable()
     rollouts, calls = scored(model), []
     expected, _ = gradients(model, rollouts)
     assert grpo.shares_prompts(checkpointed)
