@@ -341,8 +341,8 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
                                 answers=1 if greedy else count, **sampling)
             units = {}
             for i, r in zip(chosen, rollouts):
-                words = [answer[: len(answer) - ended] for answer, ended in zip(r.answers, r.finished)]  # without the EOS
-                texts = [decode(tokenizer, r.prompt, answer) for answer in words]
+                bare = [answer[: len(answer) - ended] for answer, ended in zip(r.answers, r.finished)]  # no EOS
+                texts = [decode(tokenizer, r.prompt, answer) for answer in bare]
                 units[problems[i].id] = list(zip(texts, r.finished)) * (count if greedy else 1)
             journal.add(units)
             progress.update(len(units))

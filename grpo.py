@@ -17,7 +17,6 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -348,43 +347,38 @@ def make_examples(rollout: Rollout) -> list[Example]:
     return [Example(rollout.prompt, *rest) for rest in zip(rollout.answers, advantages, rollout.logps)]
 
 
-def by_prompt(examples: list[Example]) -> list[list[Example]]:
-    """Runs of examples with one prompt."""
-    return [list(group) for _, group in groupby(examples, key=lambda e: id(e.prompt))]
+def micro_batches(groups: list[list[Example]], micro_tokens: int, shared: bool) -> list[list[list[Example]]]:
+    """Batches of groups, of at most micro_tokens tokens each, the padding of the plain form included.
 
-
-def micro_batches(examples: list[Example], micro_tokens: int, shared: bool) -> list[list[Example]]:
-    """Cut a list into batches of at most micro_tokens tokens each, the padding of the plain form included.
-
-    Groups stay whole where they fit; a larger one is cut into parts of its answers, each with the prompt again. One
-    answer with its prompt is the least.
+    A larger group is cut into parts of its answers, each with the prompt again; one answer with it is the least.
     """
     parts, sizes = [], []
-    for group in by_prompt(examples):
+    for group in filter(None, groups):
         prompt, longest = len(group[0].prompt), max(len(e.answer) for e in group)
         answers = [len(e.answer) if shared else prompt + longest for e in group]
         prompt *= shared  # once in each part
         for run in cut(answers, micro_tokens - prompt):
             parts.append(group[run])
             sizes.append(prompt + sum(answers[run]))
-    return [sum(parts[run], []) for run in cut(sizes, micro_tokens)]
+    return [parts[run] for run in cut(sizes, micro_tokens)]
 
 
-def example_logprobs(model, examples: list[Example], temperature: float) -> tuple[Tensor, Tensor]:
-    return logprobs(model, [(g[0].prompt, [e.answer for e in g]) for g in by_prompt(examples)], temperature)
+def group_logprobs(model, groups: list[list[Example]], temperature: float) -> tuple[Tensor, Tensor]:
+    return logprobs(model, [(group[0].prompt, [e.answer for e in group]) for group in groups], temperature)
 
 
 @torch.no_grad()
-def remember_logprobs(model, name: str, examples: list[Example], micro_tokens: int, temperature: float) -> None:
+def remember_logprobs(model, name: str, groups: list[list[Example]], micro_tokens: int, temperature: float) -> None:
     """Fill in old_logp or ref_logp (name) of every example with this model's log-probs."""
-    for batch in micro_batches(examples, micro_tokens, shares_prompts(model)):
-        logp, _ = example_logprobs(model, batch, temperature)
-        for example, values in zip(batch, logp.split([len(e.answer) for e in batch])):
+    for batch in micro_batches(groups, micro_tokens, shares_prompts(model)):
+        examples = [e for group in batch for e in group]
+        logp, _ = group_logprobs(model, batch, temperature)
+        for example, values in zip(examples, logp.split([len(e.answer) for e in examples])):
             setattr(example, name, values)
 
 
 def backward(
-    model, examples: list[Example], token_weight, micro_tokens: int, temperature: float, **clip_and_kl
+    model, groups: list[list[Example]], token_weight, micro_tokens: int, temperature: float, **clip_and_kl
 ) -> dict[str, float]:
     """Accumulate the gradients of one mini-batch, and return its loss and the sums of its diagnostics over tokens.
 
@@ -393,8 +387,9 @@ def backward(
     """
     sums = dict.fromkeys(["loss", "clip", "old_kl", "ref_kl", "entropy", "rollout_gap", "tokens"], 0.0)
     shared = shares_prompts(model)
-    for batch in micro_batches(examples, micro_tokens, shared):
-        logp, entropy = example_logprobs(model, batch, temperature)
+    for groups_here in micro_batches(groups, micro_tokens, shared):
+        batch = [e for group in groups_here for e in group]
+        logp, entropy = group_logprobs(model, groups_here, temperature)
         lengths = torch.tensor([len(e.answer) for e in batch])
         advantages = torch.tensor([e.advantage for e in batch]).repeat_interleave(lengths).to(logp)  # [N]
         weights = torch.tensor([token_weight(e) for e in batch]).repeat_interleave(lengths).to(logp)  # [N]
@@ -441,25 +436,23 @@ def update(
         if isinstance(module, GradientCheckpointingLayer):
             module.training = module.gradient_checkpointing  # transformers checkpoints in training mode only
     groups = [make_examples(r) for r in rollouts]
-    everything = [e for group in groups for e in group]
     if epochs * len(rollouts) > mini_batch:
-        remember_logprobs(model, "old_logp", everything, micro_tokens, temperature)
+        remember_logprobs(model, "old_logp", groups, micro_tokens, temperature)
     if kl > 0:
-        remember_logprobs(ref_model, "ref_logp", everything, micro_tokens, temperature)
+        remember_logprobs(ref_model, "ref_logp", groups, micro_tokens, temperature)
     settings = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl=kl)
     totals, norms = Counter(), []
     for _ in range(epochs):
         order = torch.randperm(len(rollouts), generator=generator)
         for chosen in (part.tolist() for part in order.split(mini_batch)):
-            examples = [e for i in chosen for e in groups[i]]
-            if not examples:
+            if not any(groups[i] for i in chosen):
                 continue
             n_answers = sum(len(rollouts[i].answers) for i in chosen)
             n_tokens = sum(len(answer) for i in chosen for answer in rollouts[i].answers)
             by_answer = aggregation == "sequence"
             weigh = lambda e: 1 / (n_answers * len(e.answer) if by_answer else n_tokens)  # noqa: E731
             optimizer.zero_grad(set_to_none=True)
-            totals.update(backward(model, examples, weigh, micro_tokens, temperature, **settings))
+            totals.update(backward(model, [groups[i] for i in chosen], weigh, micro_tokens, temperature, **settings))
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
