@@ -430,6 +430,7 @@ def update(
     """
     if aggregation not in ("sequence", "token"):
         raise ValueError(f'aggregation is "sequence" or "token", not {aggregation!r}')
+    shares_prompts(model)  # finding that out sets modes of its own
     was_training = model.training
     model.eval()  # with gradients, but without dropout: the ratio has to compare the policy with itself
     for module in model.modules():

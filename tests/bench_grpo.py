@@ -123,8 +123,8 @@ def against_plain(args) -> None:
         )
 
 
-def trl_step_seconds(model, length: int, tokens: int, args) -> list[float]:
-    """Seconds of each training step of TRL's GRPOTrainer on prompts of `length` tokens: G rollouts and their update."""
+def beside_trl(model, ours, length: int, tokens: int, args) -> list[tuple[float, float]]:
+    """Seconds of each training step of TRL's GRPOTrainer, its rollouts included, and of ours, taken right after it."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -137,14 +137,14 @@ def trl_step_seconds(model, length: int, tokens: int, args) -> list[float]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[pad]", eos_token="[end]")
     draw = random.Random(0)
     prompts = [" ".join(draw.choices(names, k=length)) for _ in range(64)]
-    seconds = []
+    prompt, seconds = torch.randint(args.vocabulary, (length,)), []
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *_, **__):
             self.began = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            seconds.append(time.perf_counter() - self.began)
+            seconds.append((time.perf_counter() - self.began, sum(measure(ours, prompt, tokens))))
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = GRPOConfig(
@@ -167,12 +167,13 @@ def against_trl(args) -> None:
         import trl
     except ImportError as error:
         raise SystemExit(f"bench_grpo: --against trl needs the package {error.name}: pip install trl") from None
-    print(f"TRL {trl.__version__}: a whole step, rollout and update, with its optimiser\n{'prompt/answer':<14}")
+    print(f"TRL {trl.__version__}: a whole step, rollout and update, with its optimiser")
     for length, tokens in ROWS:
-        theirs = statistics.median(trl_step_seconds(make_model(args.vocabulary), length, tokens, args))
-        ours, prompt = Ours(make_model(args.vocabulary)), torch.randint(args.vocabulary, (length,))
-        own = statistics.median([sum(measure(ours, prompt, tokens)) for _ in range(args.rounds + 1)][1:])
-        print(f"{length}/{tokens:<10} {theirs:.2f}/{own:.2f} s  {theirs / own:.1f}x", flush=True)
+        ours = Ours(make_model(args.vocabulary))
+        pairs = beside_trl(make_model(args.vocabulary), ours, length, tokens, args)
+        theirs, own = (statistics.median(column) for column in zip(*pairs))
+        ratio = statistics.median(a / b for a, b in pairs)
+        print(f"{f'{length}/{tokens}':<9}{theirs:6.2f}/{own:.2f} s {ratio:4.1f}x", flush=True)
 
 
 def main() -> None:
