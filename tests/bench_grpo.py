@@ -1,6 +1,6 @@
 """How much faster one prompt for G answers is: ours against repeating the prompt, in one run, taking turns.
 
-    python tests/bench_grpo.py [--rounds 5] [--vocabulary 4096] [--against plain|trl]
+    python tests/bench_grpo.py [--rounds 5] [--vocabulary 4096] [--against plain|trl] 2>/dev/null
 
 One prompt, G = 8 answers of a fixed length, one thread, fp32, a random model of Qwen3's shape: hidden 256, 6 layers,
 8 heads, 4 KV heads. `plain` is the repeated form written the best way we can: transformers' generate with
@@ -22,7 +22,6 @@ import time
 from itertools import accumulate
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler talks
 import torch  # noqa: E402
 from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
