@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 import grpo
 import rank_prompt
@@ -324,36 +323,29 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
            journal: Journal, **sampling) -> list[Candidate]:
     """`count` answers to each problem (paper 2.2), their programs extracted; ordered by problem.
 
-    sampling: temperature, top_p, top_k of model.generate. Prompts are padded on the left and decoded in batches of
-    about args.rows answers; each batch has a seed of its own.
+    sampling: temperature, top_p, top_k of grpo.rollout. About args.rows answers at a time, each batch with a seed of
+    its own.
     """
     prompts = [encode(tokenizer, rank_prompt.generation_prompt(p.question, p.starter_code), args) for p in problems]
     check_context(model, prompts, [p.id for p in problems], args)
-    stops, per_batch = eos_ids(model, tokenizer), max(1, args.rows // count)
+    per_batch = max(1, args.rows // count)
     greedy = sampling["temperature"] == 0  # then all answers to a problem are one
-    settings = {"do_sample": False} if greedy else {"do_sample": True, "num_return_sequences": count, **sampling}
-    # the model's own config may hold penalties and filters that neither the paper nor the rankings know
-    own, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
     found = sum(p.id in journal.done for p in problems)
     with bar(len(problems), name, found) as progress:
         for start in range(0, len(problems), per_batch):
             chosen = range(start, min(start + per_batch, len(problems)))
             if all(problems[i].id in journal.done for i in chosen):
                 continue
-            torch.manual_seed(derive(seed, start))
-            ids, mask = grpo.left_pad([prompts[i] for i in chosen], model.device)  # [B, L] each
-            rows = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=args.max_new_tokens, eos_token_id=stops,
-                pad_token_id=stops[0], **settings,
-            )[:, ids.shape[1] :].repeat_interleave(count if greedy else 1, 0)  # [B * count, R]
-            units = defaultdict(list)
-            for row, i in zip(rows.cpu(), np.repeat(chosen, count)):
-                ends = torch.isin(row, torch.tensor(stops)).nonzero()
-                answer = row[: int(ends[0])] if len(ends) else row  # what follows the first end is padding
-                units[problems[i].id].append([decode(tokenizer, prompts[i], answer), bool(len(ends))])
+            generator = torch.Generator().manual_seed(derive(seed, start))
+            rollouts = roll_out(model, tokenizer, [prompts[i] for i in chosen], args, generator=generator,
+                                answers=1 if greedy else count, **sampling)
+            units = {}
+            for i, r in zip(chosen, rollouts):
+                bare = [answer[: len(answer) - ended] for answer, ended in zip(r.answers, r.finished)]  # no EOS
+                texts = [decode(tokenizer, r.prompt, answer) for answer in bare]
+                units[problems[i].id] = list(zip(texts, r.finished)) * (count if greedy else 1)
             journal.add(units)
             progress.update(len(units))
-    model.generation_config = own
     answers = [(p.id, text, ended) for p in problems for text, ended in journal.done[p.id]]
     candidates = [Candidate(problem_id, text, rank_prompt.extract_code(text)) for problem_id, text, _ in answers]
     without, cut = sum(c.code is None for c in candidates), sum(not ended for *_, ended in answers)
@@ -472,12 +464,14 @@ def fits_context(model, tokenizer, group: Group, args: Args) -> bool:
     return len(ranking_ids(tokenizer, group, args)) + args.max_new_tokens <= context_of(model)
 
 
+def roll_out(model, tokenizer, prompts: list[torch.Tensor], args: Args, **sampling) -> list[grpo.Rollout]:
+    return grpo.rollout(model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model, tokenizer),
+                        max_rows=args.rows, **sampling)
+
+
 def rank(model, tokenizer, groups: list[Group], args: Args, **sampling) -> list[grpo.Rollout]:
     """Rankings of groups by the model, as they are ordered: one Rollout a group."""
-    return grpo.rollout(
-        model, [ranking_ids(tokenizer, group, args) for group in groups], max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model, tokenizer), max_rows=args.rows,
-        **sampling,
-    )
+    return roll_out(model, tokenizer, [ranking_ids(tokenizer, group, args) for group in groups], args, **sampling)
 
 
 def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout], reward: str) -> dict[str, float]:

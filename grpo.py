@@ -5,18 +5,31 @@
     policy_loss       the clipped surrogate, with an optional pull towards a frozen reference (paper 2.4)
     update            PPO epochs over mini-batches of whole groups, one optimiser step a mini-batch
 
+A ranking prompt is long and its G answers share it, so the model reads it once for all of them, exactly, in the
+rollout and in the update alike: prefix.py. A model that cannot gets plain_decode and plain_logprobs instead, which
+repeat the prompt; shares_prompts finds that out.
+
 Shapes: B prompts or rows, G answers a prompt, L prompt tokens, R answer tokens, T = L + R, V vocabulary, H hidden,
 N answer tokens of a whole batch laid end to end. Log-probs are natural logarithms, in fp32.
 """
-import inspect
+import contextlib
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from prefix import NAME, Decoding, Packed, body, cut, sharing
+
+HEAD_BLOCK = 2**24  # logits in memory at a time, N * V; more are recomputed block by block in the backward pass
+DRAWS = 64  # random numbers a row draws ahead
 
 
 @dataclass
@@ -56,14 +69,6 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, to
     return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1)
 
 
-def left_pad(prompts: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids [B, L] and mask [B, L] (1 = real), from lengths and never from ids: the pad id may be a real token too."""
-    longest = max(len(p) for p in prompts)
-    ids = torch.stack([F.pad(p, (longest - len(p), 0)) for p in prompts])
-    mask = torch.stack([F.pad(torch.ones(len(p), dtype=torch.long), (longest - len(p), 0)) for p in prompts])
-    return ids.to(device), mask.to(device)
-
-
 @torch.no_grad()
 def rollout(
     model, prompts: list[Tensor], *, answers: int, max_new_tokens: int, eos_ids, temperature: float = 1.0,
@@ -72,104 +77,196 @@ def rollout(
 ) -> list[Rollout]:
     """Sample `answers` answers to each prompt (LongTensors [L_i] of unequal lengths, at least one token each).
 
-    Each prompt is encoded once for all of its answers. At most max_rows answers decode at a time; groups stay
-    whole, and prompts of similar length go together. progress(n) is called whenever n more answers have ended.
-    Returns one Rollout a prompt, in the order given. Best-of-N evaluation is the same call with answers=N.
+    Each prompt is encoded once for all of its answers. At most max_rows answers decode at a time; prompts of similar
+    length go together, and a prompt is encoded again only where its answers alone are more than max_rows. What an
+    answer draws depends on the generator's state and on its place in the list, not on who shares its batch.
+    progress(n) is called whenever n more answers have ended. Returns one Rollout a prompt, in the order given.
+    Best-of-N evaluation is the same call with answers=N.
     """
+    where = generator.device if generator is not None else "cpu"
+    seeds = torch.randint(2**62, (len(prompts), answers), generator=generator, device=where).tolist()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    parts = [(i, seeds[i][at : at + max_rows]) for i in order for at in range(0, answers, max_rows)]
     was_training = model.training
     model.eval()
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    step = max(1, max_rows // answers)
-    results = {}
-    for batch in (order[i : i + step] for i in range(0, len(order), step)):
-        rollouts = decode(
-            model, [prompts[i].cpu() for i in batch], answers, max_new_tokens, list(eos_ids),
-            (temperature, top_p, top_k), generator, progress or (lambda n: None),
-        )
-        results.update(zip(batch, rollouts))
+    decode_part = decode if shares_prompts(model) else plain_decode
+    rows = [[] for _ in prompts]
+    for chosen in cut([len(own) for _, own in parts], max_rows):
+        batch = [(prompts[i].cpu(), own) for i, own in parts[chosen]]
+        decoded = iter(decode_part(
+            model, batch, max_new_tokens, list(eos_ids), (temperature, top_p, top_k), progress or (lambda n: None)
+        ))
+        for i, own in parts[chosen]:
+            rows[i] += [next(decoded) for _ in own]
     model.train(was_training)
-    return [results[i] for i in range(len(prompts))]
+    return [Rollout(prompt, *map(list, zip(*own))) for prompt, own in zip(prompts, rows)]
 
 
-def decode(model, prompts, G, max_new_tokens, eos_ids, sampling, generator, progress) -> list[Rollout]:
-    """The decode loop behind rollout: one prefill a prompt, then B * G rows in step until each has ended."""
-    device, rows = model.device, len(prompts) * G
-    ids, mask = left_pad(prompts, device)  # [B, L] each
-    padded = bool((mask == 0).any())
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # [B, L], counted per row from its first real token
+def decode(model, batch, max_new_tokens, eos_ids, sampling, progress) -> list[tuple[Tensor, Tensor, bool]]:
+    """The loop behind rollout. batch: each prompt with a seed for each of its answers; n answers in all.
 
-    def forward(net, ids, mask, positions):
-        extra = {"position_ids": positions} if takes_positions else {}
-        return net(ids, attention_mask=mask if padded else None, past_key_values=cache, use_cache=True, **extra)
-
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    cache = DynamicCache(config=model.config)
-    if ids.shape[1] > 1:  # all but the last token, without the head; the last one opens the answers, below
-        forward(model.base_model, ids[:, :-1], mask[:, :-1], positions[:, :-1])
-    cache.batch_repeat_interleave(G)
-    token, position = ids[:, -1].repeat_interleave(G), positions[:, -1].repeat_interleave(G)  # [B * G]
-    mask = F.pad(mask, (0, max_new_tokens), value=1).repeat_interleave(G, 0)  # [B * G, L + max_new_tokens]
-
-    sampled = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(rows, max_new_tokens, device=device)
-    length = torch.full((rows,), max_new_tokens, device=device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    Returns, for each answer, its tokens [R], their log-probs [R], and whether it ended by itself.
+    """
+    device, n = model.device, sum(len(seeds) for _, seeds in batch)
+    generators = [torch.Generator().manual_seed(seed) for _, seeds in batch for seed in seeds]
+    state = Decoding(model, [prompt for prompt, _ in batch], [len(seeds) for _, seeds in batch])
+    tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
+    logps = torch.zeros(n, max_new_tokens, device=device)
+    length = torch.full((n,), max_new_tokens, device=device)
     eos = torch.tensor(eos_ids, device=device)
-    live = torch.arange(rows, device=device)  # the rows still in the batch
-    where = generator.device if generator is not None else device
+    live = torch.arange(n, device=device)  # the rows still in the batch
+    going = torch.ones(n, dtype=torch.bool, device=device)  # those of them that have not ended
     for t in range(max_new_tokens):
-        logits = forward(model, token[:, None], mask[:, : ids.shape[1] + t], position[:, None] + t).logits[:, -1]
-        # one number for every row, ended or not: which rows have left must not change what the others draw
-        uniform = torch.rand(rows, generator=generator, device=where).to(device)
-        token, logp = sample(logits, uniform[live], *sampling)  # [live] each
-        sampled[live, t], logps[live, t] = token, logp
-        ends = torch.isin(token, eos) & ~ended[live]
-        length[live[ends]], ended[live[ends]] = t + 1, True
-        if n := int(ends.sum()):
-            progress(n)
-            keep = (~ended[live]).nonzero().squeeze(-1)
+        if t % DRAWS == 0:
+            uniform = torch.stack([torch.rand(DRAWS, generator=generators[i]) for i in live.tolist()])
+            uniform = uniform.t().to(device)  # [DRAWS, live]
+        token, logp = sample(state.logits, uniform[t % DRAWS], *sampling)  # [live] each
+        tokens[live, t], logps[live, t] = token, logp
+        ends = (token[:, None] == eos).any(-1) & going
+        if n_ends := int(ends.sum()):
+            length[live[ends]] = t + 1
+            going &= ~ends
+            progress(n_ends)
+            keep = going.nonzero().squeeze(-1)
             if len(keep) == 0:
                 break
-            if len(keep) <= 0.9 * len(live):  # dropping rows copies the cache, so not for every single one
-                cache.batch_select_indices(keep)
-                token, position, mask, live = token[keep], position[keep], mask[keep], live[keep]
-    progress(int((~ended).sum()))
-    sampled, logps, length, ended = sampled.cpu(), logps.cpu(), length.tolist(), ended.tolist()
-    sampled = [row[:n].clone() for row, n in zip(sampled, length)]  # rows * [R]
-    logps = [row[:n].clone() for row, n in zip(logps, length)]
-    groups = [slice(i, i + G) for i in range(0, rows, G)]
-    return [Rollout(prompt, sampled[g], logps[g], ended[g]) for prompt, g in zip(prompts, groups)]
+            if len(keep) <= 0.9 * len(live):  # dropping rows copies their keys, so not for every single one
+                state.keep(keep)
+                token, live, going, uniform = token[keep], live[keep], going[keep], uniform[:, keep]
+        if t + 1 < max_new_tokens:
+            state.step(model, token)
+    progress(int(going.sum()))
+    length = length.tolist()
+    going = set(live[going].tolist())
+    return [(tokens[i, :r].cpu(), logps[i, :r].cpu(), i not in going) for i, r in enumerate(length)]
+
+
+def plain_decode(model, batch, max_new_tokens, eos_ids, sampling, progress) -> list[tuple[Tensor, Tensor, bool]]:
+    """decode for a model that cannot share: transformers' own generation, each prompt repeated for its answers."""
+    temperature, top_p, top_k = sampling
+    choice = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature else {}
+    # the model's own config may hold penalties that training knows nothing of
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    results = []
+    for prompt, seeds in batch:
+        ids = prompt.expand(len(seeds), -1).to(model.device)  # [G, L]
+        with torch.random.fork_rng():
+            torch.manual_seed(seeds[0])
+            rows = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, eos_token_id=eos_ids or None,
+                pad_token_id=eos_ids[0] if eos_ids else 0, **choice,
+            )[:, len(prompt) :].cpu()  # [G, R]
+        ended = [torch.isin(row, torch.tensor(eos_ids)).nonzero() for row in rows]
+        answers = [row[: int(ends[0]) + 1] if len(ends) else row for row, ends in zip(rows, ended)]
+        logps, _ = plain_logprobs(model, prompt, answers, temperature or 1.0)
+        results += zip(answers, logps.cpu().split([len(a) for a in answers]), [len(ends) > 0 for ends in ended])
+        progress(len(answers))
+    model.generation_config = own
+    return results
 
 
 # ------------------------------------------------------------------------------------------------------ log-probs
 
 
-def sequence_logprobs(model, prompts: list[Tensor], answers: list[Tensor], temperature: float):
-    """Log-prob of every answer token, and the entropy it was drawn from: [N] each, the answers end to end.
+def token_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-prob [N] of each target [N], and the entropy [N] of what it was drawn from. head: hidden -> logits [N, V]."""
+    logits = head(hidden) / temperature
+    logps = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))  # [N, V]
+    entropy = torch.special.entr(logps.detach().exp()).sum(-1)  # a diagnostic, without a gradient
+    return logps.gather(-1, targets[:, None]).squeeze(-1), entropy
 
-    Row i is prompts[i] + answers[i], padded on the right and without a mask: causality keeps real tokens from
-    seeing the padding. Differentiable. The entropy carries no gradient; it is a diagnostic.
+
+def packed_logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: float) -> tuple[Tensor, Tensor]:
+    """logprobs with each prompt read once. Only live positions meet the head, in blocks that the backward pass
+    computes again where there are several: [T, V] never exists.
     """
-    rows = [torch.cat([p.cpu(), a.cpu()[:-1]]) for p, a in zip(prompts, answers)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)  # [B, T - 1]
-    hidden = model.base_model(ids, use_cache=False)[0]  # [B, T - 1, H]
-    row = torch.cat([torch.full((len(a),), i) for i, a in enumerate(answers)])  # [N]
-    # the token at t is predicted at t - 1: the first one from the prompt's last position
-    column = torch.cat([torch.arange(len(a)) + len(p) - 1 for p, a in zip(prompts, answers)])  # [N]
-    live = hidden[row.to(model.device), column.to(model.device)]  # [N, H]: only these positions meet the head
-    logits = model.get_output_embeddings()(live).float() / temperature  # [N, V]
-    targets = torch.cat([a.cpu() for a in answers]).to(model.device)  # [N]
-    total = logits.logsumexp(-1)  # [N]
-    logp = logits.gather(-1, targets[:, None]).squeeze(-1) - total
-    with torch.no_grad():
-        entropy = total - ((logits - total[:, None]).exp() * logits).sum(-1)
-    return logp, entropy
+    packed = Packed(groups, model.device)
+    hidden = body(model, packed, packed.ids, packed.positions)[0, packed.live]  # [N, H]
+    targets = torch.cat([a for _, answers in groups for a in answers]).to(model.device)  # [N]
+    head = model.get_output_embeddings()
+    rows = max(1, HEAD_BLOCK // head.weight.shape[0])
+    run = token_logprobs if len(targets) <= rows else partial(checkpoint, token_logprobs, use_reentrant=False)
+    blocks = zip(hidden.split(rows), targets.split(rows))
+    logps, entropies = zip(*(run(head, x, y, temperature) for x, y in blocks))
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def plain_logprobs(model, prompt: Tensor, answers: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+    """logprobs of one group by the definition, a row [prompt, answer] for each answer: the form that a model falls
+    back to, and that the other one is tested against. Padded on the right, where causality keeps it from real tokens.
+    """
+    rows = [torch.cat([prompt.cpu(), a.cpu()[:-1]]) for a in answers]
+    logits = model(pad_sequence(rows, True).to(model.device), use_cache=False).logits  # [G, T, V]
+    live = torch.cat([own[len(prompt) - 1 :][: len(a)] for own, a in zip(logits, answers)])  # [N, V]
+    return token_logprobs(lambda x: x, live, torch.cat(answers).to(model.device), temperature)
+
+
+def logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [N] of all answers [R_g] to some prompts [L], end to end; the former differentiable."""
+    if shares_prompts(model):
+        return packed_logprobs(model, groups, temperature)
+    return tuple(map(torch.cat, zip(*(plain_logprobs(model, *group, temperature) for group in groups))))
 
 
 def answer_logprobs(model, prompt: Tensor, answers: list[Tensor], *, temperature: float = 1.0) -> list[Tensor]:
-    """Log-probs [R_g] of G answers (LongTensors [R_g]) to one prompt (LongTensor [L]), differentiable."""
-    logp, _ = sequence_logprobs(model, [prompt] * len(answers), answers, temperature)
+    """Log-probs [R_g] of G answers (LongTensors [R_g]) to one prompt (LongTensor [L]), differentiable.
+
+    Raises ValueError for a model with gradient checkpointing outside `sharing`, where its backward pass would run the
+    layers again with another attention.
+    """
+    again = any(getattr(m, "gradient_checkpointing", False) and m.training for m in model.modules())
+    if torch.is_grad_enabled() and again and shares_prompts(model) and model.config._attn_implementation != NAME:
+        raise ValueError("with gradient checkpointing, call this and backward() inside `with prefix.sharing(model):`")
+    logp, _ = logprobs(model, [(prompt, answers)], temperature)
     return list(logp.split([len(a) for a in answers]))
+
+
+def shares_prompts(model) -> bool:
+    """Whether the shared forms say of this model what the plain one says; found out once, and if not, told in a line.
+
+    Linear attention and state spaces keep no keys, some attention adds biases of its own, some heads cap their
+    logits: all of that differs from the definition on two short prompts, or never calls `shared_attention`.
+    """
+    if not hasattr(model, "_shares_prompts"):
+        was_training = model.training
+        model.eval()
+        try:
+            reason = differs_from_plain(model)
+        except Exception as error:  # code of any model there is
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        model.train(was_training)
+        model._shares_prompts = not reason
+        if reason:
+            print(f"grpo: {type(model).__name__} reads the prompt again for each answer, which is slower: {reason}")
+    return model._shares_prompts
+
+
+@torch.no_grad()
+def differs_from_plain(model) -> str:
+    """In a few words where the shared forms differ from the plain one; empty where they do not."""
+    config = model.config.get_text_config()
+    if getattr(config, "final_logit_softcapping", None):
+        return "its logits are soft-capped"
+    if "chunked_attention" in (getattr(config, "layer_types", None) or []):
+        return "its attention is chunked"
+    window = getattr(config, "sliding_window", None) or 0
+    lengths = [window + 3 if window <= 1024 else 5, 3]  # a larger window is taken on trust
+    vocabulary = model.get_input_embeddings().num_embeddings
+    prompts = [torch.arange(7, 7 + length) * 31 % vocabulary for length in lengths]
+    packed = Packed([(p, []) for p in prompts], model.device)
+    packed.kept = {}
+    body(model, packed, packed.ids, packed.positions)
+    if len(packed.kept) < config.num_hidden_layers:
+        return "not all of its layers attend"
+    rows = decode(model, [(p, [1, 2]) for p in prompts], 3, [], (1.0, 1.0, 0), lambda n: None)
+    groups = [(p, [tokens for tokens, _, _ in rows[i : i + 2]]) for p, i in zip(prompts, (0, 2))]
+    plain = torch.cat([plain_logprobs(model, *group, 1.0)[0] for group in groups])
+    decoded = torch.cat([logps for _, logps, _ in rows]).to(plain)
+    for name, values in (("update", packed_logprobs(model, groups, 1.0)[0]), ("rollout", decoded)):
+        gap = float((values - plain).abs().mean())
+        if not gap < max(torch.finfo(model.dtype).eps, 1e-7) ** 0.5:
+            return f"the shared {name} is off by {gap:.2g} nats a token"
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------- GRPO's formulae
@@ -250,28 +347,38 @@ def make_examples(rollout: Rollout) -> list[Example]:
     return [Example(rollout.prompt, *rest) for rest in zip(rollout.answers, advantages, rollout.logps)]
 
 
-def micro_batches(examples: list[Example], micro_tokens: int) -> list[list[Example]]:
-    """Cut a list into batches of at most micro_tokens tokens each, padding included; one answer is the least."""
-    batches = []
-    for example in sorted(examples, key=lambda e: len(e.prompt) + len(e.answer)):
-        width = len(example.prompt) + len(example.answer)  # sorted, so the newest is the widest
-        if not batches or width * (len(batches[-1]) + 1) > micro_tokens:
-            batches.append([])
-        batches[-1].append(example)
-    return batches
+def micro_batches(groups: list[list[Example]], micro_tokens: int, shared: bool) -> list[list[list[Example]]]:
+    """Batches of groups, of at most micro_tokens tokens each, the padding of the plain form included.
+
+    A larger group is cut into parts of its answers, each with the prompt again; one answer with it is the least.
+    """
+    parts, sizes = [], []
+    for group in filter(None, groups):
+        prompt, longest = len(group[0].prompt), max(len(e.answer) for e in group)
+        answers = [len(e.answer) if shared else prompt + longest for e in group]
+        prompt *= shared  # once in each part
+        for run in cut(answers, micro_tokens - prompt):
+            parts.append(group[run])
+            sizes.append(prompt + sum(answers[run]))
+    return [parts[run] for run in cut(sizes, micro_tokens)]
+
+
+def group_logprobs(model, groups: list[list[Example]], temperature: float) -> tuple[Tensor, Tensor]:
+    return logprobs(model, [(group[0].prompt, [e.answer for e in group]) for group in groups], temperature)
 
 
 @torch.no_grad()
-def remember_logprobs(model, name: str, examples: list[Example], micro_tokens: int, temperature: float) -> None:
+def remember_logprobs(model, name: str, groups: list[list[Example]], micro_tokens: int, temperature: float) -> None:
     """Fill in old_logp or ref_logp (name) of every example with this model's log-probs."""
-    for batch in micro_batches(examples, micro_tokens):
-        logp, _ = sequence_logprobs(model, [e.prompt for e in batch], [e.answer for e in batch], temperature)
-        for example, values in zip(batch, logp.split([len(e.answer) for e in batch])):
+    for batch in micro_batches(groups, micro_tokens, shares_prompts(model)):
+        examples = [e for group in batch for e in group]
+        logp, _ = group_logprobs(model, batch, temperature)
+        for example, values in zip(examples, logp.split([len(e.answer) for e in examples])):
             setattr(example, name, values)
 
 
 def backward(
-    model, examples: list[Example], token_weight, micro_tokens: int, temperature: float, **clip_and_kl
+    model, groups: list[list[Example]], token_weight, micro_tokens: int, temperature: float, **clip_and_kl
 ) -> dict[str, float]:
     """Accumulate the gradients of one mini-batch, and return its loss and the sums of its diagnostics over tokens.
 
@@ -279,8 +386,10 @@ def backward(
     that the sum over micro-batches does not depend on how they were cut.
     """
     sums = dict.fromkeys(["loss", "clip", "old_kl", "ref_kl", "entropy", "rollout_gap", "tokens"], 0.0)
-    for batch in micro_batches(examples, micro_tokens):
-        logp, entropy = sequence_logprobs(model, [e.prompt for e in batch], [e.answer for e in batch], temperature)
+    shared = shares_prompts(model)
+    for groups_here in micro_batches(groups, micro_tokens, shared):
+        batch = [e for group in groups_here for e in group]
+        logp, entropy = group_logprobs(model, groups_here, temperature)
         lengths = torch.tensor([len(e.answer) for e in batch])
         advantages = torch.tensor([e.advantage for e in batch]).repeat_interleave(lengths).to(logp)  # [N]
         weights = torch.tensor([token_weight(e) for e in batch]).repeat_interleave(lengths).to(logp)  # [N]
@@ -289,7 +398,8 @@ def backward(
         ref = None if batch[0].ref_logp is None else torch.cat([e.ref_logp for e in batch]).to(logp)  # [N]
         loss, diagnostics = policy_loss(logp, old, advantages, ref, **clip_and_kl)  # [N]
         loss = (loss * weights).sum()
-        loss.backward()
+        with sharing(model) if shared else contextlib.nullcontext():  # checkpointed layers run again
+            loss.backward()
         gap = (old - torch.cat([e.rollout_logp for e in batch]).to(old)).abs()  # [N]
         for name, values in {**diagnostics, "entropy": entropy, "rollout_gap": gap}.items():
             sums[name] += float(values.sum())
@@ -320,28 +430,30 @@ def update(
     """
     if aggregation not in ("sequence", "token"):
         raise ValueError(f'aggregation is "sequence" or "token", not {aggregation!r}')
+    shares_prompts(model)  # finding that out sets modes of its own
     was_training = model.training
     model.eval()  # with gradients, but without dropout: the ratio has to compare the policy with itself
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = module.gradient_checkpointing  # transformers checkpoints in training mode only
     groups = [make_examples(r) for r in rollouts]
-    everything = [e for group in groups for e in group]
     if epochs * len(rollouts) > mini_batch:
-        remember_logprobs(model, "old_logp", everything, micro_tokens, temperature)
+        remember_logprobs(model, "old_logp", groups, micro_tokens, temperature)
     if kl > 0:
-        remember_logprobs(ref_model, "ref_logp", everything, micro_tokens, temperature)
+        remember_logprobs(ref_model, "ref_logp", groups, micro_tokens, temperature)
     settings = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl=kl)
     totals, norms = Counter(), []
     for _ in range(epochs):
         order = torch.randperm(len(rollouts), generator=generator)
         for chosen in (part.tolist() for part in order.split(mini_batch)):
-            examples = [e for i in chosen for e in groups[i]]
-            if not examples:
+            if not any(groups[i] for i in chosen):
                 continue
             n_answers = sum(len(rollouts[i].answers) for i in chosen)
             n_tokens = sum(len(answer) for i in chosen for answer in rollouts[i].answers)
             by_answer = aggregation == "sequence"
             weigh = lambda e: 1 / (n_answers * len(e.answer) if by_answer else n_tokens)  # noqa: E731
             optimizer.zero_grad(set_to_none=True)
-            totals.update(backward(model, examples, weigh, micro_tokens, temperature, **settings))
+            totals.update(backward(model, [groups[i] for i in chosen], weigh, micro_tokens, temperature, **settings))
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)

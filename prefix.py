@@ -1,0 +1,262 @@
+"""One prompt for all of its answers: how grpo.py has a model read each prompt once, exactly.
+
+    Packed    one row [prompt, answer, answer, ..., prompt, ...] for the update, and for a rollout's prompts
+    Decoding  one token a row and step for the rollout: a prompt's keys are held once, and serve all of its answers
+
+Both are layouts: the model's own layers run as they are, and where they attend they call `shared_attention`, which
+hands their queries, keys and values to the layout of this forward. That is all a model has to offer for it.
+
+Shapes: B prompts, G answers a prompt, n rows (answers being decoded), L prompt tokens, R answer tokens, T tokens of a
+packed row, V vocabulary, H hidden, N answer tokens of a whole batch laid end to end; in attention Q query heads, K key
+heads, D numbers a head.
+"""
+import contextlib
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface
+
+NAME = "grpo_shared"
+PREFILL_TOKENS = 8192  # prompt tokens encoded in one forward of a rollout: bounds its memory
+CHUNK = 128  # short answers attend to their prompt together, up to so many tokens: fewer calls, little masked waste
+BLOCK = 1024  # queries of a prompt in one call where a window masks them, so that no mask is [L, L]
+
+
+def cut(sizes: list[int], bound: int) -> list[slice]:
+    """Consecutive runs of a list whose sizes add up to at most bound; a larger one stands alone."""
+    starts, used = [], bound
+    for i, size in enumerate(sizes):
+        if used + size > bound or not starts:
+            starts, used = [*starts, i], 0
+        used += size
+    return [slice(*ends) for ends in zip(starts, [*starts[1:], len(sizes)])]
+
+
+def shared_attention(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, layout, scaling: float | None = None,
+    sliding_window: int | None = None, s_aux: Tensor | None = None, softcap: float | None = None, **unused,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer inside `sharing`; the layout knows which token may see which.
+
+    query [b, Q, t, D], key and value [b, K, t, D], positions already in them. Returns ([b, t, Q, D], None).
+    """
+    if softcap:
+        raise NotImplementedError("soft-capped attention")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layout.attend(module.layer_idx, query, key, value, scale, sliding_window, s_aux), None
+
+
+AttentionInterface.register(NAME, shared_attention)  # without a mask function: transformers builds no masks
+
+
+@contextlib.contextmanager
+def sharing(model):
+    """Inside, the model's layers attend through the layout that each forward names. The backward pass of a model with
+    gradient checkpointing belongs inside too, for it runs the layers again."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Fused attention of q [1, Q, n, D] to k, v [1, K, m, D] -> [1, n, Q, D].
+
+    mask: [n, m], 0 where a query sees a key and -inf elsewhere; None is causal, with n == m.
+    """
+    heads, n, groups = q.shape[1], q.shape[2], k.shape[1]
+    if sinks is not None:
+        # A sink [Q] is the score of one more key, with value 0. One more coordinate makes it: sink / scale in the
+        # queries, 1 in the new first key, 0 in the others. If causal, a first query keeps the diagonal in its place.
+        q = torch.cat([q, (sinks / scale).to(q).view(1, -1, 1, 1).expand(-1, -1, n, -1)], -1)
+        k = torch.cat([F.one_hot(torch.tensor([k.shape[-1]])).to(k).expand(1, groups, 1, -1), F.pad(k, (0, 1))], 2)
+        v = F.pad(v, (0, 1, 1, 0))
+        q, mask = (F.pad(q, (0, 0, 1, 0)), None) if mask is None else (q, F.pad(mask, (1, 0)))
+    # each key head serves Q / K query heads: as a batch of K such heads, the keys need not be repeated
+    q = q.reshape(groups, heads // groups, -1, q.shape[-1])  # [K, Q/K, n, D]
+    k, v = (x.transpose(0, 1).expand(-1, heads // groups, -1, -1) for x in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    if sinks is not None:
+        out = out[:, :, -n:, :-1]
+    return out.reshape(1, heads, n, -1).transpose(1, 2)
+
+
+class Packed:
+    """One row [prompt 1, answer 1a, answer 1b, ..., prompt 2, answer 2a, ...]: no padding, and no prompt twice.
+
+    An answer sees its prompt and itself, and its positions go on where its prompt's end; its last token is left out,
+    for it predicts nothing. One layout for all lengths: against a cache expanded to G padded rows it needs no copies
+    of the prompt's keys, several groups share a forward, and gradient checkpointing works.
+
+    ids, positions: [1, T]. live: [N], where in the row each answer token is predicted, the first by its prompt's end.
+    """
+
+    def __init__(self, groups: list[tuple[Tensor, list[Tensor]]], device: torch.device):
+        ids, positions, live, self.groups, self.sizes, at = [], [], [], [], [], 0
+        for prompt, answers in groups:
+            L, chunks = len(prompt), []
+            ids.append(prompt.cpu())
+            positions.append(torch.arange(L))
+            last, at = at + L - 1, at + L
+            for answer in answers:
+                r = max(len(answer) - 1, 0)
+                ids.append(answer.cpu()[:r])
+                positions.append(torch.arange(L, L + r))
+                live.append(torch.cat([torch.tensor([last]), torch.arange(at, at + r)])[: len(answer)])
+                if chunks and sum(chunks[-1]) + r <= CHUNK:
+                    chunks[-1].append(r)
+                elif r:
+                    chunks.append([r])
+                at += r
+            self.groups.append((L, chunks))
+            self.sizes += [L, *map(sum, chunks)]
+        self.ids, self.positions = torch.cat(ids)[None].to(device), torch.cat(positions)[None].to(device)  # [1, T]
+        self.live = torch.cat(live).to(device) if live else None  # [N]
+        self.masks, self.kept = {}, None  # kept: a dict to which each layer adds its keys and values, for Decoding
+
+    def mask(self, like: Tensor, before: int, lengths: list[int], window: int | None) -> Tensor:
+        """[n, before + n] for n = sum(lengths) queries: all see the first `before` keys, and each its own run of
+        tokens up to itself, or what of that is nearer than the window. One tensor for all layers."""
+        key = (before, *lengths, window)
+        if key not in self.masks:
+            run = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # [n]
+            place = torch.cat([torch.arange(before, before + r) for r in lengths])  # [n]
+            key_run, key_place = F.pad(run, (before, 0), value=-1), torch.cat([torch.arange(before), place])
+            seen = ((key_run == -1) | (key_run == run[:, None])) & (key_place <= place[:, None])
+            if window is not None:
+                seen &= place[:, None] - key_place < window
+            self.masks[key] = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -torch.inf).to(like.device)
+        return self.masks[key]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks) -> Tensor:
+        """q [1, Q, T, D], k, v [1, K, T, D] -> [1, T, Q, D], one group after the other."""
+        if self.kept is not None:
+            self.kept[layer] = k, v
+        # split, not slices: the gradient of a slice is a whole row of zeros
+        parts = iter(zip(q.split(self.sizes, 2), k.split(self.sizes, 2), v.split(self.sizes, 2)))
+        out = []
+        for L, chunks in self.groups:
+            q_prompt, k_prompt, v_prompt = next(parts)
+            if window is None or L <= window:
+                out.append(attend(q_prompt, k_prompt, v_prompt, scale, sinks, None))
+            else:
+                for start in range(0, L, BLOCK):
+                    end, near = min(start + BLOCK, L), max(0, start - window + 1)
+                    mask = self.mask(q, start - near, [end - start], window)
+                    k_near, v_near = k_prompt[:, :, near:end], v_prompt[:, :, near:end]
+                    out.append(attend(q_prompt[:, :, start:end], k_near, v_near, scale, sinks, mask))
+            for lengths in chunks:
+                q_own, k_own, v_own = next(parts)
+                keys, values = torch.cat([k_prompt, k_own], 2), torch.cat([v_prompt, v_own], 2)
+                out.append(attend(q_own, keys, values, scale, sinks, self.mask(q, L, lengths, window)))
+        return torch.cat(out, 1)
+
+
+def body(model, layout, ids: Tensor, positions: Tensor) -> Tensor:
+    """The model without its head, attending through the layout: ids, positions [b, t] -> hidden [b, t, H]."""
+    with sharing(model):
+        return model.base_model(ids, position_ids=positions, use_cache=False, layout=layout)[0]
+
+
+class Decoding:
+    """Answers being decoded, a token a row and step: each prompt's keys and values once for all of its answers, and
+    beside them each answer's own, in buffers that double when they are full.
+
+    counts: [B], answers to each prompt; rows are ordered by prompt. logits: [n, V], of the next token of each row.
+    """
+
+    def __init__(self, model, prompts: list[Tensor], counts: list[int]):
+        pieces, last = defaultdict(list), []
+        for part in cut([len(p) for p in prompts], PREFILL_TOKENS):
+            packed = Packed([(p, []) for p in prompts[part]], model.device)
+            packed.kept = {}
+            hidden = body(model, packed, packed.ids, packed.positions)[0]  # [T, H]
+            last.append(hidden[torch.tensor(packed.sizes).cumsum(0) - 1])  # the last token of each prompt
+            for layer, both in packed.kept.items():
+                for i, x in enumerate(both):  # [1, K, T, D]
+                    pieces[layer, i] += x[0].transpose(0, 1).split(packed.sizes)  # [L, K, D] each
+        # [B, K, L, D], padded on the right, two a layer
+        self.prompt = {at: pad_sequence(x, True).transpose(1, 2).contiguous() for at, x in pieces.items()}
+        self.length = torch.tensor([len(p) for p in prompts], device=model.device)  # [B]
+        self.owner = torch.repeat_interleave(torch.tensor(counts, device=model.device))  # [n], each row's prompt
+        self.own, self.t = {}, 0  # [n, K, capacity, D], two a layer; the first t are in use
+        self.logits = model.get_output_embeddings()(torch.cat(last))[self.owner]
+        self.arrange()
+
+    def arrange(self) -> None:
+        """Gives each row a slot [B, G] beside its prompt; G is the largest group, so some slots may stay empty."""
+        counts = self.owner.bincount(minlength=len(self.length))  # [B]
+        self.G, self.masks = int(counts.max()), {}
+        rank = torch.arange(len(self.owner), device=counts.device) - (counts.cumsum(0) - counts)[self.owner]
+        self.slot = None if len(self.owner) == len(counts) * self.G else self.owner * self.G + rank  # [n]
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows [n'] go on, and only the prompts that they need."""
+        kept, self.owner = self.owner[rows].unique(return_inverse=True)
+        if len(kept) < len(self.length):
+            self.length, self.prompt = self.length[kept], {at: x[kept] for at, x in self.prompt.items()}
+        self.own, self.logits = {at: x[rows] for at, x in self.own.items()}, self.logits[rows]
+        self.arrange()
+
+    def step(self, model, tokens: Tensor) -> None:
+        """Feeds one token a row, [n], and sets the logits of the next."""
+        positions = (self.length[self.owner] + self.t)[:, None]  # [n, 1]
+        self.logits = model.get_output_embeddings()(body(model, self, tokens[:, None], positions)[:, 0])
+        self.t += 1
+        self.masks = {window: mask for window, mask in self.masks.items() if window is None}
+
+    def by_prompt(self, x: Tensor) -> Tensor:
+        """[n, K, Q/K, X] -> [B, K, G * Q/K, X]; empty slots hold zeros."""
+        if self.slot is not None:
+            x = x.new_zeros(len(self.length) * self.G, *x.shape[1:]).index_copy_(0, self.slot, x)
+        return x.unflatten(0, (-1, self.G)).transpose(1, 2).flatten(2, 3)
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """The way back: [B, K, G * Q/K, X] -> [n, K, Q/K, X]."""
+        x = x.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1)
+        return x if self.slot is None else x[self.slot]
+
+    def remember(self, at: tuple[int, int], x: Tensor) -> Tensor:
+        """Adds the newest token's keys or values [n, K, 1, D]; returns all of its row [n, K, t + 1, D]."""
+        if at not in self.own:
+            self.own[at] = x.new_empty(*x.shape[:2], 32, x.shape[3])
+        elif self.t == self.own[at].shape[2]:
+            self.own[at] = torch.cat([self.own[at], torch.empty_like(self.own[at])], 2)
+        self.own[at][:, :, self.t] = x[:, :, 0]
+        return self.own[at][:, :, : self.t + 1]
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """[B, 1, 1, L], -inf at padding and at what the window has left behind; None where there is neither."""
+        if window not in self.masks:
+            place = torch.arange(self.prompt[0, 0].shape[2], device=self.length.device)  # [L]
+            hidden = place >= self.length[:, None]  # [B, L]
+            if window is not None:
+                hidden |= self.length[:, None] + self.t - place >= window
+            mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)[:, None, None]
+            self.masks[window] = mask if hidden.any() else None
+        return self.masks[window]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks) -> Tensor:
+        """q [n, Q, 1, D], k, v [n, K, 1, D] -> [n, 1, Q, D]. The answers to one prompt meet its keys in one product."""
+        n, heads, _, D = q.shape
+        groups = k.shape[1]
+        own_k, own_v = self.remember((layer, 0), k), self.remember((layer, 1), v)  # [n, K, t + 1, D]
+        if window is not None:
+            own_k, own_v = own_k[:, :, -window:], own_v[:, :, -window:]
+        q = (q * scale).reshape(n, groups, heads // groups, D)  # [n, K, Q/K, D]
+        shared = self.by_prompt(q) @ self.prompt[layer, 0].transpose(2, 3)  # [B, K, G * Q/K, L]
+        if (mask := self.mask(window)) is not None:
+            shared = shared + mask
+        scores = [shared, self.by_prompt(q @ own_k.transpose(2, 3))]  # [B, K, G * Q/K, t + 1]
+        if sinks is not None:  # [Q]: one more score, with value 0
+            sinks = sinks.to(q).view(1, groups, 1, heads // groups, 1)
+            scores.append(sinks.expand(len(shared), -1, self.G, -1, -1).flatten(2, 3))  # [B, K, G * Q/K, 1]
+        weights = torch.cat(scores, -1).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q)
+        on_prompt, on_own, *_ = weights.split([score.shape[-1] for score in scores], -1)
+        out = self.by_row(on_prompt @ self.prompt[layer, 1]) + self.by_row(on_own) @ own_v  # [n, K, Q/K, D]
+        return out.flatten(1, 2)[:, None]
