@@ -27,6 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from data import ranks
+from data.model import adapters_off, run_forward, whole
 from prefix import NAME, Decoding, Packed, body, cut, sharing
 
 HEAD_BLOCK = 2**24  # logits in memory at a time, N * V; more are recomputed block by block in the backward pass
@@ -74,18 +76,19 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, to
 def rollout(
     model, prompts: list[Tensor], *, answers: int, max_new_tokens: int, eos_ids, temperature: float = 1.0,
     top_p: float = 1.0, top_k: int = 0, generator: torch.Generator | None = None, max_rows: int = 256,
-    progress=None,
+    progress=None, seeds: list[list[int]] | None = None,
 ) -> list[Rollout]:
     """Sample `answers` answers to each prompt (LongTensors [L_i] of unequal lengths, at least one token each).
 
     Each prompt is encoded once for all of its answers. At most max_rows answers decode at a time; prompts of similar
     length go together, and a prompt is encoded again only where its answers alone are more than max_rows. What an
-    answer draws depends on the generator's state and on its place in the list, not on who shares its batch.
+    answer draws depends on the generator's state and on its place in the list, not on who shares its batch; or on its
+    own seed, where seeds (answers of them for each prompt) are given.
     progress(n) is called whenever n more answers have ended. Returns one Rollout a prompt, in the order given.
     Best-of-N evaluation is the same call with answers=N.
     """
     where = generator.device if generator is not None else "cpu"
-    seeds = torch.randint(2**62, (len(prompts), answers), generator=generator, device=where).tolist()
+    seeds = seeds or torch.randint(2**62, (len(prompts), answers), generator=generator, device=where).tolist()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     parts = [(i, seeds[i][at : at + max_rows]) for i in order for at in range(0, answers, max_rows)]
     was_training = model.training
@@ -374,13 +377,31 @@ def example_logprobs(model, examples: list[Example], temperature: float) -> tupl
     return logprobs(model, [(g[0].prompt, [e.answer for e in g]) for g in by_prompt(examples)], temperature)
 
 
+def my_batches(model, examples: list[Example], micro_tokens: int) -> list[tuple[list[Example], bool]]:
+    """The micro-batches of this rank's share of the groups, and whether each counts.
+
+    Every rank gets as many, for with sharded weights a forward waits for all of them: whoever has fewer fills up with
+    one that does not count, the shortest answer of all.
+    """
+    own = [e for group in ranks.share(by_prompt(examples)) for e in group]
+    batches = micro_batches(own, micro_tokens, shares_prompts(model))
+    missing = max(ranks.every(len(batches))) - len(batches)
+    filler = sorted(examples, key=lambda e: len(e.prompt) + len(e.answer))[:1]
+    return [(batch, True) for batch in batches] + [(filler, False)] * missing
+
+
 @torch.no_grad()
 def remember_logprobs(model, name: str, examples: list[Example], micro_tokens: int, temperature: float) -> None:
-    """Fill in old_logp or ref_logp (name) of every example with this model's log-probs."""
-    for batch in micro_batches(examples, micro_tokens, shares_prompts(model)):
-        logp, _ = example_logprobs(model, batch, temperature)
+    """Fill in old_logp or ref_logp (name) of every example with this model's log-probs; on every rank."""
+    for batch, _ in my_batches(model, examples, micro_tokens):
+        logp, _ = run_forward(model, example_logprobs, batch, temperature)
         for example, values in zip(batch, logp.split([len(e.answer) for e in batch])):
-            setattr(example, name, values)
+            setattr(example, name, values.cpu())
+    groups = by_prompt(examples)
+    known = ranks.spread(groups, lambda own: [[getattr(e, name) for e in group] for group in own])
+    for group, values in zip(groups, known):
+        for example, value in zip(group, values):
+            setattr(example, name, value)
 
 
 def backward(
@@ -388,29 +409,33 @@ def backward(
 ) -> dict[str, float]:
     """Accumulate the gradients of one mini-batch, and return its loss and the sums of its diagnostics over tokens.
 
+    Each rank computes a share of the groups; gradients and sums are those of all ranks, on every rank.
     token_weight(example) is the weight of each of its tokens, the denominator of the whole mini-batch included, so
     that the sum over micro-batches does not depend on how they were cut.
     """
     sums = dict.fromkeys(["loss", "clip", "old_kl", "ref_kl", "entropy", "rollout_gap", "tokens"], 0.0)
     shared = shares_prompts(model)
-    for batch in micro_batches(examples, micro_tokens, shared):
-        logp, entropy = example_logprobs(model, batch, temperature)
+    for batch, counts in my_batches(model, examples, micro_tokens):
+        logp, entropy = run_forward(model, example_logprobs, batch, temperature)
         lengths = torch.tensor([len(e.answer) for e in batch])
         advantages = torch.tensor([e.advantage for e in batch]).repeat_interleave(lengths).to(logp)  # [N]
         weights = torch.tensor([token_weight(e) for e in batch]).repeat_interleave(lengths).to(logp)  # [N]
         # in a single on-policy step the old policy is the current one: the ratio is 1, with its gradient
-        old = logp.detach() if batch[0].old_logp is None else torch.cat([e.old_logp for e in batch])  # [N]
+        old = logp.detach() if batch[0].old_logp is None else torch.cat([e.old_logp for e in batch]).to(logp)  # [N]
         ref = None if batch[0].ref_logp is None else torch.cat([e.ref_logp for e in batch]).to(logp)  # [N]
         loss, diagnostics = policy_loss(logp, old, advantages, ref, **clip_and_kl)  # [N]
-        loss = (loss * weights).sum()
+        loss = (loss * weights).sum() * counts
         with sharing(model) if shared else contextlib.nullcontext():  # checkpointed layers run again
             loss.backward()
+        if not counts:
+            continue
         gap = (old - torch.cat([e.rollout_logp for e in batch]).to(old)).abs()  # [N]
         for name, values in {**diagnostics, "entropy": entropy, "rollout_gap": gap}.items():
             sums[name] += float(values.sum())
         sums["loss"] += float(loss.detach())
         sums["tokens"] += len(logp)
-    return sums
+    ranks.sum_gradients(model.parameters())
+    return {name: sum(own[name] for own in ranks.every(sums)) for name in sums}
 
 
 def update(
@@ -445,7 +470,8 @@ def update(
     if epochs * len(rollouts) > mini_batch:
         remember_logprobs(model, "old_logp", everything, micro_tokens, temperature)
     if kl > 0:
-        remember_logprobs(ref_model, "ref_logp", everything, micro_tokens, temperature)
+        with adapters_off(ref_model):  # with LoRA the reference is the model itself
+            remember_logprobs(ref_model, "ref_logp", everything, micro_tokens, temperature)
     settings = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl=kl)
     totals, norms = Counter(), []
     for _ in range(epochs):
@@ -460,7 +486,7 @@ def update(
             weigh = lambda e: 1 / (n_answers * len(e.answer) if by_answer else n_tokens)  # noqa: E731
             optimizer.zero_grad(set_to_none=True)
             totals.update(backward(model, examples, weigh, micro_tokens, temperature, **settings))
-            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
+            norms.append(float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))))
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     model.train(was_training)
