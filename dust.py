@@ -255,21 +255,23 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
            journal: Journal, clock: Clock, **sampling) -> list[Candidate]:
     """`count` answers to each problem (paper 2.2), their programs extracted; ordered by problem.
 
-    sampling: temperature, top_p, top_k. About args.rows answers are drawn at a time, from a seed of their own.
+    sampling: temperature, top_p, top_k of grpo.rollout. About args.rows answers at a time, each batch with a seed of
+    its own.
     """
     prompts = [encode(tokenizer, rank_prompt.generation_prompt(p.question, p.starter_code), args) for p in problems]
     check_context(model, prompts, [p.id for p in problems], args)
     copies = count if sampling["temperature"] == 0 else 1  # then all answers to a problem are one
 
     def draw_batch(chosen: range) -> dict[str, list]:  # problem -> [[answer, whether it ended], ...]
-        rollouts = grpo.rollout(
-            model, [prompts[i] for i in chosen], answers=count // copies, max_new_tokens=args.max_new_tokens,
-            eos_ids=eos_ids(model, tokenizer), max_rows=args.rows,
-            generator=torch.Generator().manual_seed(derive(seed, chosen.start)), **sampling,
-        )
-        texts = [[[decode(tokenizer, r.prompt, answer[: len(answer) - ended]), ended]
-                  for answer, ended in zip(r.answers, r.finished)] for r in rollouts]
-        return {problems[i].id: own * copies for i, own in zip(chosen, texts)}
+        generator = torch.Generator().manual_seed(derive(seed, chosen.start))
+        rollouts = roll_out(model, tokenizer, [prompts[i] for i in chosen], args, generator=generator,
+                            answers=count // copies, **sampling)
+        units = {}
+        for i, r in zip(chosen, rollouts):
+            words = [answer[: len(answer) - ended] for answer, ended in zip(r.answers, r.finished)]  # without the EOS
+            texts = [decode(tokenizer, r.prompt, answer) for answer in words]
+            units[problems[i].id] = list(zip(texts, r.finished)) * copies
+        return units
 
     batches = parts(range(len(problems)), max(1, args.rows // count))
     waiting = [chosen for chosen in batches if not all(problems[i].id in journal.done for i in chosen)]
@@ -423,11 +425,14 @@ def fits_context(model, tokenizer, group: Group, args: Args) -> bool:
     return len(ranking_ids(tokenizer, group, args)) + args.max_new_tokens <= context_of(model)
 
 
-def rank(model, tokenizer, groups: list[Group], args: Args, **sampling) -> list[grpo.Rollout]:
-    """Rankings of groups by the model, as they are ordered: one Rollout a group."""
-    prompts = [ranking_ids(tokenizer, group, args) for group in groups]
+def roll_out(model, tokenizer, prompts: list[torch.Tensor], args: Args, **sampling) -> list[grpo.Rollout]:
     return grpo.rollout(model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model, tokenizer),
                         max_rows=args.rows, **sampling)
+
+
+def rank(model, tokenizer, groups: list[Group], args: Args, **sampling) -> list[grpo.Rollout]:
+    """Rankings of groups by the model, as they are ordered: one Rollout a group."""
+    return roll_out(model, tokenizer, [ranking_ids(tokenizer, group, args) for group in groups], args, **sampling)
 
 
 def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout], reward: str) -> dict[str, float]:

@@ -5,30 +5,90 @@ import sys
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+import transformers
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import grpo
+import prefix
 
 torch.set_num_threads(1)
 EOS = 5
 SHAPE = dict(vocab_size=37, max_position_embeddings=128, bos_token_id=1, eos_token_id=EOS, pad_token_id=EOS)
 
 
-def qwen3(**changes):
-    """Two layers, grouped KV heads, QK-norm; weights large enough for peaked distributions."""
+SIZE = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    initializer_range=0.2,  # large enough for peaked distributions
+)
+EXPERTS = dict(num_experts_per_tok=2, experts_implementation="eager")
+
+
+def build(name, **settings):
+    """A tiny random model; norms and biases, which start as ones and zeros, are moved too."""
     torch.manual_seed(3)
-    size = dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, initializer_range=0.2,
-    )
-    return Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, **size, **changes})).eval()
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SHAPE, **settings))
+    for p in model.parameters():
+        if p.dim() == 1:
+            p.data += 0.2 * torch.randn_like(p)
+    return model.eval()
+
+
+def qwen3(**changes):
+    """Grouped KV heads, QK-norm, the head tied to the embedding."""
+    return build("Qwen3", **{**SIZE, "tie_word_embeddings": True, **changes})
+
+
+def qwen3_untied():
+    return qwen3(tie_word_embeddings=False)
+
+
+def qwen3_moe():
+    return build("Qwen3Moe", **SIZE, **EXPERTS, num_experts=4, moe_intermediate_size=16)
+
+
+def llama():
+    return build("Llama", **SIZE)
+
+
+def gpt_oss():
+    """Attention sinks, and a window shorter than the prompts in every other layer."""
+    return build("GptOss", **SIZE, **EXPERTS, num_local_experts=4, sliding_window=6)
 
 
 def gpt2():
     """Learned positions and dropout."""
     torch.manual_seed(4)
-    return GPT2LMHeadModel(GPT2Config(**SHAPE, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)).train()
+    config = transformers.GPT2Config(**SHAPE, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
+    return transformers.GPT2LMHeadModel(config).train()
+
+
+def mamba():
+    """No attention at all."""
+    return build("Mamba", hidden_size=32, num_hidden_layers=2, initializer_range=0.2)
+
+
+def qwen3_next():
+    """Linear attention in three layers of four; so faint that its numbers alone would not tell."""
+    return build("Qwen3Next", **{**SIZE, "num_hidden_layers": 4, "initializer_range": 0.002}, **EXPERTS, num_experts=4)
+
+
+def gemma2(**changes):
+    """Capped logits, as faint."""
+    return build("Gemma2", **{**SIZE, "initializer_range": 0.002, "attn_logit_softcapping": None, **changes})
+
+
+def gemma2_scores():
+    """Capped attention scores."""
+    return gemma2(attn_logit_softcapping=50.0, final_logit_softcapping=None)
+
+
+def granite():
+    """A head that divides its logits."""
+    return build("Granite", **{k: v for k, v in SIZE.items() if k != "head_dim"}, logits_scaling=3.0)
+
+
+SHARING = [qwen3, qwen3_untied, qwen3_moe, llama, gpt_oss, gpt2]
 
 
 def ids(*lengths, seed=0):
@@ -39,7 +99,8 @@ def ids(*lengths, seed=0):
 
 def scored(model, rewards=((0.0, 1.0, 0.5), (2.0, -1.0, 0.0)), **settings):
     """Rollouts of two prompts with rewards."""
-    settings = dict(answers=3, max_new_tokens=9, eos_ids=[EOS, 6, 7, 8], generator=torch.Generator().manual_seed(7)) | settings
+    draw = dict(answers=3, max_new_tokens=9, eos_ids=[EOS, 6, 7, 8], generator=torch.Generator().manual_seed(7))
+    settings = draw | settings
     rollouts = grpo.rollout(model, ids(4, 11), **settings)
     for r, values in zip(rollouts, rewards):
         r.rewards = torch.tensor(values)
@@ -91,10 +152,12 @@ def test_a_prompt_is_not_moved_by_the_padding_beside_longer_ones(make):
         torch.testing.assert_close(r.logps, alone.logps, atol=1e-5, rtol=0)
 
 
-def test_rows_that_leave_the_batch_do_not_change_what_the_others_draw():
-    """Without an EOS no row leaves; cut at the first EOS, the same draws have to give the same answers."""
-    model, prompts = qwen3(), ids(4, 9, 6)
-    draw = dict(answers=8, max_new_tokens=40, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("lengths, answers", [((4, 9, 6), 8), ((3, 5, 9, 2, 7, 8, 6, 4, 11, 10), 1)])
+def test_rows_that_leave_the_batch_do_not_change_what_the_others_draw(lengths, answers):
+    """Without an EOS no row leaves; cut at the first EOS, the same draws have to give the same answers. With one
+    answer each, prompts leave as well."""
+    model, prompts = qwen3(), ids(*lengths)
+    draw = dict(answers=answers, max_new_tokens=40, generator=torch.Generator().manual_seed(1))
     some = grpo.rollout(model, prompts, eos_ids=[EOS, 8], **draw)
     draw["generator"].manual_seed(1)
     whole = grpo.rollout(model, prompts, eos_ids=[], **draw)
@@ -106,14 +169,20 @@ def test_rows_that_leave_the_batch_do_not_change_what_the_others_draw():
             torch.testing.assert_close(logp, full[: len(a)], atol=1e-5, rtol=0)
 
 
-def test_more_rows_than_fit_are_decoded_in_parts_and_returned_in_order():
-    model, prompts = qwen3(), ids(9, 2, 5, 3)
-    settings = dict(answers=2, max_new_tokens=6, temperature=0.0, eos_ids=[EOS])
-    seen = []
-    parts = grpo.rollout(model, prompts, **settings, max_rows=4, progress=seen.append)
-    for r, whole in zip(parts, grpo.rollout(model, prompts, **settings)):
-        assert torch.equal(r.prompt, whole.prompt) and torch.equal(r.answers[1], whole.answers[1])
-    assert sum(seen) == 8
+def test_more_rows_than_fit_are_decoded_in_parts_and_draw_the_same():
+    """The bound has to hold within a group too, and must not change what is drawn, nor the order of what returns."""
+    model, prompts, seen, sizes = qwen3(), ids(9, 2, 5, 3), [], []
+    draw = dict(answers=6, max_new_tokens=6, eos_ids=[EOS, 8], progress=seen.append)
+    whole = grpo.rollout(model, prompts, **draw, generator=torch.Generator().manual_seed(1))
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[:2]))
+    for max_rows in (12, 4, 1):
+        parts = grpo.rollout(model, prompts, **draw, max_rows=max_rows, generator=torch.Generator().manual_seed(1))
+        for a, b in zip(parts, whole):
+            assert torch.equal(a.prompt, b.prompt) and list(map(len, a.answers)) == list(map(len, b.answers))
+            assert torch.equal(torch.cat(a.answers), torch.cat(b.answers)) and a.finished == b.finished
+        assert max(rows for rows, _ in sizes) <= max_rows
+        sizes.clear()
+    assert sum(seen) == 4 * 24
 
 
 def test_an_answer_ends_with_one_eos_and_a_truncated_one_has_none():
@@ -130,11 +199,14 @@ def test_an_answer_ends_with_one_eos_and_a_truncated_one_has_none():
         assert ends.sum() == finished and (ends[-1] if finished else len(answer) == 12)
 
 
-def test_log_probs_at_sampling_are_those_of_training_at_the_same_temperature():
+@pytest.mark.parametrize("make", [*SHARING, mamba])
+def test_log_probs_at_sampling_are_those_of_training_at_the_same_temperature(make):
     """Off by one position, or without the temperature, the ratio starts away from 1 and nothing else shows it."""
-    model = qwen3()
+    model = make()
+    model.eval()
     for r in grpo.rollout(model, ids(5, 13), answers=3, max_new_tokens=10, temperature=0.7, eos_ids=[EOS]):
-        torch.testing.assert_close(r.logps, grpo.answer_logprobs(model, r.prompt, r.answers, temperature=0.7))
+        trained = grpo.answer_logprobs(model, r.prompt, r.answers, temperature=0.7)
+        torch.testing.assert_close(r.logps, trained, atol=1e-5, rtol=1e-5)
         for answer, logp in zip(r.answers, r.logps):
             torch.testing.assert_close(logp, full_logps(model, r.prompt, answer, 0.7), atol=1e-5, rtol=1e-5)
 
@@ -163,6 +235,151 @@ def test_the_sampler_draws_each_token_as_often_as_it_should():
     torch.testing.assert_close(shares(0.6, 0.8, 3), keep / keep.sum(), atol=2e-4, rtol=0)
     assert shares(0.6, 0.1, 0).tolist() == [0, 0, 1, 0, 0]  # the likeliest always stays
     assert shares(0.0, 1.0, 0).tolist() == [0, 0, 1, 0, 0]
+
+
+# -------------------------------------------------------------------------------------------------- shared prompts
+
+
+def value_and_gradient(model, logprobs):
+    """Log-probs [N] and the gradient of a random sum of them, as one vector."""
+    model.zero_grad()
+    logp = logprobs()
+    (logp * torch.randn(len(logp), generator=torch.Generator().manual_seed(5)).to(logp)).sum().backward()
+    gradient = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return logp.detach(), gradient
+
+
+def both_forms(model, prompt, answers):
+    """The shared form's and the plain one's log-probs and gradients, at T = 0.7."""
+    shared = value_and_gradient(model, lambda: torch.cat(grpo.answer_logprobs(model, prompt, answers, temperature=0.7)))
+    return shared, value_and_gradient(model, lambda: grpo.plain_logprobs(model, prompt, answers, 0.7)[0])
+
+
+@pytest.mark.parametrize("make", SHARING)
+def test_prompt_gradient_is_not_lost_when_the_prompt_is_shared(make, monkeypatch):
+    """Answers of one token, more of them than share a call, and windows within and across blocks of the prompt."""
+    monkeypatch.setattr(prefix, "CHUNK", 16)
+    monkeypatch.setattr(prefix, "BLOCK", 8)
+    model = make()
+    model.eval()
+    prompt, *answers = ids(19, 7, 1, 12, 3, 40, 2)
+    (logp, gradient), (expected, expected_gradient) = both_forms(model, prompt, answers)
+    assert grpo.shares_prompts(model)
+    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
+    assert distance(gradient, expected_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("make", [qwen3, qwen3_untied, llama, gpt_oss, gpt2])
+def test_in_double_precision_the_shared_form_is_the_plain_one(make):
+    """What fp32 noise could hide. transformers' norms compute in fp32 whatever the model's type: replaced here."""
+    model = make()
+    model.eval().double()
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "variance_epsilon"):
+            norm = torch.nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)
+            norm.weight.data = module.weight.data
+            model.set_submodule(name, norm)
+    prompt, *answers = ids(19, 7, 1, 12, 3)
+    (logp, gradient), (expected, expected_gradient) = both_forms(model, prompt, answers)
+    assert grpo.shares_prompts(model) and (logp - expected).abs().max() < 1e-12
+    assert distance(gradient, expected_gradient) < 1e-12
+
+
+def test_a_prompt_under_no_grad_passes_the_values_and_fails_the_gradients(monkeypatch):
+    """The control of the tests above: they would see a prompt whose keys carry no gradient."""
+    model, (prompt, *answers) = qwen3(), ids(19, 7, 12, 3)
+    assert grpo.shares_prompts(model)
+    attend = prefix.Packed.attend
+
+    def without_gradient(self, layer, q, k, v, *rest):
+        k, v = (torch.cat([x[:, :, : len(prompt)].detach(), x[:, :, len(prompt) :]], 2) for x in (k, v))
+        return attend(self, layer, q, k, v, *rest)
+
+    monkeypatch.setattr(prefix.Packed, "attend", without_gradient)
+    (logp, gradient), (expected, expected_gradient) = both_forms(model, prompt, answers)
+    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
+    assert distance(gradient, expected_gradient) > 0.1
+
+
+def test_a_prompt_is_read_once_for_its_answers():
+    """Exact and slow would pass every other test."""
+    model, seen = qwen3(), []
+    grpo.shares_prompts(model)
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0] * args[0].shape[1]))
+    rollouts = grpo.rollout(model, ids(4, 11), answers=3, max_new_tokens=5, eos_ids=[])
+    assert seen == [4 + 11] + [6] * 4
+    seen.clear()
+    for r in rollouts:
+        r.rewards = torch.tensor([0.0, 1.0, 0.5])
+    gradients(model, rollouts)
+    assert seen == [4 + 11 + 6 * 4]
+
+
+@pytest.mark.parametrize("make, reason", [
+    (mamba, "not all of its layers attend"), (qwen3_next, "not all of its layers attend"),
+    (gemma2, "its logits are soft-capped"), (gemma2_scores, "soft-capped attention"), (granite, "update is off by"),
+])
+def test_a_model_that_cannot_share_falls_back_and_says_so_once(make, reason, capsys):
+    """Shared attention would be wrong for it, or its head's logits would; one line, and the definition's numbers."""
+    model = make()
+    prompts = ids(4, 9)
+    rollouts = grpo.rollout(model, prompts, answers=3, max_new_tokens=6, eos_ids=[EOS, 8], temperature=0.7)
+    for r, values in zip(rollouts, ([0.0, 1.0, 0.5], [2.0, -1.0, 0.0])):
+        r.rewards = torch.tensor(values)
+        for answer, logp in zip(r.answers, grpo.answer_logprobs(model, r.prompt, r.answers, temperature=0.7)):
+            torch.testing.assert_close(logp, full_logps(model, r.prompt, answer, 0.7), atol=1e-5, rtol=1e-5)
+        for answer, finished in zip(r.answers, r.finished):
+            ends = torch.isin(answer, torch.tensor([EOS, 8])).tolist()
+            assert ends == [False] * (len(answer) - 1) + [finished] and (finished or len(answer) == 6)
+    expected = definition_gradients(model, rollouts, "sequence", 0.7)
+    seen, _ = gradients(model, rollouts, temperature=0.7, micro_tokens=30)
+    assert distance(seen, expected) < 1e-5
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"grpo: {type(model).__name__} reads the prompt again") and reason in line
+
+
+def test_checkpointed_layers_run_again_with_the_same_attention(monkeypatch):
+    """Outside `sharing` they would attend in another way, and only the gradients would show it."""
+    model, checkpointed = qwen3(), qwen3()
+    checkpointed.gradient_checkpointing_enable()
+    rollouts, calls = scored(model), []
+    expected, _ = gradients(model, rollouts)
+    assert grpo.shares_prompts(checkpointed)
+    attend = prefix.Packed.attend
+    monkeypatch.setattr(prefix.Packed, "attend", lambda *args: (calls.append(1), attend(*args))[1])
+    seen, _ = gradients(checkpointed, rollouts)
+    assert distance(seen, expected) < 1e-6 and len(calls) == 2 * 2  # each of two layers twice
+    checkpointed.train()
+    with pytest.raises(ValueError, match="inside"):
+        grpo.answer_logprobs(checkpointed, rollouts[0].prompt, rollouts[0].answers)
+    with prefix.sharing(checkpointed):
+        grpo.answer_logprobs(checkpointed, rollouts[0].prompt, rollouts[0].answers)[0].sum().backward()
+
+
+def test_the_head_sees_answer_positions_only_and_in_blocks(monkeypatch):
+    """Logits of a whole row, or of all answers at once, are what fills the memory first."""
+    model, (prompt, *answers) = qwen3(), ids(19, 7, 12, 3)
+    whole = value_and_gradient(model, lambda: torch.cat(grpo.answer_logprobs(model, prompt, answers)))
+    monkeypatch.setattr(grpo, "HEAD_BLOCK", 5 * 37)
+    rows = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    logp, gradient = value_and_gradient(model, lambda: torch.cat(grpo.answer_logprobs(model, prompt, answers)))
+    assert rows[:5] == [5, 5, 5, 5, 2] and sorted(rows[5:]) == [2, 5, 5, 5, 5]  # forwards, and again backwards
+    torch.testing.assert_close(logp, whole[0])
+    assert distance(gradient, whole[1]) < 1e-6
+
+
+@pytest.mark.parametrize("form", [grpo.packed_logprobs, lambda m, g, t: grpo.plain_logprobs(m, *g[0], t)])
+def test_an_answer_is_not_moved_by_a_longer_sibling(form):
+    """Padding of 50 tokens beside it, in the plain form; 50 tokens more in its row, in the shared one."""
+    model, (prompt, answer, other) = qwen3(), ids(9, 6, 56)
+
+    def first(answers):
+        return value_and_gradient(model, lambda: form(model, [(prompt, answers)], 1.0)[0][:6])
+
+    (alone, gradient), (beside, same_gradient) = first([answer]), first([answer, other])
+    torch.testing.assert_close(beside, alone, atol=1e-5, rtol=0)
+    assert distance(same_gradient, gradient) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------------ formulae
@@ -237,6 +454,22 @@ def test_padding_and_micro_batches_leave_the_gradient_alone(aggregation, tied):
         )
         assert distance(seen, expected) < 1e-5
         assert metrics["stepped"] == 1 and metrics["tokens"] == sum(len(a) for r in rollouts for a in r.answers)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_no_forward_holds_more_than_micro_tokens(shared):
+    """A group larger than the bound has to be cut too, or one long prompt's answers fill the memory."""
+    model, sizes = qwen3(), []
+    rollouts = scored(model)
+    model._shares_prompts = shared
+    expected, _ = gradients(model, rollouts)
+    for micro_tokens, forwards in ((120, 1), (45, 2), (28, 3)):
+        copied = copy.deepcopy(model)
+        copied.model.layers[0].register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0] * args[0].shape[1]))
+        seen, _ = gradients(copied, rollouts, micro_tokens=micro_tokens)
+        assert distance(seen, expected) < 1e-5
+        assert max(sizes) <= micro_tokens and len(sizes) >= forwards * (1 if shared else 2) - (not shared)
+        sizes.clear()
 
 
 def test_a_group_of_equal_rewards_costs_nothing_and_counts_in_the_denominator():
