@@ -136,8 +136,8 @@ def check_args(args: Args) -> Args:
     """Refuses what cannot work before anything starts."""
     counts = ("candidates", "batch", "mini_batch", "ppo_epochs", "max_new_tokens", "repeats", "save_every", "rows",
               "micro_tokens", "workers", "memory_mb")
-    at_least = dict.fromkeys(counts, 1) | dict.fromkeys(("limit", "eval_limit", "steps", "clip", "kl", "top_k", "lora"), 0)
-    at_least["eval_temperature"] = 0
+    from_zero = ("limit", "eval_limit", "steps", "clip", "kl", "lora", "top_k", "eval_temperature")
+    at_least = dict.fromkeys(counts, 1) | dict.fromkeys(from_zero, 0)
     above = dict.fromkeys(("timeout", "lr", "temperature", "top_p"), 0)
     for bounds, words in ((at_least, "at least"), (above, "above")):
         for name, bound in bounds.items():
@@ -375,14 +375,7 @@ def train(model, tokenizer, groups: list[Group], args: Args, clock: Clock, out: 
             began = time.time()
             generator = torch.Generator().manual_seed(derive(args.seed, "train", step))
             batch = [group.shuffled(args.seed, "train", step, i) for i, group in enumerate(pick(groups, step, args))]
-            seeds = torch.randint(2**62, (len(batch), args.answers), generator=generator).tolist()
-
-            def draw(own: list[int]) -> list[grpo.Rollout]:
-                return rank(model, tokenizer, [batch[i] for i in own], args, answers=args.answers, top_p=1.0, top_k=0,
-                            temperature=args.temperature, seeds=[seeds[i] for i in own])
-
-            with gathered(model):
-                rollouts = ranks.spread(list(range(len(batch))), draw)
+            rollouts = training_rollouts(model, tokenizer, batch, args, generator)
             metrics = score_rollouts(tokenizer, batch, rollouts, args.reward)
             metrics |= grpo.update(
                 model, optimizer, rollouts, mini_batch=args.mini_batch, epochs=args.ppo_epochs,
@@ -404,6 +397,18 @@ def train(model, tokenizer, groups: list[Group], args: Args, clock: Clock, out: 
             progress.update()
     merge_lora(model)
     save_model(out / "model", model, tokenizer)
+
+
+def training_rollouts(model, tokenizer, batch: list[Group], args: Args, generator) -> list[grpo.Rollout]:
+    """Rankings of a step's groups by the current policy, one Rollout a group; each rank draws its share of them."""
+    seeds = torch.randint(2**62, (len(batch), args.answers), generator=generator).tolist()
+
+    def draw(own: list[int]) -> list[grpo.Rollout]:
+        return rank(model, tokenizer, [batch[i] for i in own], args, answers=args.answers, top_p=1.0, top_k=0,
+                    temperature=args.temperature, seeds=[seeds[i] for i in own])
+
+    with gathered(model):
+        return ranks.spread(list(range(len(batch))), draw)
 
 
 def pick(groups: list[Group], step: int, args: Args) -> list[Group]:

@@ -446,7 +446,8 @@ def update(
 ) -> dict[str, float]:
     """Train on scored rollouts: `epochs` passes, shuffled, one optimiser step for every mini_batch prompts.
 
-    temperature: the one they were sampled at. kl > 0 needs ref_model, the frozen start. aggregation: "sequence"
+    temperature: the one they were sampled at. kl > 0 needs ref_model, the frozen start (with LoRA
+    the model itself: its adapters are off for it). Ranks get the same rollouts, and do a share each. aggregation: "sequence"
     takes the mean over an answer's tokens, then over the answers (the paper), "token" the mean over all tokens
     (the release). micro_tokens bounds the padded tokens of one forward: memory and speed, not the gradient.
 
@@ -480,10 +481,9 @@ def update(
             examples = [e for i in chosen for e in groups[i]]
             if not examples:
                 continue
-            n_answers = sum(len(rollouts[i].answers) for i in chosen)
-            n_tokens = sum(len(answer) for i in chosen for answer in rollouts[i].answers)
+            lengths = [len(answer) for i in chosen for answer in rollouts[i].answers]
             by_answer = aggregation == "sequence"
-            weigh = lambda e: 1 / (n_answers * len(e.answer) if by_answer else n_tokens)  # noqa: E731
+            weigh = lambda e: 1 / (len(lengths) * len(e.answer) if by_answer else sum(lengths))  # noqa: E731
             optimizer.zero_grad(set_to_none=True)
             totals.update(backward(model, examples, weigh, micro_tokens, temperature, **settings))
             norms.append(float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))))
@@ -552,9 +552,9 @@ class SmallStepAdam(torch.optim.Optimizer):
 
 
 def make_optimizer(model, kind: str, lr: float) -> torch.optim.Optimizer:
-    """AdamW as it is where the trained weights are fp32, as LoRA's and shards (--shard) may be; else what kind keeps."""
+    """torch's AdamW where the trained weights are fp32, as LoRA's and shards (--shard) may be; else what kind keeps."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if all(p.dtype == torch.float32 for p in parameters):
-        fused = True if parameters[0].is_cuda else None  # on a GPU the plain one makes temporaries as large as the model
+        fused = True if parameters[0].is_cuda else None  # there the plain one makes temporaries as large as the model
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=fused)
     return SmallStepAdam(parameters, lr, kind)

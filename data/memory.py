@@ -17,6 +17,12 @@ STORED = {"fp32": (4, 8), "masters": (2, 12), "kahan": (2, 10)}
 HEAD_BLOCK = 2**24  # as in grpo.py
 PROGRAM_TOKENS = 400  # of one candidate in a ranking prompt: a guess, for the plan comes before the candidates
 
+OTHER_WAYS = (  # what to change where a model cannot be trained as asked, and what that means here
+    ("--optimizer kahan", "kahan", {}),
+    ("--lora 16", "kahan", {"lora": 16}),
+    ("torchrun --nproc-per-node=8 with --shard", "masters", {"shards": 8, "lora": 0}),
+)
+
 
 @dataclass
 class Shape:
@@ -131,13 +137,15 @@ def describe(shape: Shape, optimizer: str, there: float, **settings) -> list[str
     lines = [f"{parts}", f"at most {size(peak(need))} of them at a time, of {size(there)} (--optimizer {optimizer})"]
     if peak(need) <= there:
         return lines
-    train, changes = settings.get("train", True), []
-    fixed = need["weights"] + need["optimiser"] + need["reference"]
-    for option, part, beside in (("rows", "KV cache", "gathered weights"), ("micro_tokens", "activations", "gradients")):
+    changes, fixed = [], need["weights"] + need["optimiser"] + need["reference"]
+    phases = ("rows", "KV cache", "gathered weights"), ("micro_tokens", "activations", "gradients")
+    for option, part, beside in phases:
         fitting = math.floor(settings[option] * (there - fixed - need[beside]) / max(need[part], 1))
         if 1 <= fitting < settings[option]:
             changes.append(f"--{option.replace('_', '-')} {fitting}")
-    if train and fixed + need["gradients"] > there:
-        changes += ["--optimizer kahan"] * (optimizer != "kahan") + ["--lora 16"] * (not settings.get("lora"))
-        changes += ["torchrun with --shard on several GPUs"] * (settings.get("shards", 1) == 1)
-    return lines + [f"that will not fit: {', '.join(changes) or 'use a smaller model or more GPUs'}"]
+    advice = " and ".join(changes) or "fewer tokens at a time (--max-new-tokens)"
+    least = settings | {"rows": 1, "micro_tokens": 1, "checkpointing": True}
+    if peak(expected(shape, optimizer, **least)) > there:  # however little goes through the model at a time
+        fits = [words for words, kind, other in OTHER_WAYS if peak(expected(shape, kind, **least | other)) <= there]
+        advice = " or ".join(fits) or "a smaller model, or --shard on more GPUs"
+    return lines + [f"that will not fit: {advice}"]

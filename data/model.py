@@ -78,7 +78,8 @@ def load_model(name: str, *, optimizer: str, shard: bool, device: str):
 
 
 def checkpoint_layers(model) -> None:
-    """Each layer keeps its input alone and computes the rest again in the backward pass: less memory, a third slower."""
+    """Each layer keeps its input alone and computes the rest again for the backward pass: less memory, a third slower.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()  # two names of one thing, before and after transformers 5.24
 

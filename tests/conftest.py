@@ -28,7 +28,8 @@ def llama(tmp_path_factory) -> dict:
                          bos_token_id=1, eos_token_id=2)
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     wrapped.save_pretrained(folder / "model")
-    problems = [{"id": f"p{i}", "question": f"Write a one, {i}.", "tests": [{"input": "", "output": "1\n"}]} for i in range(8)]
+    tests = [{"input": "", "output": "1\n"}]
+    problems = [{"id": f"p{i}", "question": f"Write a one, {i}.", "tests": tests} for i in range(8)]
     (folder / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
     arguments = ["--model", folder / "model", "--train", folder / "problems.jsonl", "--eval", folder / "problems.jsonl",
                  "--preset", "laptop", "--max-new-tokens", "12", "--lr", "0.003", *SMALL]

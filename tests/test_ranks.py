@@ -1,4 +1,4 @@
-"""Two processes with one run between them, on the CPU: equal gradients, equal results, and what is said when one dies."""
+"""Two processes that share a run, on the CPU: equal gradients, equal results, and what is said when one dies."""
 import copy
 import json
 import os
