@@ -268,8 +268,8 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
                             answers=count // copies, **sampling)
         units = {}
         for i, r in zip(chosen, rollouts):
-            words = [answer[: len(answer) - ended] for answer, ended in zip(r.answers, r.finished)]  # without the EOS
-            texts = [decode(tokenizer, r.prompt, answer) for answer in words]
+            bare = [answer[: len(answer) - ended] for answer, ended in zip(r.answers, r.finished)]  # no EOS
+            texts = [decode(tokenizer, r.prompt, answer) for answer in bare]
             units[problems[i].id] = list(zip(texts, r.finished)) * copies
         return units
 

@@ -17,7 +17,6 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -351,53 +350,48 @@ def make_examples(rollout: Rollout) -> list[Example]:
     return [Example(rollout.prompt, *rest) for rest in zip(rollout.answers, advantages, rollout.logps)]
 
 
-def by_prompt(examples: list[Example]) -> list[list[Example]]:
-    """Runs of examples with one prompt."""
-    return [list(group) for _, group in groupby(examples, key=lambda e: id(e.prompt))]
+def micro_batches(groups: list[list[Example]], micro_tokens: int, shared: bool) -> list[list[list[Example]]]:
+    """Batches of groups, of at most micro_tokens tokens each, the padding of the plain form included.
 
-
-def micro_batches(examples: list[Example], micro_tokens: int, shared: bool) -> list[list[Example]]:
-    """Cut a list into batches of at most micro_tokens tokens each, the padding of the plain form included.
-
-    Groups stay whole where they fit; a larger one is cut into parts of its answers, each with the prompt again. One
-    answer with its prompt is the least.
+    A larger group is cut into parts of its answers, each with the prompt again; one answer with it is the least.
     """
     parts, sizes = [], []
-    for group in by_prompt(examples):
+    for group in filter(None, groups):
         prompt, longest = len(group[0].prompt), max(len(e.answer) for e in group)
         answers = [len(e.answer) if shared else prompt + longest for e in group]
         prompt *= shared  # once in each part
         for run in cut(answers, micro_tokens - prompt):
             parts.append(group[run])
             sizes.append(prompt + sum(answers[run]))
-    return [sum(parts[run], []) for run in cut(sizes, micro_tokens)]
+    return [parts[run] for run in cut(sizes, micro_tokens)]
 
 
-def example_logprobs(model, examples: list[Example], temperature: float) -> tuple[Tensor, Tensor]:
-    return logprobs(model, [(g[0].prompt, [e.answer for e in g]) for g in by_prompt(examples)], temperature)
+def group_logprobs(model, groups: list[list[Example]], temperature: float) -> tuple[Tensor, Tensor]:
+    return logprobs(model, [(group[0].prompt, [e.answer for e in group]) for group in groups], temperature)
 
 
-def my_batches(model, examples: list[Example], micro_tokens: int) -> list[tuple[list[Example], bool]]:
+def my_batches(model, groups: list[list[Example]], micro_tokens: int) -> list[tuple[list[list[Example]], bool]]:
     """The micro-batches of this rank's share of the groups, and whether each counts.
 
     Every rank gets as many, for with sharded weights a forward waits for all of them: whoever has fewer fills up with
     one that does not count, the shortest answer of all.
     """
-    own = [e for group in ranks.share(by_prompt(examples)) for e in group]
-    batches = micro_batches(own, micro_tokens, shares_prompts(model))
+    groups = list(filter(None, groups))
+    batches = micro_batches(ranks.share(groups), micro_tokens, shares_prompts(model))
     missing = max(ranks.every(len(batches))) - len(batches)
-    filler = sorted(examples, key=lambda e: len(e.prompt) + len(e.answer))[:1]
-    return [(batch, True) for batch in batches] + [(filler, False)] * missing
+    filler = sorted((e for group in groups for e in group), key=lambda e: len(e.prompt) + len(e.answer))[:1]
+    return [(batch, True) for batch in batches] + [([filler], False)] * missing
 
 
 @torch.no_grad()
-def remember_logprobs(model, name: str, examples: list[Example], micro_tokens: int, temperature: float) -> None:
+def remember_logprobs(model, name: str, groups: list[list[Example]], micro_tokens: int, temperature: float) -> None:
     """Fill in old_logp or ref_logp (name) of every example with this model's log-probs; on every rank."""
-    for batch, _ in my_batches(model, examples, micro_tokens):
-        logp, _ = run_forward(model, example_logprobs, batch, temperature)
-        for example, values in zip(batch, logp.split([len(e.answer) for e in batch])):
+    for batch, _ in my_batches(model, groups, micro_tokens):
+        examples = [e for group in batch for e in group]
+        logp, _ = run_forward(model, group_logprobs, batch, temperature)
+        for example, values in zip(examples, logp.split([len(e.answer) for e in examples])):
             setattr(example, name, values.cpu())
-    groups = by_prompt(examples)
+    groups = list(filter(None, groups))  # shared out as in my_batches
     known = ranks.spread(groups, lambda own: [[getattr(e, name) for e in group] for group in own])
     for group, values in zip(groups, known):
         for example, value in zip(group, values):
@@ -405,7 +399,7 @@ def remember_logprobs(model, name: str, examples: list[Example], micro_tokens: i
 
 
 def backward(
-    model, examples: list[Example], token_weight, micro_tokens: int, temperature: float, **clip_and_kl
+    model, groups: list[list[Example]], token_weight, micro_tokens: int, temperature: float, **clip_and_kl
 ) -> dict[str, float]:
     """Accumulate the gradients of one mini-batch, and return its loss and the sums of its diagnostics over tokens.
 
@@ -415,8 +409,9 @@ def backward(
     """
     sums = dict.fromkeys(["loss", "clip", "old_kl", "ref_kl", "entropy", "rollout_gap", "tokens"], 0.0)
     shared = shares_prompts(model)
-    for batch, counts in my_batches(model, examples, micro_tokens):
-        logp, entropy = run_forward(model, example_logprobs, batch, temperature)
+    for groups_here, counts in my_batches(model, groups, micro_tokens):
+        batch = [e for group in groups_here for e in group]
+        logp, entropy = run_forward(model, group_logprobs, groups_here, temperature)
         lengths = torch.tensor([len(e.answer) for e in batch])
         advantages = torch.tensor([e.advantage for e in batch]).repeat_interleave(lengths).to(logp)  # [N]
         weights = torch.tensor([token_weight(e) for e in batch]).repeat_interleave(lengths).to(logp)  # [N]
@@ -446,10 +441,10 @@ def update(
 ) -> dict[str, float]:
     """Train on scored rollouts: `epochs` passes, shuffled, one optimiser step for every mini_batch prompts.
 
-    temperature: the one they were sampled at. kl > 0 needs ref_model, the frozen start (with LoRA
-    the model itself: its adapters are off for it). Ranks get the same rollouts, and do a share each. aggregation: "sequence"
-    takes the mean over an answer's tokens, then over the answers (the paper), "token" the mean over all tokens
-    (the release). micro_tokens bounds the padded tokens of one forward: memory and speed, not the gradient.
+    temperature: the one they were sampled at. kl > 0 needs ref_model, the frozen start (with LoRA the model itself: its
+    adapters are then off). aggregation: "sequence" takes the mean over an answer's tokens, then over the answers (the
+    paper), "token" the mean over all tokens (the release). micro_tokens bounds the padded tokens of one forward: memory
+    and speed, not the gradient. Several ranks have the same rollouts, and compute a share of the groups each.
 
     A group is never split between mini-batches. One whose rewards are all equal is left out, which changes
     nothing but its share of the KL term, for the denominator still counts it. A mini-batch of only such groups
@@ -461,31 +456,30 @@ def update(
     """
     if aggregation not in ("sequence", "token"):
         raise ValueError(f'aggregation is "sequence" or "token", not {aggregation!r}')
+    shares_prompts(model)  # finding that out sets modes of its own
     was_training = model.training
     model.eval()  # with gradients, but without dropout: the ratio has to compare the policy with itself
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = module.gradient_checkpointing  # transformers checkpoints in training mode only
     groups = [make_examples(r) for r in rollouts]
-    everything = [e for group in groups for e in group]
     if epochs * len(rollouts) > mini_batch:
-        remember_logprobs(model, "old_logp", everything, micro_tokens, temperature)
+        remember_logprobs(model, "old_logp", groups, micro_tokens, temperature)
     if kl > 0:
         with adapters_off(ref_model):  # with LoRA the reference is the model itself
-            remember_logprobs(ref_model, "ref_logp", everything, micro_tokens, temperature)
+            remember_logprobs(ref_model, "ref_logp", groups, micro_tokens, temperature)
     settings = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl=kl)
     totals, norms = Counter(), []
     for _ in range(epochs):
         order = torch.randperm(len(rollouts), generator=generator)
         for chosen in (part.tolist() for part in order.split(mini_batch)):
-            examples = [e for i in chosen for e in groups[i]]
-            if not examples:
+            if not any(groups[i] for i in chosen):
                 continue
             lengths = [len(answer) for i in chosen for answer in rollouts[i].answers]
             by_answer = aggregation == "sequence"
             weigh = lambda e: 1 / (len(lengths) * len(e.answer) if by_answer else sum(lengths))  # noqa: E731
             optimizer.zero_grad(set_to_none=True)
-            totals.update(backward(model, examples, weigh, micro_tokens, temperature, **settings))
+            totals.update(backward(model, [groups[i] for i in chosen], weigh, micro_tokens, temperature, **settings))
             norms.append(float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))))
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -189,7 +189,7 @@ class Decoding:
         self.arrange()
 
     def arrange(self) -> None:
-        """Gives each row a slot [B, G] beside the prompt it attends to; G is the largest group, some slots stay empty."""
+        """Gives each row a slot [B, G] beside its prompt; G is the largest group, so some slots may stay empty."""
         counts = self.owner.bincount(minlength=len(self.length))  # [B]
         self.G, self.masks = int(counts.max()), {}
         rank = torch.arange(len(self.owner), device=counts.device) - (counts.cumsum(0) - counts)[self.owner]
@@ -208,6 +208,7 @@ class Decoding:
         positions = (self.length[self.owner] + self.t)[:, None]  # [n, 1]
         self.logits = model.get_output_embeddings()(body(model, self, tokens[:, None], positions)[:, 0])
         self.t += 1
+        self.masks = {window: mask for window, mask in self.masks.items() if window is None}
 
     def by_prompt(self, x: Tensor) -> Tensor:
         """[n, K, Q/K, X] -> [B, K, G * Q/K, X]; empty slots hold zeros."""
@@ -231,31 +232,31 @@ class Decoding:
 
     def mask(self, window: int | None) -> Tensor | None:
         """[B, 1, 1, L], -inf at padding and at what the window has left behind; None where there is neither."""
-        key = window and (window, self.t)
-        if key not in self.masks:
+        if window not in self.masks:
             place = torch.arange(self.prompt[0, 0].shape[2], device=self.length.device)  # [L]
             hidden = place >= self.length[:, None]  # [B, L]
             if window is not None:
                 hidden |= self.length[:, None] + self.t - place >= window
-            hidden = hidden[:, None, None]
-            self.masks[key] = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf) if hidden.any() else None
-        return self.masks[key]
+            mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)[:, None, None]
+            self.masks[window] = mask if hidden.any() else None
+        return self.masks[window]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks) -> Tensor:
         """q [n, Q, 1, D], k, v [n, K, 1, D] -> [n, 1, Q, D]. The answers to one prompt meet its keys in one product."""
+        n, heads, _, D = q.shape
+        groups = k.shape[1]
         own_k, own_v = self.remember((layer, 0), k), self.remember((layer, 1), v)  # [n, K, t + 1, D]
         if window is not None:
             own_k, own_v = own_k[:, :, -window:], own_v[:, :, -window:]
-        q = (q * scale).view(len(q), k.shape[1], -1, q.shape[-1])  # [n, K, Q/K, D]
-        own = self.by_prompt(q @ own_k.transpose(2, 3))  # [B, K, G * Q/K, t + 1]
+        q = (q * scale).reshape(n, groups, heads // groups, D)  # [n, K, Q/K, D]
         shared = self.by_prompt(q) @ self.prompt[layer, 0].transpose(2, 3)  # [B, K, G * Q/K, L]
-        L = shared.shape[-1]
         if (mask := self.mask(window)) is not None:
             shared = shared + mask
-        scores = [shared, own]
-        if sinks is not None:
-            scores.append(sinks.view(1, k.shape[1], 1, -1, 1).expand(len(shared), -1, self.G, -1, -1).flatten(2, 3).to(own))
+        scores = [shared, self.by_prompt(q @ own_k.transpose(2, 3))]  # [B, K, G * Q/K, t + 1]
+        if sinks is not None:  # [Q]: one more score, with value 0
+            sinks = sinks.to(q).view(1, groups, 1, heads // groups, 1)
+            scores.append(sinks.expand(len(shared), -1, self.G, -1, -1).flatten(2, 3))  # [B, K, G * Q/K, 1]
         weights = torch.cat(scores, -1).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q)
-        out = self.by_row(weights[..., :L] @ self.prompt[layer, 1])  # [n, K, Q/K, D]
-        out = out + self.by_row(weights[..., L : L + own.shape[-1]]) @ own_v
+        on_prompt, on_own, *_ = weights.split([score.shape[-1] for score in scores], -1)
+        out = self.by_row(on_prompt @ self.prompt[layer, 1]) + self.by_row(on_own) @ own_v  # [n, K, Q/K, D]
         return out.flatten(1, 2)[:, None]
