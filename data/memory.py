@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from data import ranks
+from data import BadInput, ranks
+from data.model import first_line
 
 # bytes of each weight (its gradient has as many), and of its optimiser state: fp32 m and v (8 together), then the fp32
 # master (4) or the bf16 compensation (2); see SmallStepAdam in grpo.py
@@ -46,13 +47,19 @@ class Shape:
 
 
 def shape_of(config) -> Shape:
-    """The shape of a transformers configuration; the weights are counted without making them."""
+    """The shape of a transformers configuration; the weights are counted without making them.
+
+    Raises BadInput where transformers knows no language model for it.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    try:
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    except Exception as error:  # code of any model there is
+        raise BadInput(f"--model {config.name_or_path} does not load: {first_line(error)}") from None
     text = config.get_text_config()
-    heads, hidden = text.num_attention_heads, text.hidden_size
+    heads, hidden = getattr(text, "num_attention_heads", None) or 1, text.hidden_size
     return Shape(
         parameters, text.num_hidden_layers, hidden, getattr(text, "intermediate_size", None) or 4 * hidden, heads,
         getattr(text, "num_key_value_heads", None) or heads, getattr(text, "head_dim", None) or hidden // heads,

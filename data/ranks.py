@@ -45,12 +45,12 @@ def device(name: str) -> str:
 
 
 def start() -> None:
-    """Join the other ranks, where torchrun (its environment variables) says that there are any: gloo, nccl for GPUs.
+    """Join the other ranks where torchrun started this process, as its environment says: gloo, and nccl for GPUs.
 
     The timeout is long on purpose: ranks may wait for one that has the longest answers, and a rank that has ended is
     noticed without it, by the connection (gloo) or by torchrun.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or dist.is_initialized():
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=7))
     if rank() > 0:

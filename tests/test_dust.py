@@ -292,6 +292,8 @@ def test_an_unknown_model_is_one_line_and_at_once(tmp_path, capsys, name, monkey
 
 def test_a_folder_that_is_no_model_is_one_line(tmp_path, capsys):
     assert "does not load" in error_of(capsys, "--model", tmp_path, "--out", tmp_path / "run")
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    assert "does not load" in error_of(capsys, "--model", tmp_path, "--out", tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -241,10 +241,10 @@ def test_bad_input_is_said_once(llama, tmp_path):
     assert len(said(tmp_path / "said")) == 1 and "--model ./nowhere" in said(tmp_path / "said")[0]
 
 
-@pytest.mark.parametrize("then", [1, 2])
-def test_a_killed_rank_ends_the_run_with_one_line_and_resume_goes_on(llama, tmp_path, then):
+@pytest.mark.parametrize("then, more", [(1, ["--shard"]), (1, []), (2, [])])
+def test_a_killed_rank_ends_the_run_with_one_line_and_resume_goes_on(llama, tmp_path, then, more):
     """The other rank must not wait for ever. Afterwards as many ranks go on as there are."""
-    arguments = [*llama["arguments"], "--rows", "16", "--steps", "3", "--out", tmp_path / "run"]
+    arguments = [*llama["arguments"], *more, "--rows", "16", "--steps", "3", "--out", tmp_path / "run"]
 
     def die_in_the_second_step(rank):
         real, made = grpo.backward, []
