@@ -12,7 +12,6 @@ training is in grpo.py, the prompts and rewards are in rank_prompt.py, the progr
     python dust.py --model FOLDER --train train.jsonl --eval eval.jsonl --preset paper
 """
 import argparse
-import contextlib
 import copy
 import errno
 import json
@@ -24,6 +23,7 @@ import time
 import zlib
 from collections import defaultdict
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,10 @@ from tqdm import tqdm
 import grpo
 import rank_prompt
 import sandbox
-from data import BadInput, Problem, load_problems, write_whole
+from data import BadInput, Problem, load_problems, memory, ranks, write_whole
+from data.model import (add_lora, checkpoint_layers, eos_ids, gathered, load_checkpoint, load_config, load_model,
+                        merge_lora, save_checkpoint, save_model)
+from data.progress import Clock, Journal
 from data.report import EVAL_CANDIDATES, write_report
 
 HERE = Path(__file__).resolve().parent
@@ -85,6 +88,11 @@ class Args:
     temperature: float = arg(1.0, "temperature of candidates and training answers")
     max_new_tokens: int = arg(192, "longest answer, thinking included [32768]")
     micro_tokens: int = arg(16384, "tokens in one training forward, padding included: bounds the memory")
+    optimizer: str = arg("", "how weights are kept: fp32; bf16 with fp32 masters; bf16 with kahan compensation, for\n"
+                         "one 80 GB GPU; without it the first of these that fits the memory",
+                         choices=list(memory.STORED))
+    lora: int = arg(0, "train adapters of this rank instead of all weights (package peft); 0: all weights")
+    shard: bool = arg(False, "spread weights, gradients and optimiser over torchrun's processes (FSDP2)")
     save_every: int = arg(1, "steps between checkpoints")
     rows: int = arg(256, "answers that are decoded at a time: bounds the memory")
     # evaluation (section 3.1): temperature 0.6, top-p 0.95, top-k 20
@@ -128,8 +136,8 @@ def check_args(args: Args) -> Args:
     """Refuses what cannot work before anything starts."""
     counts = ("candidates", "batch", "mini_batch", "ppo_epochs", "max_new_tokens", "repeats", "save_every", "rows",
               "micro_tokens", "workers", "memory_mb")
-    at_least = dict.fromkeys(counts, 1) | dict.fromkeys(("limit", "eval_limit", "steps", "clip", "kl", "top_k"), 0)
-    at_least["eval_temperature"] = 0
+    from_zero = ("limit", "eval_limit", "steps", "clip", "kl", "lora", "top_k", "eval_temperature")
+    at_least = dict.fromkeys(counts, 1) | dict.fromkeys(from_zero, 0)
     above = dict.fromkeys(("timeout", "lr", "temperature", "top_p"), 0)
     for bounds, words in ((at_least, "at least"), (above, "above")):
         for name, bound in bounds.items():
@@ -145,10 +153,15 @@ def check_args(args: Args) -> Args:
         )
     if args.answers < 2:
         raise BadInput(f"--answers is {args.answers}; GRPO compares the answers to one prompt and needs at least 2")
+    if args.lora and not find_spec("peft"):
+        raise BadInput("--lora needs the package peft: pip install peft")
+    if args.shard and (args.lora or not torch.distributed.is_initialized()):
+        raise BadInput("--shard spreads all weights over torchrun's processes: start it with torchrun, without --lora")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        device = ranks.device(device)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
         raise BadInput(f"--device {device} does not work here: {str(error).splitlines()[0]}") from None
     return replace(args, device=device)
 
@@ -192,91 +205,17 @@ class Judged:
     malformed: bool
 
 
+def parts(work, size: int) -> list:
+    """A list or range cut into pieces of this size, the last one shorter."""
+    return [work[start : start + size] for start in range(0, len(work), size)]
+
+
 def derive(*parts) -> int:
     """A seed for one unit of work. Each unit has its own, so that a resumed run draws what the whole one would have."""
     return zlib.crc32("/".join(map(str, parts)).encode())
 
 
-class Journal:
-    """Finished units of a stage, one JSON line each, so that a killed run repeats none of them."""
-
-    def __init__(self, path: Path):
-        self.path, self.done = path, {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            with path.open("r+b") as file:
-                text = file.read()
-                whole = text[: text.rfind(b"\n") + 1]
-                file.truncate(len(whole))  # a kill can tear the last line
-            self.done = dict(json.loads(line) for line in whole.splitlines())
-
-    def add(self, units: dict) -> None:
-        new = {key: value for key, value in units.items() if key not in self.done}  # a batch may be half there
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps([key, value]) + "\n" for key, value in new.items()))
-        self.done.update(new)
-
-
-class Clock:
-    """How long the run will still take, from what is done: work is counted in sampled answers."""
-
-    def __init__(self, work: dict[str, float]):
-        self.left, self.done, self.seconds, self.began = dict(work), 0.0, {}, time.time()
-
-    @contextlib.contextmanager
-    def stage(self, name: str):
-        began = time.time()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.time() - began
-        self.done += self.left.pop(name, 0.0)
-        if self.left and self.done:
-            rest = (time.time() - self.began) / self.done * sum(self.left.values())
-            tqdm.write(f"  {name}: {time.time() - began:.0f} s; about {max(rest / 60, 0.1):.1f} min to go")
-
-
-def bar(total: int, name: str, done: int = 0):
-    return tqdm(total=total, initial=done, desc=f"{name:<24}", unit="", dynamic_ncols=True, mininterval=0.5)
-
-
 # ---------------------------------------------------------------------------------------------------------- the model
-
-
-def load_model(args: Args):
-    """(model, tokenizer) from a folder or the Hub; fp32, for at a learning rate of 1e-6 bf16 weights do not move."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import RepositoryNotFoundError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    local = True
-    try:
-        if not Path(args.model).is_dir():
-            AutoConfig.from_pretrained(args.model, local_files_only=True)
-    except (OSError, ValueError):
-        local = False
-        try:  # one quick question, for transformers itself would try for half a minute
-            HfApi().model_info(args.model, timeout=5)
-        except RepositoryNotFoundError:
-            raise BadInput(f"--model {args.model}: no such folder, and no such model on the Hub") from None
-        except Exception:
-            raise BadInput(
-                f"--model {args.model}: no such folder, not downloaded before, and the Hub does not answer; "
-                "give the folder of a model"
-            ) from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=local)
-        model = AutoModelForCausalLM.from_pretrained(args.model, local_files_only=local, dtype=torch.float32)
-    except Exception as error:  # three libraries, each with exceptions of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"--model {args.model} does not load: {reason}") from None
-    if not tokenizer("x y 1").input_ids or not eos_ids(model, tokenizer):
-        raise BadInput(f"--model {args.model}: its tokenizer is empty, or nothing names an end-of-text token")
-    if not tokenizer.chat_template:
-        tqdm.write(f"{args.model} has no chat template: the prompt is given as plain text")
-        tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
-    return model.to(args.device).eval(), tokenizer
 
 
 def encode(tokenizer, prompt: str, args: Args) -> torch.Tensor:
@@ -292,13 +231,6 @@ def decode(tokenizer, prompt: torch.Tensor, answer: torch.Tensor) -> str:
     """An answer's text. Where the template itself opens the thinking part, that opening is put back in front."""
     opened = tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")
     return ("<think>\n" if opened else "") + tokenizer.decode(answer, skip_special_tokens=True)
-
-
-def eos_ids(model, tokenizer) -> list[int]:
-    """Whatever either the tokenizer or the generation config calls an end: models ship with the two disagreeing."""
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    return sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
 
 
 def context_of(model) -> int:
@@ -320,7 +252,7 @@ def check_context(model, prompts: list[torch.Tensor], names: list[str], args: Ar
 
 
 def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, count: int, seed: int,
-           journal: Journal, **sampling) -> list[Candidate]:
+           journal: Journal, clock: Clock, **sampling) -> list[Candidate]:
     """`count` answers to each problem (paper 2.2), their programs extracted; ordered by problem.
 
     sampling: temperature, top_p, top_k of grpo.rollout. About args.rows answers at a time, each batch with a seed of
@@ -328,22 +260,24 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
     """
     prompts = [encode(tokenizer, rank_prompt.generation_prompt(p.question, p.starter_code), args) for p in problems]
     check_context(model, prompts, [p.id for p in problems], args)
-    per_batch = max(1, args.rows // count)
-    greedy = sampling["temperature"] == 0  # then all answers to a problem are one
-    found = sum(p.id in journal.done for p in problems)
-    with bar(len(problems), name, found) as progress:
-        for start in range(0, len(problems), per_batch):
-            chosen = range(start, min(start + per_batch, len(problems)))
-            if all(problems[i].id in journal.done for i in chosen):
-                continue
-            generator = torch.Generator().manual_seed(derive(seed, start))
-            rollouts = roll_out(model, tokenizer, [prompts[i] for i in chosen], args, generator=generator,
-                                answers=1 if greedy else count, **sampling)
-            units = {}
-            for i, r in zip(chosen, rollouts):
-                bare = [answer[: len(answer) - ended] for answer, ended in zip(r.answers, r.finished)]  # no EOS
-                texts = [decode(tokenizer, r.prompt, answer) for answer in bare]
-                units[problems[i].id] = list(zip(texts, r.finished)) * (count if greedy else 1)
+    copies = count if sampling["temperature"] == 0 else 1  # then all answers to a problem are one
+
+    def draw_batch(chosen: range) -> dict[str, list]:  # problem -> [[answer, whether it ended], ...]
+        generator = torch.Generator().manual_seed(derive(seed, chosen.start))
+        rollouts = roll_out(model, tokenizer, [prompts[i] for i in chosen], args, generator=generator,
+                            answers=count // copies, **sampling)
+        units = {}
+        for i, r in zip(chosen, rollouts):
+            bare = [answer[: len(answer) - ended] for answer, ended in zip(r.answers, r.finished)]  # no EOS
+            texts = [decode(tokenizer, r.prompt, answer) for answer in bare]
+            units[problems[i].id] = list(zip(texts, r.finished)) * copies
+        return units
+
+    batches = parts(range(len(problems)), max(1, args.rows // count))
+    waiting = [chosen for chosen in batches if not all(problems[i].id in journal.done for i in chosen)]
+    found = len(problems) - sum(map(len, waiting))
+    with clock.stage(name, len(problems), found) as progress, gathered(model):
+        for units in ranks.in_rounds(waiting, draw_batch):
             journal.add(units)
             progress.update(len(units))
     answers = [(p.id, text, ended) for p in problems for text, ended in journal.done[p.id]]
@@ -354,7 +288,8 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
     return candidates
 
 
-def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, name: str, journal: Journal) -> None:
+def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, name: str, journal: Journal,
+          clock: Clock) -> None:
     """Runs every program on every test and sets `correct` (paper 2.2): y = 1 only when every test passes.
 
     The same program for the same problem runs once. Programs run in sandbox.py, never in this process.
@@ -363,14 +298,17 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, n
     programs = list(dict.fromkeys((c.problem_id, c.code) for c in candidates if c.code is not None))
     keys = {program: f"{program[0]}/{derive(program[1])}/{len(program[1])}" for program in programs}
     waiting = [program for program in programs if keys[program] not in journal.done]
-    with bar(len(programs), name, len(programs) - len(waiting)) as progress:
-        with sandbox.Pool(workers=args.workers, timeout=args.timeout, memory_mb=args.memory_mb) as pool:
-            step = 32 * args.workers
-            for start in range(0, len(waiting), step):
-                chunk = waiting[start : start + step]
+    workers = max(1, args.workers // ranks.on_this_machine())
+    with clock.stage(name, len(programs), len(programs) - len(waiting)) as progress:
+        with sandbox.Pool(workers=workers, timeout=args.timeout, memory_mb=args.memory_mb) as pool:
+
+            def run_chunk(chunk: list[tuple[str, str]]) -> dict[str, int]:
                 labels = pool.label([(code, tests[problem_id]) for problem_id, code in chunk])
-                journal.add({keys[program]: int(correct) for program, correct in zip(chunk, labels)})
-                progress.update(len(chunk))
+                return {keys[program]: int(correct) for program, correct in zip(chunk, labels)}
+
+            for units in ranks.in_rounds(parts(waiting, 32 * workers), run_chunk):
+                journal.add(units)
+                progress.update(len(units))
     for c in candidates:
         c.correct = c.code is not None and bool(journal.done[keys[c.problem_id, c.code]])
     share = sum(c.correct for c in candidates) / max(len(candidates), 1)
@@ -405,26 +343,39 @@ def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) ->
     return mixed
 
 
-def train(model, tokenizer, groups: list[Group], args: Args, out: Path) -> None:
+def frozen_copy(model, args: Args):
+    """The model before training, for the KL term; with LoRA that is the model itself with its adapters off."""
+    if args.lora:
+        return model
+    if args.shard:  # what is sharded cannot be copied, but it can be read again
+        model, _ = load_model(args.model, optimizer=args.optimizer, shard=True, device=args.device)
+        with gathered(model):
+            grpo.shares_prompts(model)
+    return (model if args.shard else copy.deepcopy(model)).requires_grad_(False)
+
+
+def train(model, tokenizer, groups: list[Group], args: Args, clock: Clock, out: Path) -> None:
     """GRPO on rankings (paper 2.4): only the judge is rewarded, and the updated weights are the ones that generate.
 
     One step: args.batch groups, each shuffled anew; args.answers rankings of each from the current policy; a reward
     for each; one update. Everything random in a step is seeded by its number, so a run that was killed and resumed
     makes the same steps as one that was not.
     """
-    reference = copy.deepcopy(model).requires_grad_(False) if args.kl else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    if args.lora:
+        add_lora(model, args.lora, derive(args.seed, "lora"))
+    reference = frozen_copy(model, args) if args.kl else None
+    optimizer = grpo.make_optimizer(model, args.optimizer, args.lr)
     checkpoint, metrics_file = out / "checkpoint.pt", out / "metrics.jsonl"
     first = load_checkpoint(checkpoint, model, optimizer)
-    lines = metrics_file.read_text().splitlines()[:first] if metrics_file.exists() else []
-    write_whole(metrics_file, "".join(line + "\n" for line in lines))
-    with bar(args.steps, "train the judge", first) as progress:
+    if ranks.rank() == 0:
+        lines = metrics_file.read_text().splitlines()[:first] if metrics_file.exists() else []
+        write_whole(metrics_file, "".join(line + "\n" for line in lines))
+    with clock.stage("train", args.steps, first) as progress:
         for step in range(first, args.steps):
             began = time.time()
             generator = torch.Generator().manual_seed(derive(args.seed, "train", step))
             batch = [group.shuffled(args.seed, "train", step, i) for i, group in enumerate(pick(groups, step, args))]
-            rollouts = rank(model, tokenizer, batch, args, answers=args.answers, temperature=args.temperature,
-                            top_p=1.0, top_k=0, generator=generator)
+            rollouts = training_rollouts(model, tokenizer, batch, args, generator)
             metrics = score_rollouts(tokenizer, batch, rollouts, args.reward)
             metrics |= grpo.update(
                 model, optimizer, rollouts, mini_batch=args.mini_batch, epochs=args.ppo_epochs,
@@ -434,8 +385,9 @@ def train(model, tokenizer, groups: list[Group], args: Args, out: Path) -> None:
             sampled = sum(len(answer) for r in rollouts for answer in r.answers)
             seconds = time.time() - began
             metrics |= {"step": step + 1, "tokens_per_second": sampled / seconds, "seconds": seconds}
-            with metrics_file.open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
+            if ranks.rank() == 0:
+                with metrics_file.open("a") as file:
+                    file.write(json.dumps(metrics) + "\n")
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 save_checkpoint(checkpoint, model, optimizer, step + 1)
             progress.set_postfix_str(
@@ -443,15 +395,29 @@ def train(model, tokenizer, groups: list[Group], args: Args, out: Path) -> None:
                 f"cut {metrics['truncated']:.0%}, KL {metrics['ref_kl']:.3f}"
             )
             progress.update()
+    merge_lora(model)
+    save_model(out / "model", model, tokenizer)
+
+
+def training_rollouts(model, tokenizer, batch: list[Group], args: Args, generator) -> list[grpo.Rollout]:
+    """Rankings of a step's groups by the current policy, one Rollout a group; each rank draws its share of them."""
+    seeds = torch.randint(2**62, (len(batch), args.answers), generator=generator).tolist()
+
+    def draw(own: list[int]) -> list[grpo.Rollout]:
+        return rank(model, tokenizer, [batch[i] for i in own], args, answers=args.answers, top_p=1.0, top_k=0,
+                    temperature=args.temperature, seeds=[seeds[i] for i in own])
+
+    with gathered(model):
+        return ranks.spread(list(range(len(batch))), draw)
 
 
 def pick(groups: list[Group], step: int, args: Args) -> list[Group]:
     """The groups of one step: the groups in a new random order for each pass, cut into batches."""
-    first, picked = step * args.batch, []
-    for place in range(first, first + args.batch):
-        epoch, index = divmod(place, len(groups))
-        picked.append(random.Random(derive(args.seed, "order", epoch)).sample(groups, len(groups))[index])
-    return picked
+    first, last = step * args.batch, (step + 1) * args.batch
+    passes = range(first // len(groups), (last - 1) // len(groups) + 1)
+    orders = [random.Random(derive(args.seed, "order", number)).sample(groups, len(groups)) for number in passes]
+    start = first - passes.start * len(groups)
+    return sum(orders, [])[start : start + args.batch]
 
 
 def ranking_ids(tokenizer, group: Group, args: Args) -> torch.Tensor:
@@ -495,22 +461,6 @@ def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout],
     }
 
 
-def save_checkpoint(path: Path, model, optimizer, step: int) -> None:
-    """Weights, optimiser and step in one file, whole or not at all. All randomness follows from the step."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    torch.save(state, path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)
-
-
-def load_checkpoint(path: Path, model, optimizer) -> int:
-    if not path.exists():
-        return 0
-    state = torch.load(path, map_location=model.device)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
 # ---------------------------------------------------------------------------------------------------- the evaluation
 
 
@@ -520,14 +470,13 @@ def draw(model, tokenizer, problems: list[Problem], args: Args, clock: Clock, *,
     Every model draws them from the same seeds.
     """
     journals = out / "journal"
-    with clock.stage(f"{name}: programs"):
-        candidates = sample(
-            model, tokenizer, problems, args, name=f"{name}: programs", count=EVAL_CANDIDATES * args.repeats,
-            seed=derive(args.seed, "evaluate"), journal=Journal(journals / f"{name}-samples.jsonl"),
-            temperature=args.eval_temperature, top_p=args.top_p, top_k=args.top_k,
-        )
-    with clock.stage("label"):
-        label(problems, candidates, args, name=f"{name}: label", journal=Journal(journals / f"{name}-labels.jsonl"))
+    candidates = sample(
+        model, tokenizer, problems, args, name=f"{name}: programs", count=EVAL_CANDIDATES * args.repeats,
+        seed=derive(args.seed, "evaluate"), journal=Journal(journals / f"{name}-samples.jsonl"), clock=clock,
+        temperature=args.eval_temperature, top_p=args.top_p, top_k=args.top_k,
+    )
+    label(problems, candidates, args, name=f"{name}: label", journal=Journal(journals / f"{name}-labels.jsonl"),
+          clock=clock)
     cut = [candidates[i : i + EVAL_CANDIDATES] for i in range(0, len(candidates), EVAL_CANDIDATES)]
     owners = [problem for problem in problems for _ in range(args.repeats)]
     return [Group(problem, own) for problem, own in zip(owners, cut)]
@@ -545,18 +494,22 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
     for i, group in enumerate(groups):
         shuffled = group.shuffled(args.seed, "judge", i)
         shown.append(Group(group.problem, [c for c in shuffled.candidates if c.code is not None]))
-    step = max(1, args.rows)
-    with clock.stage(f"{name}: rankings"), bar(len(groups), f"{name}: rankings", len(journal.done)) as progress:
-        for start in range(0, len(groups), step):
-            chunk = [i for i in range(start, min(start + step, len(groups))) if len(shown[i].candidates) > 1]
-            chunk = [i for i in chunk if fits_context(model, tokenizer, shown[i], args)]
-            if all(str(i) in journal.done for i in chunk):
-                continue
-            generator = torch.Generator().manual_seed(derive(args.seed, "judge", start))
-            rollouts = rank(model, tokenizer, [shown[i] for i in chunk], args, answers=1, generator=generator,
-                            temperature=args.eval_temperature, top_p=args.top_p, top_k=args.top_k)
-            journal.add({str(i): decode(tokenizer, r.prompt, r.answers[0]) for i, r in zip(chunk, rollouts)})
-            progress.update(len(chunk))
+    fits = [len(s.candidates) > 1 and fits_context(model, tokenizer, s, args) for s in shown]
+
+    def judge_chunk(chunk: range) -> dict[str, str]:
+        fitting = [i for i in chunk if fits[i]]
+        rollouts = rank(model, tokenizer, [shown[i] for i in fitting], args, answers=1, top_p=args.top_p,
+                        top_k=args.top_k, temperature=args.eval_temperature,
+                        generator=torch.Generator().manual_seed(derive(args.seed, "judge", chunk.start)))
+        return {str(i): decode(tokenizer, r.prompt, r.answers[0]) for i, r in zip(fitting, rollouts)}
+
+    waiting = [chunk for chunk in parts(range(len(groups)), args.rows)
+               if not all(str(i) in journal.done for i in chunk if fits[i])]
+    found = len(groups) - sum(map(len, waiting))
+    with clock.stage(f"{name}: rankings", len(groups), found) as progress, gathered(model):
+        for units in ranks.in_rounds(waiting, judge_chunk):
+            journal.add(units)
+            progress.update(len(units))
     judged = []
     for i, (group, seen) in enumerate(zip(groups, shown)):
         answer, k = journal.done.get(str(i), ""), len(seen.candidates)
@@ -570,8 +523,8 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
 # --------------------------------------------------------------------------------------------------------------- main
 
 
-def open_run(args: Args) -> Path:
-    """The folder of the run, with its args.json; on --resume after checking that it is the same run."""
+def find_run(args: Args) -> tuple[Path, dict]:
+    """The folder of the run and its args.json; on --resume after checking that it is the same run."""
     runs = Path("runs")
     if args.out:
         out = Path(args.out)
@@ -581,28 +534,60 @@ def open_run(args: Args) -> Path:
         number = max((int(n) for n in numbers if n.isdecimal()), default=0)
         out = runs / f"{stem}-{number if args.resume and number else number + 1}"
     saved = out / "args.json"
-    if saved.exists():
-        if not args.resume:
-            raise BadInput(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
-        before = json.loads(saved.read_text())
-        settings = {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
-        changed = [name for name, value in settings.items() if before.get(name) != value]
-        if changed:
-            values = ", ".join(f"{name} was {before.get(name)!r}" for name in changed)
-            raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {values}")
+    if not saved.exists():
+        return out, {}
+    if not args.resume:
+        raise BadInput(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
+    try:
+        return out, dict(json.loads(saved.read_text()))
+    except (ValueError, TypeError):
+        raise BadInput(f"{saved} is damaged: start again with another --out") from None
+
+
+def fit(args: Args, before: dict, problems: list[Problem]) -> tuple[str, bool, list[str]]:
+    """The optimiser, whether to checkpoint layers, and what the plan says about memory.
+
+    before: args.json of the run that is resumed; the optimiser stays the one of its start.
+    """
+    longest = max(len(p.question) for p in problems) // 3 + args.group_size * memory.PROGRAM_TOKENS
+    shape, there = memory.shape_of(load_config(args.model)[0]), min(ranks.every(memory.room(args.device)))
+    settings = dict(
+        train=not args.eval_only, kl=args.kl > 0, lora=args.lora, rows=args.rows, micro_tokens=args.micro_tokens,
+        row_tokens=longest + args.max_new_tokens, shards=ranks.world() if args.shard else 1,
+    )
+    given = args.optimizer or before.get("optimizer")
+    kind, settings["checkpointing"] = memory.choose(shape, there, (given,) if given else memory.STORED, **settings)
+    return kind, settings["checkpointing"], memory.describe(shape, kind, there, **settings)
+
+
+def open_run(out: Path, before: dict, args: Args, problems: list[Problem], held_out: list[Problem]) -> None:
+    """Makes the folder of the run, with args.json.
+
+    Raises BadInput where --resume would go on with other settings or problems than the run was started with.
+    """
+    settings = {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
+    changed = [name for name, value in settings.items() if before and before.get(name) != value]
+    if changed:
+        values = ", ".join(f"{name} was {before.get(name)!r}" for name in changed)
+        raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {values}")
+    digests = {"train": derive(*problems), "eval": derive(*held_out)}
+    for name in digests:
+        if before and before.get("digests", digests)[name] != digests[name]:
+            raise BadInput(f"the problems of --{name} {getattr(args, name)} are not those that {out} was started with")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--out {out}: cannot make this folder: {error.strerror}") from None
-    write_whole(saved, json.dumps(asdict(args), indent=1))
-    return out
+    if ranks.rank() == 0:
+        write_whole(out / "args.json", json.dumps(asdict(args) | {"digests": digests}, indent=1))
 
 
-def plan(problems: list[Problem], held_out: list[Problem], args: Args, out: Path) -> Clock:
+def plan(problems: list[Problem], held_out: list[Problem], args: Args, out: Path, needs: list[str]) -> Clock:
     """Says what the run will do, and sets up the estimate of the time left."""
     drawn = len(held_out) * args.repeats
     work = {"base: programs": drawn * EVAL_CANDIDATES, "base: rankings": drawn}
     print(f"DuST -> {out}")
+    print("\n".join(f"  memory   {line}" for line in needs))
     if not args.eval_only:
         sampled, answers = len(problems) * args.candidates, args.steps * args.batch * args.answers
         work |= {"sample": sampled, "train": 3 * answers}  # an update costs about two rollouts
@@ -613,6 +598,8 @@ def plan(problems: list[Problem], held_out: list[Problem], args: Args, out: Path
         print(f"  group    up to {groups} groups of {args.group_size}, mixed ones kept")
         print(f"  train    {args.steps} steps x {args.batch} groups x {args.answers} rankings = {answers} answers")
     times = "once" if args.eval_only else "before and after"
+    if ranks.world() > 1:
+        print(f"  ranks    {ranks.world()}, each with its share of every stage")
     print(f"  evaluate {len(held_out)} problems x {args.repeats} x {EVAL_CANDIDATES} candidates, {times}", flush=True)
     return Clock(work)
 
@@ -624,19 +611,23 @@ def run(args: Args) -> None:
     if args.eval_limit:
         count = min(args.eval_limit, len(held_out))
         held_out = [held_out[i * len(held_out) // count] for i in range(count)]
-    model, tokenizer = load_model(args)
-    out = open_run(args)
-    clock = plan(problems, held_out, args, out)
+    out, before = ranks.on_first(lambda: find_run(args))
+    optimizer, checkpointing, needs = fit(args, before, problems + held_out)
+    args = replace(args, optimizer=optimizer)
+    model, tokenizer = load_model(args.model, optimizer=optimizer, shard=args.shard, device=args.device)
+    if checkpointing:
+        checkpoint_layers(model)
+    open_run(out, before, args, problems, held_out)
+    clock = plan(problems, held_out, args, out, needs)
     if not args.eval_only:
-        with clock.stage("sample"):
-            candidates = sample(
-                model, tokenizer, problems, args, name="sample", count=args.candidates,
-                seed=derive(args.seed, "sample"), journal=Journal(out / "journal" / "samples.jsonl"),
-                temperature=args.temperature, top_p=1.0, top_k=0,
-            )
-        with clock.stage("label"):
-            label(problems, candidates, args, name="label", journal=Journal(out / "journal" / "labels.jsonl"))
-        write_whole(out / "candidates.jsonl", "".join(json.dumps(asdict(c)) + "\n" for c in candidates))
+        candidates = sample(
+            model, tokenizer, problems, args, name="sample", count=args.candidates, seed=derive(args.seed, "sample"),
+            journal=Journal(out / "journal" / "samples.jsonl"), clock=clock, temperature=args.temperature, top_p=1.0,
+            top_k=0,
+        )
+        label(problems, candidates, args, name="label", journal=Journal(out / "journal" / "labels.jsonl"), clock=clock)
+        if ranks.rank() == 0:
+            write_whole(out / "candidates.jsonl", "".join(json.dumps(asdict(c)) + "\n" for c in candidates))
         mixed = make_groups(problems, candidates, args.group_size)
         groups = [group for group in mixed if fits_context(model, tokenizer, group, args)]
         if len(groups) < len(mixed):
@@ -646,26 +637,26 @@ def run(args: Args) -> None:
     drawn = draw(model, tokenizer, held_out, args, clock, name="base", out=out)
     rows = {"base": judge(model, tokenizer, drawn, args, clock, name="base", out=out)}
     if not args.eval_only:
-        with clock.stage("train"):
-            train(model, tokenizer, groups, args, out)
-        model.save_pretrained(out / "model")
-        tokenizer.save_pretrained(out / "model")
+        train(model, tokenizer, groups, args, clock, out)
         rows["trained_judge"] = judge(model, tokenizer, drawn, args, clock, name="judge", out=out)
         drawn = draw(model, tokenizer, held_out, args, clock, name="trained", out=out)
         rows["trained"] = judge(model, tokenizer, drawn, args, clock, name="trained", out=out)
-    tqdm.write("\n" + write_report(rows, asdict(args), clock.seconds, out) + f"\nall of it: {out}")
+    if ranks.rank() == 0:
+        tqdm.write("\n" + write_report(rows, asdict(args), clock.seconds, out) + f"\nall of it: {out}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 with one line for what the user can put right; 130 after Ctrl-C."""
     try:
+        ranks.start()
         run(parse_args(argv))
+        ranks.stop()
         return 0
     except KeyboardInterrupt:
-        print("\ndust: stopped; the same command with --resume goes on from here", file=sys.stderr)
+        ranks.say_once("\ndust: stopped; the same command with --resume goes on from here")
         return 130
     except (BadInput, sandbox.SandboxError) as error:
-        print(f"dust: {error}", file=sys.stderr)
+        ranks.say_once(f"dust: {error}")
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have exceptions of their own
         text = str(error).splitlines()[0]
         full = ("No space left", "StreamWriter failed", "inline_container")  # the two words torch has for it
@@ -673,11 +664,13 @@ def main(argv: list[str] | None = None) -> int:
             text = "the disk is full: make room"
         elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
             text = "out of memory: lower --rows (sampling) or --micro-tokens (training)"
+        elif ranks.is_lost(error):
+            text = "another process of this run has ended"
         elif isinstance(error, OSError):
             text = f"{error.filename or 'a file'}: {error.strerror or text}: put that right"
         else:
             raise
-        print(f"dust: {text}; then the same command with --resume goes on", file=sys.stderr)
+        ranks.say_once(f"dust: {text}; then the same command with --resume goes on")
     return 2
 
 

@@ -26,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from data import ranks
+from data.model import adapters_off, run_forward, whole
 from prefix import NAME, Decoding, Packed, body, cut, sharing
 
 HEAD_BLOCK = 2**24  # logits in memory at a time, N * V; more are recomputed block by block in the backward pass
@@ -73,18 +75,19 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, to
 def rollout(
     model, prompts: list[Tensor], *, answers: int, max_new_tokens: int, eos_ids, temperature: float = 1.0,
     top_p: float = 1.0, top_k: int = 0, generator: torch.Generator | None = None, max_rows: int = 256,
-    progress=None,
+    progress=None, seeds: list[list[int]] | None = None,
 ) -> list[Rollout]:
     """Sample `answers` answers to each prompt (LongTensors [L_i] of unequal lengths, at least one token each).
 
     Each prompt is encoded once for all of its answers. At most max_rows answers decode at a time; prompts of similar
     length go together, and a prompt is encoded again only where its answers alone are more than max_rows. What an
-    answer draws depends on the generator's state and on its place in the list, not on who shares its batch.
+    answer draws depends on the generator's state and on its place in the list, not on who shares its batch; or on its
+    own seed, where seeds (answers of them for each prompt) are given.
     progress(n) is called whenever n more answers have ended. Returns one Rollout a prompt, in the order given.
     Best-of-N evaluation is the same call with answers=N.
     """
     where = generator.device if generator is not None else "cpu"
-    seeds = torch.randint(2**62, (len(prompts), answers), generator=generator, device=where).tolist()
+    seeds = seeds or torch.randint(2**62, (len(prompts), answers), generator=generator, device=where).tolist()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     parts = [(i, seeds[i][at : at + max_rows]) for i in order for at in range(0, answers, max_rows)]
     was_training = model.training
@@ -367,14 +370,32 @@ def group_logprobs(model, groups: list[list[Example]], temperature: float) -> tu
     return logprobs(model, [(group[0].prompt, [e.answer for e in group]) for group in groups], temperature)
 
 
+def my_batches(model, groups: list[list[Example]], micro_tokens: int) -> list[tuple[list[list[Example]], bool]]:
+    """The micro-batches of this rank's share of the groups, and whether each counts.
+
+    Every rank gets as many, for with sharded weights a forward waits for all of them: whoever has fewer fills up with
+    one that does not count, the shortest answer of all.
+    """
+    groups = list(filter(None, groups))
+    batches = micro_batches(ranks.share(groups), micro_tokens, shares_prompts(model))
+    missing = max(ranks.every(len(batches))) - len(batches)
+    filler = sorted((e for group in groups for e in group), key=lambda e: len(e.prompt) + len(e.answer))[:1]
+    return [(batch, True) for batch in batches] + [([filler], False)] * missing
+
+
 @torch.no_grad()
 def remember_logprobs(model, name: str, groups: list[list[Example]], micro_tokens: int, temperature: float) -> None:
-    """Fill in old_logp or ref_logp (name) of every example with this model's log-probs."""
-    for batch in micro_batches(groups, micro_tokens, shares_prompts(model)):
+    """Fill in old_logp or ref_logp (name) of every example with this model's log-probs; on every rank."""
+    for batch, _ in my_batches(model, groups, micro_tokens):
         examples = [e for group in batch for e in group]
-        logp, _ = group_logprobs(model, batch, temperature)
+        logp, _ = run_forward(model, group_logprobs, batch, temperature)
         for example, values in zip(examples, logp.split([len(e.answer) for e in examples])):
-            setattr(example, name, values)
+            setattr(example, name, values.cpu())
+    groups = list(filter(None, groups))  # shared out as in my_batches
+    known = ranks.spread(groups, lambda own: [[getattr(e, name) for e in group] for group in own])
+    for group, values in zip(groups, known):
+        for example, value in zip(group, values):
+            setattr(example, name, value)
 
 
 def backward(
@@ -382,30 +403,34 @@ def backward(
 ) -> dict[str, float]:
     """Accumulate the gradients of one mini-batch, and return its loss and the sums of its diagnostics over tokens.
 
+    Each rank computes a share of the groups; gradients and sums are those of all ranks, on every rank.
     token_weight(example) is the weight of each of its tokens, the denominator of the whole mini-batch included, so
     that the sum over micro-batches does not depend on how they were cut.
     """
     sums = dict.fromkeys(["loss", "clip", "old_kl", "ref_kl", "entropy", "rollout_gap", "tokens"], 0.0)
     shared = shares_prompts(model)
-    for groups_here in micro_batches(groups, micro_tokens, shared):
+    for groups_here, counts in my_batches(model, groups, micro_tokens):
         batch = [e for group in groups_here for e in group]
-        logp, entropy = group_logprobs(model, groups_here, temperature)
+        logp, entropy = run_forward(model, group_logprobs, groups_here, temperature)
         lengths = torch.tensor([len(e.answer) for e in batch])
         advantages = torch.tensor([e.advantage for e in batch]).repeat_interleave(lengths).to(logp)  # [N]
         weights = torch.tensor([token_weight(e) for e in batch]).repeat_interleave(lengths).to(logp)  # [N]
         # in a single on-policy step the old policy is the current one: the ratio is 1, with its gradient
-        old = logp.detach() if batch[0].old_logp is None else torch.cat([e.old_logp for e in batch])  # [N]
+        old = logp.detach() if batch[0].old_logp is None else torch.cat([e.old_logp for e in batch]).to(logp)  # [N]
         ref = None if batch[0].ref_logp is None else torch.cat([e.ref_logp for e in batch]).to(logp)  # [N]
         loss, diagnostics = policy_loss(logp, old, advantages, ref, **clip_and_kl)  # [N]
-        loss = (loss * weights).sum()
+        loss = (loss * weights).sum() * counts
         with sharing(model) if shared else contextlib.nullcontext():  # checkpointed layers run again
             loss.backward()
+        if not counts:
+            continue
         gap = (old - torch.cat([e.rollout_logp for e in batch]).to(old)).abs()  # [N]
         for name, values in {**diagnostics, "entropy": entropy, "rollout_gap": gap}.items():
             sums[name] += float(values.sum())
         sums["loss"] += float(loss.detach())
         sums["tokens"] += len(logp)
-    return sums
+    ranks.sum_gradients(model.parameters())
+    return {name: sum(own[name] for own in ranks.every(sums)) for name in sums}
 
 
 def update(
@@ -416,9 +441,10 @@ def update(
 ) -> dict[str, float]:
     """Train on scored rollouts: `epochs` passes, shuffled, one optimiser step for every mini_batch prompts.
 
-    temperature: the one they were sampled at. kl > 0 needs ref_model, the frozen start. aggregation: "sequence"
-    takes the mean over an answer's tokens, then over the answers (the paper), "token" the mean over all tokens
-    (the release). micro_tokens bounds the padded tokens of one forward: memory and speed, not the gradient.
+    temperature: the one they were sampled at. kl > 0 needs ref_model, the frozen start (with LoRA the model itself: its
+    adapters are then off). aggregation: "sequence" takes the mean over an answer's tokens, then over the answers (the
+    paper), "token" the mean over all tokens (the release). micro_tokens bounds the padded tokens of one forward: memory
+    and speed, not the gradient. Several ranks have the same rollouts, and compute a share of the groups each.
 
     A group is never split between mini-batches. One whose rewards are all equal is left out, which changes
     nothing but its share of the KL term, for the denominator still counts it. A mini-batch of only such groups
@@ -440,7 +466,8 @@ def update(
     if epochs * len(rollouts) > mini_batch:
         remember_logprobs(model, "old_logp", groups, micro_tokens, temperature)
     if kl > 0:
-        remember_logprobs(ref_model, "ref_logp", groups, micro_tokens, temperature)
+        with adapters_off(ref_model):  # with LoRA the reference is the model itself
+            remember_logprobs(ref_model, "ref_logp", groups, micro_tokens, temperature)
     settings = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl=kl)
     totals, norms = Counter(), []
     for _ in range(epochs):
@@ -448,13 +475,12 @@ def update(
         for chosen in (part.tolist() for part in order.split(mini_batch)):
             if not any(groups[i] for i in chosen):
                 continue
-            n_answers = sum(len(rollouts[i].answers) for i in chosen)
-            n_tokens = sum(len(answer) for i in chosen for answer in rollouts[i].answers)
+            lengths = [len(answer) for i in chosen for answer in rollouts[i].answers]
             by_answer = aggregation == "sequence"
-            weigh = lambda e: 1 / (n_answers * len(e.answer) if by_answer else n_tokens)  # noqa: E731
+            weigh = lambda e: 1 / (len(lengths) * len(e.answer) if by_answer else sum(lengths))  # noqa: E731
             optimizer.zero_grad(set_to_none=True)
             totals.update(backward(model, [groups[i] for i in chosen], weigh, micro_tokens, temperature, **settings))
-            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
+            norms.append(float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))))
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     model.train(was_training)
@@ -467,3 +493,62 @@ def update(
         "zero_variance": sum(not g for g in groups) / max(len(groups), 1), "tokens": int(totals["tokens"]),
         "stepped": len(norms),
     }
+
+
+# ------------------------------------------------------------------------------------------------------ the optimiser
+
+
+class SmallStepAdam(torch.optim.Optimizer):
+    """Adam for bf16 weights that does not lose small steps. (DuST uses no weight decay, so AdamW is the same.)
+
+    A bf16 number has 8 significant bits: a weight of 0.02 at a learning rate of 1e-6 is moved by far less than half its
+    last bit, so that plain bf16 AdamW leaves 98 % of the weights where they are. keep says what is remembered of each
+    weight beside fp32 moments (bf16 ones stand still too: 1 - beta2 is less than half a last bit):
+
+        "masters"  the weight itself in fp32; the model's is its rounding              12 bytes of state a weight
+        "kahan"    what rounding has taken away so far, in bf16: together about 16 significant bits   10 bytes
+    """
+
+    def __init__(self, parameters, lr: float, keep: str, betas=(0.9, 0.999), eps: float = 1e-8):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
+        self.keep = keep
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, grad = self.state[p], p.grad.float()
+                if not state:
+                    state |= {"step": 0, "m": torch.zeros_like(grad), "v": torch.zeros_like(grad)}
+                    state["kept"] = p.float() if self.keep == "masters" else torch.zeros_like(p)
+                state["step"] += 1
+                m = state["m"].lerp_(grad, 1 - beta1)
+                v = state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                scale = (v / (1 - beta2 ** state["step"])).sqrt_().add_(eps)
+                change = (m / scale).mul_(-lr / (1 - beta1 ** state["step"]))
+                if self.keep == "masters":
+                    p.copy_(state["kept"].add_(change))
+                else:
+                    exact = change.add_(state["kept"]).add_(p)  # the small ones first
+                    p.copy_(exact)
+                    state["kept"].copy_(exact.sub_(p))
+
+    def load_state_dict(self, saved: dict) -> None:
+        """torch would round all of the state to the weights' dtype, and with it the masters and the moments."""
+        super().load_state_dict(saved)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, state in saved["state"].items():
+            p = parameters[index]
+            self.state[p] = {k: v.to(p.device) if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def make_optimizer(model, kind: str, lr: float) -> torch.optim.Optimizer:
+    """torch's AdamW where the trained weights are fp32, as LoRA's and shards (--shard) may be; else what kind keeps."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if all(p.dtype == torch.float32 for p in parameters):
+        fused = True if parameters[0].is_cuda else None  # there the plain one makes temporaries as large as the model
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=fused)
+    return SmallStepAdam(parameters, lr, kind)

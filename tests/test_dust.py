@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,14 +14,13 @@ import torch
 
 import dust
 import rank_prompt
-from data import Problem, report
+from data import Problem, progress, report
+from conftest import SMALL
 from dust import Candidate, Group, Judged
 
 torch.set_num_threads(1)  # tiny models gain nothing from more; and a forked child must not need the parent's threads
 dust.tqdm.monitor_interval = 0
 ROOT = Path(dust.__file__).resolve().parent
-SMALL = ["--limit", "10", "--eval-limit", "6", "--candidates", "8", "--repeats", "1", "--steps", "2", "--batch", "3",
-         "--mini-batch", "3", "--answers", "4", "--workers", "2"]
 
 
 def run_dust(*arguments) -> int:
@@ -79,33 +79,6 @@ def test_the_shipped_model_goes_from_sample_to_report(tmp_path, capsys):
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), base.parameters()))
 
 
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory) -> dict:
-    """A random Llama whose every token is a whole program or ranking, so that noise makes both; and its problems."""
-    from tokenizers import AddedToken, Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    orders = ("1, 2, 3, 4", "4, 3, 2, 1", "2, 1, 4, 3", "3, 4, 1, 2", "4, 2, 3, 1", "1, 1, 2, 3")
-    texts = [f"\n```python\nprint({n})\n```\n" for n in (1, 1.0, 2, 3)] + [f"\nRanking: {order}" for order in orders]
-    texts += ["</think>", "Write", "Candidate"]
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>")  # no pad token
-    torch.manual_seed(3)
-    config = LlamaConfig(vocab_size=len(wrapped), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, intermediate_size=64, max_position_embeddings=512,
-                         bos_token_id=1, eos_token_id=2)
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    wrapped.save_pretrained(folder / "model")
-    problems = [{"id": f"p{i}", "question": f"Write a one, {i}.", "tests": [{"input": "", "output": "1\n"}]} for i in range(8)]
-    (folder / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
-    arguments = ["--model", folder / "model", "--train", folder / "problems.jsonl", "--eval", folder / "problems.jsonl",
-                 "--preset", "laptop", "--max-new-tokens", "12", "--lr", "0.003", *SMALL]
-    return {"folder": folder, "arguments": [str(a) for a in arguments]}
-
-
 def test_a_random_llama_goes_through_the_same_code(llama, tmp_path):
     """Another architecture, no chat template, no pad token, its own problems: nothing is special about the tiny one."""
     assert run_dust(*llama["arguments"], "--out", tmp_path / "run") == 0
@@ -138,8 +111,9 @@ def test_eval_only_measures_and_trains_nothing(llama, tmp_path, temperature):
 def run_and_die(where: str, count: int, arguments: list[str]) -> int:
     """Runs dust in a child process that kills itself with SIGKILL at one place; returns the child's exit code.
 
-    where: "save" (half a checkpoint written), "step" (after the update that follows `count` whole steps) or a journal,
-    in which the unit after the first `count` calls is torn in the middle of a line.
+    where: "save" (half a checkpoint written), "step" (after the update that follows `count` whole steps), "backward"
+    (with the gradients of that update half there) or a journal, in which the unit after the first `count` calls is torn
+    in the middle of a line.
     """
     child = os.fork()
     if child:
@@ -161,6 +135,14 @@ def run_and_die(where: str, count: int, arguments: list[str]) -> int:
             return die() if made["steps"] > count else metrics
 
         dust.grpo.update = update
+    elif where == "backward":
+        real_loss, made = dust.grpo.policy_loss, Counter()
+
+        def policy_loss(*a, **k):
+            made["steps"] += 1
+            return die() if made["steps"] > count else real_loss(*a, **k)
+
+        dust.grpo.policy_loss = policy_loss
     else:
         real_add, calls = dust.Journal.add, Counter()
 
@@ -182,7 +164,7 @@ def run_and_die(where: str, count: int, arguments: list[str]) -> int:
 
 
 KILLS = [("samples", 1), ("labels", 0), ("base-samples", 0), ("base-labels", 0), ("base-rankings", 0), ("step", 0),
-         ("save", 0), ("step", 1), ("judge-rankings", 0), ("trained-samples", 1), ("trained-labels", 0), ("trained-rankings", 0)]
+         ("save", 0), ("step", 1), ("backward", 1), ("judge-rankings", 0), ("trained-samples", 1), ("trained-labels", 0), ("trained-rankings", 0)]
 
 
 def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_was_not(llama, tmp_path):
@@ -190,7 +172,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_was_not(llama, tmp
 
     The result has to be the very same, and no unit of work may be in a journal twice.
     """
-    arguments = [*llama["arguments"], "--rows", "16", "--steps", "3"]
+    arguments = [*llama["arguments"], "--rows", "16", "--steps", "4"]
     assert run_dust(*arguments, "--out", tmp_path / "whole") == 0
     killed = [*arguments, "--out", str(tmp_path / "killed"), "--resume"]
     for where, count in KILLS:
@@ -201,7 +183,11 @@ def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_was_not(llama, tmp
     assert one["report"]["rows"] == other["report"]["rows"] and one["report"]["gains"] == other["report"]["gains"]
     timed = ("seconds", "tokens_per_second")
     strip = lambda steps: [{k: v for k, v in s.items() if k not in timed} for s in steps]  # noqa: E731
-    assert strip(one["steps"]) == strip(other["steps"])
+    assert strip(one["steps"]) == strip(other["steps"]) and len(one["steps"]) == 4
+    whole, again = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed"))
+    assert all(torch.equal(p, again["model"][name]) for name, p in whole["model"].items())  # to the last bit
+    for index, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(value, again["optimizer"]["state"][index][name]) for name, value in state.items())
     for path in (tmp_path / "killed" / "journal").iterdir():
         keys = [json.loads(line)[0] for line in path.read_text().splitlines()]
         assert len(keys) == len(set(keys)), path.name
@@ -245,6 +231,41 @@ def test_a_run_is_never_overwritten_and_never_resumed_with_other_settings(llama,
     assert "seed was 0" in error_of(capsys, *arguments, "--resume", "--seed", "1")
 
 
+def test_a_damaged_file_of_the_run_is_one_line(llama, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = [*llama["arguments"], "--out", str(out), "--resume"]
+    assert run_dust(*arguments) == 0
+    for name, damage, line in (
+        ("checkpoint.pt", b"PK half", "checkpoint.pt cannot be read"),
+        ("journal/labels.jsonl", b'["a", 1]\n{"b": \n["c", 1]\n', "labels.jsonl line 2 is damaged: delete the line"),
+        ("journal/samples.jsonl", b"5\n", "samples.jsonl line 1 is damaged"),
+        ("args.json", b'{"seed": ', "args.json is damaged"),
+        ("args.json", b"7", "args.json is damaged"),
+    ):
+        (out / name).write_bytes(damage)
+        assert line in error_of(capsys, *arguments)
+
+
+def test_a_problem_file_that_was_edited_is_not_gone_on_with(llama, tmp_path, capsys):
+    """The journals hold answers to the old questions, and labels by the old tests."""
+    problems = tmp_path / "problems.jsonl"
+    shutil.copy(llama["folder"] / "problems.jsonl", problems)
+    arguments = [*llama["arguments"], "--train", problems, "--eval-only", "--eval", problems, "--out", tmp_path / "run"]
+    assert run_dust(*arguments) == 0
+    problems.write_text(problems.read_text().replace('"1\\n"', '"2\\n"'))
+    assert "--eval" in (line := error_of(capsys, *arguments, "--resume")) and "not those that" in line
+
+
+def test_the_time_left_does_not_count_what_another_process_did(monkeypatch, capsys):
+    """99 of 100 answers were there; the one that took a minute says 100 minutes for the next hundred, not one."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    clock = dust.Clock({"sample": 100, "train": 100})
+    with clock.stage("sample", 100, 99):
+        now[0] += 60
+    assert "sample: 60 s; about 100.0 min to go" in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -270,6 +291,8 @@ def test_an_unknown_model_is_one_line_and_at_once(tmp_path, capsys, name, monkey
 
 
 def test_a_folder_that_is_no_model_is_one_line(tmp_path, capsys):
+    assert "does not load" in error_of(capsys, "--model", tmp_path, "--out", tmp_path / "run")
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     assert "does not load" in error_of(capsys, "--model", tmp_path, "--out", tmp_path / "run")
 
 
@@ -393,6 +416,15 @@ def test_every_group_comes_once_in_each_pass():
     args = dust.Args(batch=4)
     picked = [g.problem.id for step in range(5) for g in dust.pick(groups, step, args)]
     assert sorted(picked[:10]) == sorted(picked[10:]) == [str(i) for i in range(10)] and picked[:10] != picked[10:]
+    large = dust.pick(groups, 0, dust.Args(batch=25))  # more than two passes in one step
+    assert [g.problem.id for g in large[:20]] == picked
+
+
+def test_the_groups_of_a_step_are_found_as_fast_for_a_large_run():
+    """A shuffle of all groups for each prompt took a second a step at the paper's 37,000 groups."""
+    groups, began = [Group(problem("a"), [])] * 37_000, time.process_time()
+    dust.pick(groups, 300, dust.Args(batch=64))
+    assert time.process_time() - began < 0.5
 
 
 def test_the_same_program_runs_once_and_only_for_its_own_problem(tmp_path, monkeypatch):
@@ -409,7 +441,8 @@ def test_the_same_program_runs_once_and_only_for_its_own_problem(tmp_path, monke
     monkeypatch.setattr(dust.sandbox, "Pool", Pool)
     problems = [Problem("a", "Q", [{"input": "", "output": "yes"}]), Problem("b", "Q", [{"input": "", "output": "no"}])]
     drawn = [Candidate(p, "", code) for p in "ab" for code in ("x = 1", "x = 2", None, "x = 1")]
-    dust.label(problems, drawn, dust.Args(), name="label", journal=dust.Journal(tmp_path / "labels.jsonl"))
+    dust.label(problems, drawn, dust.Args(), name="label", journal=dust.Journal(tmp_path / "labels.jsonl"),
+               clock=dust.Clock({}))
     assert Counter(ran) == Counter((code, out) for code in ("x = 1", "x = 2") for out in ("yes", "no"))
     assert [c.correct for c in drawn] == [True, True, False, True, False, False, False, False]
 

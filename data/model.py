@@ -1,0 +1,220 @@
+"""A model's weights: from a folder or the Hub, with LoRA adapters, sharded over GPUs, in checkpoints and back."""
+import contextlib
+import pickle
+import types
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+from data import BadInput, ranks
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def load_config(name: str):
+    """(the configuration of a model folder or a model on the Hub, whether it is on this machine already)."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import RepositoryNotFoundError
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    local = True
+    try:
+        if not Path(name).is_dir():
+            AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        local = False
+        try:  # one quick question, for transformers itself would try for half a minute
+            HfApi().model_info(name, timeout=5)
+        except RepositoryNotFoundError:
+            raise BadInput(f"--model {name}: no such folder, and no such model on the Hub") from None
+        except Exception:
+            raise BadInput(
+                f"--model {name}: no such folder, not downloaded before, and the Hub does not answer; "
+                "give the folder of a model"
+            ) from None
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=local), local
+    except Exception as error:
+        raise BadInput(f"--model {name} does not load: {first_line(error)}") from None
+
+
+def eos_ids(model, tokenizer) -> list[int]:
+    """Whatever either the tokenizer or the generation config calls an end: models ship with the two disagreeing."""
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    return sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
+
+
+def load_model(name: str, *, optimizer: str, shard: bool, device: str):
+    """(model, tokenizer); the weights in fp32 or bf16 as the optimiser wants them (see make_optimizer in grpo.py)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, local = load_config(name)
+    # a shard is its own fp32 master: the forward casts what it has gathered
+    dtype = torch.float32 if optimizer == "fp32" or (shard and optimizer == "masters") else torch.bfloat16
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        model = AutoModelForCausalLM.from_pretrained(name, local_files_only=local, dtype=dtype)
+    except Exception as error:  # three libraries, each with exceptions of its own
+        raise BadInput(f"--model {name} does not load: {first_line(error)}") from None
+    if not tokenizer("x y 1").input_ids or not eos_ids(model, tokenizer):
+        raise BadInput(f"--model {name}: its tokenizer is empty, or nothing names an end-of-text token")
+    if not tokenizer.chat_template:
+        tqdm.write(f"{name} has no chat template: the prompt is given as plain text")
+        tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
+    if shard:
+        shard_model(model, torch.float32 if optimizer == "fp32" else torch.bfloat16, device)
+    return model.to(device).eval(), tokenizer
+
+
+def checkpoint_layers(model) -> None:
+    """Each layer keeps its input alone and computes the rest again for the backward pass: less memory, a third slower.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()  # two names of one thing, before and after transformers 5.24
+
+
+# --------------------------------------------------------------------------------------------- sharded over the ranks
+
+
+def shard_model(model, compute: torch.dtype, device: str) -> None:
+    """FSDP2: every rank keeps 1 / world of each weight, its gradient and its optimiser state, in the weights' dtype.
+
+    Each layer's weights are gathered for its forward and backward, in the compute dtype, and its gradients are summed
+    (not averaged: the loss has the denominator of all ranks) in fp32. A forward is a collective: see run_forward.
+    """
+    mesh = torch.distributed.init_device_mesh(device.split(":")[0], (ranks.world(),))
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    for module in [*layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+    model.run_forward = types.MethodType(lambda self, forward, *inputs: forward(self, *inputs), model)
+    register_fsdp_forward_method(model, "run_forward")
+    model.run_forward(lambda model: None)  # whoever has the first forward is FSDP's root: not a layer
+    model.reshard()
+
+
+def run_forward(model, forward, *inputs):
+    """forward(model, *inputs); with a sharded model as one forward of FSDP's, whatever it calls of the model inside."""
+    return model.run_forward(forward, *inputs) if isinstance(model, FSDPModule) else forward(model, *inputs)
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Within it a sharded model has all its weights on every rank: a forward, a decode step, communicates nothing."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not model, recurse=False)
+
+
+def whole(state):
+    """The same nested dicts and lists with every sharded tensor in full, on the CPU. Collective."""
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value) for value in state]
+    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
+
+
+def sharded(value, like: torch.Tensor):
+    """A full tensor cut as `like` is; anything else as it is."""
+    if not isinstance(like, DTensor) or not isinstance(value, torch.Tensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+# --------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def add_lora(model, rank: int, seed: int) -> None:
+    """Trainable fp32 adapters of this rank on every linear layer but the head (package peft); the rest is frozen."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(seed)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), model)
+    for p in model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+
+
+def lora_layers(model) -> list[tuple[str, torch.nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """Within it the model is the one that the adapters were added to; a model without adapters is as it is."""
+    for _, layer in lora_layers(model):
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for _, layer in lora_layers(model):
+            layer.enable_adapters(True)
+
+
+def merge_lora(model) -> None:
+    """Adds the adapters to the weights: afterwards the model is an ordinary one, and so is what it saves."""
+    for name, layer in lora_layers(model):
+        layer.merge()
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer.get_base_layer())
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def save_checkpoint(path: Path, model, optimizer, step: int) -> None:
+    """Trained weights, optimiser and step in one file, whole or not at all. All randomness follows from the step.
+
+    Sharded ones are gathered for it, so that any number of ranks can go on from it.
+    """
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    state = {"model": whole(trained), "optimizer": whole(optimizer.state_dict()), "step": step}
+    if ranks.rank() == 0:
+        torch.save(state, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+
+@torch.no_grad()
+def load_checkpoint(path: Path, model, optimizer) -> int:
+    """Puts a checkpoint into model and optimiser; returns its step, 0 where there is none."""
+    if not path.exists():
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", mmap=model.device.type != "cpu")
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        for name, p in trained:
+            p.copy_(sharded(state["model"][name], p))
+        for index, own in state["optimizer"]["state"].items():
+            own.update({name: sharded(value, trained[index][1]) for name, value in own.items()})
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise BadInput(f"{path} cannot be read ({first_line(error)}); delete it, and training starts again") from None
+
+
+def save_model(folder: Path, model, tokenizer) -> None:
+    """An ordinary model folder."""
+    state = whole(model.state_dict())
+    if ranks.rank() == 0:
+        model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,289 @@
+"""Two processes that share a run, on the CPU: equal gradients, equal results, and what is said when one dies."""
+import copy
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import dust
+import grpo
+from data import ranks
+from data.model import gathered, load_checkpoint, save_checkpoint, shard_model, whole
+from test_grpo import distance, qwen3, scored
+
+torch.set_num_threads(1)
+ROOT = Path(dust.__file__).resolve().parent
+
+
+def in_ranks(task, folder: Path, count: int = 2) -> list[int]:
+    """task(rank) in forked processes that find each other as torchrun's do; returns their exit codes.
+
+    What they print goes to folder/RANK.
+    """
+    children = []
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun keeps it too
+    for rank in range(count):
+        child = os.fork()
+        if not child:
+            signal.alarm(60)  # nothing here may hang the tests
+            output = os.open(folder / str(rank), os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+            os.dup2(output, 1), os.dup2(output, 2)
+            sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+            code = 1
+            try:
+                code = task(rank) or 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    del store
+    return codes
+
+
+def said(folder: Path) -> list[str]:
+    """The lines of dust's own that the ranks printed on stderr."""
+    return [line for path in sorted(folder.glob("[0-9]")) for line in path.read_text().splitlines()
+            if line.startswith("dust: ")]
+
+
+def results(folder: Path, task, count: int = 2) -> list:
+    """What task(rank) returned on each rank."""
+    def keep(rank):
+        ranks.start()
+        torch.save(task(rank), folder / f"result{rank}")
+
+    outcome = in_ranks(keep, folder, count)
+    assert outcome == [0] * count, [(folder / str(rank)).read_text() for rank in range(count)]
+    return [torch.load(folder / f"result{rank}", weights_only=False) for rank in range(count)]
+
+
+# -------------------------------------------------------------------------------------------------------- gradients
+
+
+class Recorder(torch.optim.SGD):
+    """Plain SGD that keeps the gradients of its last step, in full."""
+
+    def step(self):
+        self.seen = [whole(p.grad).clone() for p in self.param_groups[0]["params"]]
+        super().step()
+
+
+def update(model, rollouts, reference=None, lr=0.0, **settings):
+    """The gradients and metrics of one update, and where its last step leads."""
+    optimizer = Recorder(model.parameters(), lr=lr)
+    metrics = grpo.update(model, optimizer, rollouts, kl=0.1, ref_model=reference, **settings)
+    return optimizer.seen, metrics, [whole(p.detach()).clone() for p in model.parameters()]
+
+
+UPDATES = {
+    "unequal rows": (((0.0, 1.0, 0.5), (2.0, -1.0, 0.0)), {"micro_tokens": 25}),
+    "one rank without work": (((0.3, 0.3, 0.3), (2.0, -1.0, 0.0)), {"micro_tokens": 25}),
+    "several steps": (((0.0, 1.0, 0.5), (2.0, -1.0, 0.0)), {"mini_batch": 1, "epochs": 2, "lr": 0.05}),
+}
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_ranks_have_the_gradients_of_one(tmp_path, shard):
+    """Each rank's own denominator, a mean over ranks, or a rank without work that waits or is forgotten: all wrong.
+
+    With --shard whoever makes one forward more than the others also waits for ever.
+    """
+    model = qwen3(tie_word_embeddings=not shard)
+    rollouts = {name: scored(model, rewards) for name, (rewards, _) in UPDATES.items()}
+    with torch.no_grad():  # a reference that differs
+        reference = copy.deepcopy(model)
+        reference.model.norm.weight.mul_(1.1)
+
+    def all_updates(rank=0):
+        found = {}
+        for name, (_, settings) in UPDATES.items():
+            own, frozen = copy.deepcopy(model), copy.deepcopy(reference)
+            if shard and ranks.world() > 1:
+                for one in (own, frozen):
+                    shard_model(one, torch.float32, "cpu")
+                    with gathered(one):
+                        assert grpo.shares_prompts(one)
+            seed = torch.Generator().manual_seed(5)
+            found[name] = update(own, rollouts[name], frozen, generator=seed, **settings)
+        return found
+
+    expected = all_updates()
+    for found in results(tmp_path, all_updates):
+        for name, (gradients, metrics, weights) in found.items():
+            assert distance(gradients, expected[name][0]) < 1e-6, name
+            assert distance(weights, expected[name][2]) < 1e-6, name
+            for key, value in expected[name][1].items():
+                assert metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, key)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "masters", "kahan"])
+def test_a_sharded_checkpoint_goes_on_in_any_number_of_ranks(tmp_path, kind):
+    """Saved by two ranks, read by one: the same weights, and optimiser state in full."""
+    dtype = torch.bfloat16 if kind == "kahan" else torch.float32
+    rollouts = scored(qwen3())
+
+    def train(steps, load=None, save=None):
+        model = qwen3().to(dtype)
+        shard_model(model, torch.float32 if kind == "fp32" else torch.bfloat16, "cpu")
+        optimizer = grpo.make_optimizer(model, kind, 1e-3)
+        with gathered(model):
+            assert grpo.shares_prompts(model)
+        if load:
+            load_checkpoint(load, model, optimizer)
+        for _ in range(steps):
+            grpo.update(model, optimizer, rollouts)
+        if save:
+            save_checkpoint(save, model, optimizer, steps)
+        return [whole(p.detach()) for p in model.parameters()], whole(optimizer.state_dict())["state"]
+
+    saved = tmp_path / "checkpoint.pt"
+    tasks = [dict(steps=2), dict(steps=1, save=saved), dict(steps=1, load=saved)]
+    (two, _) = results(tmp_path, lambda rank: [train(**settings) for settings in tasks])
+    (straight, _), (halfway, state), (resumed, _) = two
+    (((alone, state_alone),),) = results(tmp_path, lambda rank: [train(0, load=saved)], count=1)
+    assert all(torch.equal(a, b) for a, b in zip(halfway, alone))
+    assert all(torch.equal(state[i][n], state_alone[i][n]) for i in state for n in state[i] if n != "step")
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed))
+
+
+def test_a_weight_that_one_rank_did_not_use_is_summed_all_the_same(tmp_path):
+    """An expert of a mixture that saw no token there: a rank that does not join in leaves all others waiting."""
+    def task(rank):
+        a, b, frozen = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+        frozen.requires_grad_(False)
+        (a * (rank + 1) + (b if rank else 0)).sum().backward()
+        ranks.sum_gradients([a, b, frozen])
+        return a.grad, b.grad, frozen.grad
+
+    for a, b, frozen in results(tmp_path, task):
+        assert a.tolist() == [3, 3] and b.tolist() == [1, 1] and frozen is None
+
+
+def test_work_is_spread_and_comes_back_in_order(tmp_path):
+    def task(rank):
+        calls = []
+        found = ranks.spread(list(range(5)), lambda own: (calls.append(own), [10 * i for i in own])[1])
+        rounds = list(ranks.in_rounds(list(range(5)), lambda item: (item, rank)))
+        nothing = ranks.spread([], lambda own: own)
+        return calls, found, rounds, nothing, ranks.on_first(lambda: f"from {rank}")
+
+    for rank, (calls, found, rounds, nothing, first) in enumerate(results(tmp_path, task)):
+        assert calls == [[0, 2, 4], [1, 3]][rank : rank + 1] and found == [0, 10, 20, 30, 40]
+        assert rounds == [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)] and nothing == [] and first == "from 0"
+
+
+def test_a_rank_that_waits_for_another_still_says_why_it_ends(tmp_path):
+    """torchrun sends SIGTERM; inside a collective Python's own handlers would not run, and the end would be silent."""
+    def task(rank):
+        ranks.start()
+        other = ranks.every(os.getpid())[1]
+        if rank == 0:
+            time.sleep(0.5)
+            os.kill(other, signal.SIGTERM)
+            time.sleep(0.5)
+        else:
+            ranks.every("never")
+
+    assert in_ranks(task, tmp_path) == [0, 2]
+    assert said(tmp_path) == [f"dust: {ranks.ENDED}"]
+
+
+# ---------------------------------------------------------------------------------------------------- the whole run
+
+
+def run_ranks(arguments, folder: Path, before=lambda rank: None, count: int = 2) -> list[int]:
+    folder.mkdir(exist_ok=True)
+    return in_ranks(lambda rank: (before(rank), dust.main([str(a) for a in arguments]))[1], folder, count)
+
+
+def read_run(out: Path):
+    candidates = (out / "candidates.jsonl").read_text()
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return candidates, steps, json.loads((out / "report.json").read_text())
+
+
+def test_two_ranks_do_what_one_does_also_sharded(llama, tmp_path):
+    """Every draw has a seed of its own, so one run and two shared ones differ in the last bits at most."""
+    arguments = [*llama["arguments"], "--rows", "16", "--steps", "3"]
+    assert dust.main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    for name, more in (("two", []), ("sharded", ["--shard"])):
+        assert run_ranks([*arguments, *more, "--out", tmp_path / name], tmp_path / f"{name}-said") == [0, 0]
+        (candidates, steps, report), one = read_run(tmp_path / name), read_run(tmp_path / "one")
+        assert candidates == one[0] and len(steps) == 3
+        for mine, theirs in zip(steps, one[1]):
+            for key in ("reward", "loss", "grad_norm", "ref_kl", "zero_variance", "answer_tokens"):
+                assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
+        assert report["rows"] == one[2]["rows"]
+        from transformers import AutoModelForCausalLM
+
+        models = [AutoModelForCausalLM.from_pretrained(tmp_path / n / "model") for n in (name, "one")]
+        assert distance(*[[p.detach() for p in m.parameters()] for m in models]) < 1e-5
+        assert (tmp_path / f"{name}-said" / "1").read_text() == ""  # rank 0 alone shows anything
+
+
+def test_bad_input_is_said_once(llama, tmp_path):
+    arguments = [*llama["arguments"], "--model", "./nowhere", "--out", tmp_path / "run"]
+    assert run_ranks(arguments, tmp_path / "said") == [2, 2]
+    assert len(said(tmp_path / "said")) == 1 and "--model ./nowhere" in said(tmp_path / "said")[0]
+
+
+@pytest.mark.parametrize("then, more", [(1, ["--shard"]), (1, []), (2, [])])
+def test_a_killed_rank_ends_the_run_with_one_line_and_resume_goes_on(llama, tmp_path, then, more):
+    """The other rank must not wait for ever. Afterwards as many ranks go on as there are."""
+    arguments = [*llama["arguments"], *more, "--rows", "16", "--steps", "3", "--out", tmp_path / "run"]
+
+    def die_in_the_second_step(rank):
+        real, made = grpo.backward, []
+
+        def backward(*a, **k):
+            made.append(1)
+            if rank == 1 and len(made) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*a, **k)
+
+        grpo.backward = backward
+
+    assert run_ranks(arguments, tmp_path / "said", die_in_the_second_step) == [2, -signal.SIGKILL]
+    (line,) = said(tmp_path / "said")
+    assert "another process of this run has ended" in line and "--resume goes on" in line
+    assert torch.load(tmp_path / "run" / "checkpoint.pt")["step"] == 1
+    assert run_ranks([*arguments, "--resume"], tmp_path / "again", count=then) == [0] * then
+    assert [step["step"] for step in read_run(tmp_path / "run")[1]] == [1, 2, 3]
+
+
+def test_torchrun_itself_and_a_rank_that_hangs_when_another_is_killed(llama, tmp_path):
+    """The real command. Rank 1 sits in the sandbox or in a collective when torchrun ends it: it still has its line."""
+    arguments = [*llama["arguments"], "--rows", "16", "--steps", "3000", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen([*command, ROOT / "dust.py", *arguments], stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        for _ in range(600):
+            if run.poll() is not None or (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+                break
+            time.sleep(0.1)
+        assert run.poll() is None and metrics.exists()
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        rank0 = next(pid for pid in children if b"RANK=0" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+        os.kill(int(rank0), signal.SIGKILL)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode != 0
+    lines = re.findall(r"dust: .*", errors)
+    assert len(lines) == 1 and "has ended" in lines[0] and "--resume goes on" in lines[0], errors
