@@ -8,17 +8,19 @@ Covered on every system:
   builtins, os._exit(0), a fake ==, bytes in the result channel: nothing turns a wrong answer into a right one.
 - Limits on wall clock, CPU, memory, output, file size and open files; an own folder, a bare environment, no inherited
   descriptors. Ctrl-C or the death of the caller ends what runs.
-- Each test sees a fresh state: a process of its own, or that of the test before where the program is made of nothing
-  that could leave a trace (`is_plain` in sandbox_server.py). What fails in a used process is run again in a new one.
+- Each test sees a fresh state: a process of its own, or one that served a test before where the program is made of
+  nothing that could leave a trace (`is_plain` in sandbox_server.py). What fails there is run again in one of its own.
 - A failure of the sandbox itself is a SandboxError, never a label.
-Covered on Linux: the memory and the number of processes of the whole tree, of which nothing outlives its run; with
-Landlock, no files but Python, /usr and an own folder, no TCP, no signals to others. Covered where Linux allows
-namespaces (to root and to most users): no network, no sight of other processes, nothing writable but an empty folder
-of 64 MB. What a system lacks is said once, in one line on stderr.
+Covered on Linux: the memory and the number of processes of the whole tree, of which nothing outlives its run. Covered
+where Linux allows namespaces (to root and to most users): no network, no sight of other processes, no files but Python,
+/usr (both read-only) and an empty folder of 64 MB. Elsewhere Landlock does what it can (files, TCP, signals), and one
+line on stderr says what is missing.
 
-Not covered: holes in the kernel (no seccomp filter, no virtual machine), side channels, memory in socket buffers;
-without namespaces the disk space that many files take. macOS has the first list only, and there a process that
-leaves its group outlives its run.
+Not covered: holes in the kernel (no seccomp filter, no virtual machine) and side channels; memory in socket buffers
+or in shared mappings that are mapped no more; counters and keyrings of the kernel, where a program that means to could
+leave a sign for its next test; the order of a set of objects, which goes by their addresses. Without namespaces: the
+disk space that many files take, and sockets with a path. macOS has the first list only, and there a process that leaves
+its group outlives its run.
 """
 import atexit
 import contextlib

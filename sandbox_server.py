@@ -216,8 +216,8 @@ def enter(room: types.SimpleNamespace, streams: "list[int]", timeout: float, mem
 # What a plain program is made of; whatever is not listed here makes a program one that is not plain.
 NODES = "Module FunctionDef ClassDef Return Delete Assign AugAssign AnnAssign For While If Raise Try Assert " \
     "Import ImportFrom Global Nonlocal Expr Pass Break Continue NamedExpr BoolOp BinOp UnaryOp Lambda IfExp Dict Set " \
-    "ListComp SetComp DictComp GeneratorExp Compare Call FormattedValue JoinedStr Constant Attribute Subscript Starred " \
-    "Name List Tuple Slice comprehension ExceptHandler arguments arg keyword alias"
+    "ListComp SetComp DictComp GeneratorExp Compare Call FormattedValue JoinedStr Constant Attribute Subscript " \
+    "Starred Name List Tuple Slice comprehension ExceptHandler arguments arg keyword alias"
 CAUGHT = "EOFError IndexError KeyError NameError OverflowError StopIteration TypeError ValueError ZeroDivisionError"
 BUILTINS = CAUGHT + " abs all any ascii bin bool bytearray bytes callable chr classmethod complex dict divmod " \
     "enumerate exit filter float format frozenset hash hex input int isinstance issubclass iter len list map max min " \
@@ -245,7 +245,8 @@ def plain_sets(prelude: "dict[str, str]") -> types.SimpleNamespace:
     """What is_plain compares with: kinds of nodes and attributes that may occur, and names that may not."""
     operators = (ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
     values = (str, bytes, bytearray, int, float, list, tuple, dict, set, frozenset, range, collections.deque)
-    inner = (types.FrameType, types.TracebackType, types.GeneratorType, types.CodeType, io.TextIOWrapper, type)
+    inner = (types.FrameType, types.TracebackType, types.GeneratorType, types.CodeType, type, io.TextIOWrapper,
+             io.BufferedRandom, io.BytesIO)
 
     def is_foreign(name: str, module: str) -> bool:  # a name of the prelude that does not come from MODULES
         constant = isinstance(getattr(sys.modules.get(module), name, None), (str, int, float, tuple))

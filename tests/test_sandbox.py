@@ -110,7 +110,8 @@ def test_a_used_process_has_no_old_names_and_no_old_generators():
 @pytest.mark.parametrize("code", [
     "import sys\ntry:\n sys.stdin.fileno()\n print(1)\nexcept ValueError: print(2)",
     "import sys\nprint(1 if 'name=' in str(sys.stdin) else 2)", "import sys\nprint(1 + hasattr(sys.stdin, 'name'))",
-    "import sys\nprint(sys.stdin.buffer.getvalue())", "print('\\ud800')", "import sys\nprint(sys.stdout.errors)",
+    "import sys\nprint(sys.stdin.buffer.getvalue())",
+    "import sys\nclass A:\n def getvalue(self): pass\nprint(sys.stdin.buffer.getvalue())", "print('\\ud800')", "import sys\nprint(sys.stdout.errors)",
     "import sys\nsys.setrecursionlimit(100)\ndef f(n):\n try: return f(n + 1)\n except RecursionError: return n\n"
     "print(f(0))", "l = []\ntry:\n l.append(bytes(600 << 20))\n l.append(l)\n print(1)\nexcept MemoryError: print(2)",
     "from typing import List\nclass A:\n def f(self): pass\nList[A]\ntry:\n big = bytes(600 << 20)\n print(1)\n"
