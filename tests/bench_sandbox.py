@@ -180,9 +180,9 @@ def measure(args, megabytes, ports):
         for _ in range(args.rounds):  # taking turns, so that whatever else the machine does hits all alike
             for name, judge in loops.items():
                 rates[name].append(rate(judge, [(CODE, one)] * 8, args.workers))
-            rates["sandbox"].append(pool_rate(pool, [(CODE, one)] * 150))
+            rates["sandbox"].append(pool_rate(pool, [(CODE, one)] * 400))
             rates["LiveCodeBench, 10 tests"].append(10 * rate(loops["LiveCodeBench"], [(CODE, ten)] * 8, args.workers))
-            rates["sandbox, 10 tests"].append(10 * pool_rate(pool, [(CODE, ten)] * 50))
+            rates["sandbox, 10 tests"].append(10 * pool_rate(pool, [(CODE, ten)] * 100))
             rates["bare ms"].append(bare_cost())
     middle = {name: statistics.median(values) for name, values in rates.items()}
     print(f"\n{args.workers} workers, a caller that holds {len(ballast) >> 20} MB more; median of {args.rounds} rounds")
