@@ -36,7 +36,7 @@ import rank_prompt
 import sandbox
 from data import BadInput, Problem, load_problems, memory, ranks, write_whole
 from data.model import (add_lora, checkpoint_layers, eos_ids, gathered, load_checkpoint, load_config, load_model,
-                        merge_lora, save_checkpoint, save_model)
+                        make_optimizer, merge_lora, save_checkpoint, save_model)
 from data.progress import Clock, Journal
 from data.report import EVAL_CANDIDATES, write_report
 
@@ -364,7 +364,7 @@ def train(model, tokenizer, groups: list[Group], args: Args, clock: Clock, out: 
     if args.lora:
         add_lora(model, args.lora, derive(args.seed, "lora"))
     reference = frozen_copy(model, args) if args.kl else None
-    optimizer = grpo.make_optimizer(model, args.optimizer, args.lr)
+    optimizer = make_optimizer(model, args.optimizer, args.lr)
     checkpoint, metrics_file = out / "checkpoint.pt", out / "metrics.jsonl"
     first = load_checkpoint(checkpoint, model, optimizer)
     if ranks.rank() == 0:

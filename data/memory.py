@@ -13,7 +13,7 @@ from data import BadInput, ranks
 from data.model import first_line
 
 # bytes of each weight (its gradient has as many), and of its optimiser state: fp32 m and v (8 together), then the fp32
-# master (4) or the bf16 compensation (2); see SmallStepAdam in grpo.py
+# master (4) or the bf16 compensation (2); see SmallStepAdam in model.py
 STORED = {"fp32": (4, 8), "masters": (2, 12), "kahan": (2, 10)}
 HEAD_BLOCK = 2**24  # as in grpo.py
 PROGRAM_TOKENS = 400  # of one candidate in a ranking prompt: a guess, for the plan comes before the candidates

@@ -1,4 +1,5 @@
-"""A model's weights: from a folder or the Hub, with LoRA adapters, sharded over GPUs, in checkpoints and back."""
+"""A model's weights: from a folder or the Hub, sharded over GPUs, with LoRA adapters, in an optimiser that moves bf16
+ones too, in checkpoints and back."""
 import contextlib
 import pickle
 import types
@@ -56,7 +57,7 @@ def eos_ids(model, tokenizer) -> list[int]:
 
 
 def load_model(name: str, *, optimizer: str, shard: bool, device: str):
-    """(model, tokenizer); the weights in fp32 or bf16 as the optimiser wants them (see make_optimizer in grpo.py)."""
+    """(model, tokenizer); the weights in fp32 or bf16 as the optimiser wants them (see make_optimizer)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _, local = load_config(name)
@@ -177,6 +178,65 @@ def merge_lora(model) -> None:
         layer.merge()
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, layer.get_base_layer())
+
+
+# ------------------------------------------------------------------------------------------------------ the optimiser
+
+
+class SmallStepAdam(torch.optim.Optimizer):
+    """Adam for bf16 weights that does not lose small steps. (DuST uses no weight decay, so AdamW is the same.)
+
+    A bf16 number has 8 significant bits: a weight of 0.02 at a learning rate of 1e-6 is moved by far less than half its
+    last bit, so that plain bf16 AdamW leaves 98 % of the weights where they are. keep says what is remembered of each
+    weight beside fp32 moments (bf16 ones stand still too: 1 - beta2 is less than half a last bit):
+
+        "masters"  the weight itself in fp32; the model's is its rounding              12 bytes of state a weight
+        "kahan"    what rounding has taken away so far, in bf16: together about 16 significant bits   10 bytes
+    """
+
+    def __init__(self, parameters, lr: float, keep: str, betas=(0.9, 0.999), eps: float = 1e-8):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
+        self.keep = keep
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, grad = self.state[p], p.grad.float()
+                if not state:
+                    state |= {"step": 0, "m": torch.zeros_like(grad), "v": torch.zeros_like(grad)}
+                    state["kept"] = p.float() if self.keep == "masters" else torch.zeros_like(p)
+                state["step"] += 1
+                m = state["m"].lerp_(grad, 1 - beta1)
+                v = state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                scale = (v / (1 - beta2 ** state["step"])).sqrt_().add_(eps)
+                change = (m / scale).mul_(-lr / (1 - beta1 ** state["step"]))
+                if self.keep == "masters":
+                    p.copy_(state["kept"].add_(change))
+                else:
+                    exact = change.add_(state["kept"]).add_(p)  # the small ones first
+                    p.copy_(exact)
+                    state["kept"].copy_(exact.sub_(p))
+
+    def load_state_dict(self, saved: dict) -> None:
+        """torch would round all of the state to the weights' dtype, and with it the masters and the moments."""
+        super().load_state_dict(saved)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, state in saved["state"].items():
+            p = parameters[index]
+            self.state[p] = {k: v.to(p.device) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+
+
+def make_optimizer(model, kind: str, lr: float) -> torch.optim.Optimizer:
+    """torch's AdamW where the trained weights are fp32, as LoRA's and shards (--shard) may be; else what kind keeps."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if all(p.dtype == torch.float32 for p in parameters):
+        fused = True if parameters[0].is_cuda else None  # there the plain one makes temporaries as large as the model
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=fused)
+    return SmallStepAdam(parameters, lr, kind)
 
 
 # -------------------------------------------------------------------------------------------------------------- files

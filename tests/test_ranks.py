@@ -16,7 +16,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import dust
 import grpo
 from data import ranks
-from data.model import gathered, load_checkpoint, save_checkpoint, shard_model, whole
+from data.model import gathered, load_checkpoint, make_optimizer, save_checkpoint, shard_model, whole
 from test_grpo import distance, qwen3, scored
 
 torch.set_num_threads(1)
@@ -139,7 +139,7 @@ def test_a_sharded_checkpoint_goes_on_in_any_number_of_ranks(tmp_path, kind):
     def train(steps, load=None, save=None):
         model = qwen3().to(dtype)
         shard_model(model, torch.float32 if kind == "fp32" else torch.bfloat16, "cpu")
-        optimizer = grpo.make_optimizer(model, kind, 1e-3)
+        optimizer = make_optimizer(model, kind, 1e-3)
         with gathered(model):
             assert grpo.shares_prompts(model)
         if load:

@@ -11,7 +11,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import dust
 import grpo
 from data import BadInput, memory
-from data.model import adapters_off, add_lora, checkpoint_layers, load_checkpoint, merge_lora, save_checkpoint
+from data.model import (SmallStepAdam, adapters_off, add_lora, checkpoint_layers, load_checkpoint, make_optimizer,
+                        merge_lora, save_checkpoint)
 
 torch.set_num_threads(1)
 
@@ -34,7 +35,7 @@ def gradient(step: int, n: int = 20_000) -> torch.Tensor:
 
 def value(optimizer, p) -> torch.Tensor:
     """What the optimiser holds a weight to be: its master, or the weight and what rounding took of it."""
-    if not isinstance(optimizer, grpo.SmallStepAdam):
+    if not isinstance(optimizer, SmallStepAdam):
         return p.detach().double()
     kept = optimizer.state[p]["kept"].double()
     return kept if optimizer.keep == "masters" else kept + p.detach().double()
@@ -53,7 +54,7 @@ def after(steps: int, make, dtype=torch.bfloat16):
 def test_a_step_of_1e_6_moves_every_weight_and_in_plain_bf16_next_to_none(keep):
     """A bf16 weight of 0.02 has a last bit of 1.2e-4 / 2: at the paper's learning rate plain AdamW trains nothing."""
     start = weights().detach().double()
-    optimizer, p = after(1, lambda ps: grpo.SmallStepAdam(ps, 1e-6, keep))
+    optimizer, p = after(1, lambda ps: SmallStepAdam(ps, 1e-6, keep))
     moved = (value(optimizer, p) != start).double().mean()
     _, plain = after(1, lambda ps: torch.optim.AdamW(ps, lr=1e-6, weight_decay=0.0))
     moved_plainly = (plain.detach().double() != start).double().mean()
@@ -70,14 +71,14 @@ def test_many_small_steps_go_where_fp32_adamw_goes(keep, tolerance):
     def miss(values) -> float:
         return float((values - exact.detach().double()).norm() / way.norm())
 
-    assert miss(value(*after(300, lambda ps: grpo.SmallStepAdam(ps, 1e-6, keep)))) < tolerance
+    assert miss(value(*after(300, lambda ps: SmallStepAdam(ps, 1e-6, keep)))) < tolerance
     _, plain = after(300, lambda ps: torch.optim.AdamW(ps, lr=1e-6, weight_decay=0.0))
     assert miss(plain.detach().double()) > 0.5
 
 
 @pytest.mark.parametrize("keep", ["masters", "kahan"])
 def test_the_model_holds_the_rounding_of_what_the_optimiser_holds(keep):
-    optimizer, p = after(20, lambda ps: grpo.SmallStepAdam(ps, 1e-3, keep))
+    optimizer, p = after(20, lambda ps: SmallStepAdam(ps, 1e-3, keep))
     held = value(optimizer, p)
     assert ((p.detach() - held).abs() <= held.abs() * 2**-8).all()  # at most half a last bit
 
@@ -98,7 +99,7 @@ def test_going_on_from_a_checkpoint_rounds_nothing(keep, tmp_path):
             optimizer.step()
 
     whole, half, fresh = Model(), Model(), Model()
-    optimizers = [grpo.SmallStepAdam(m.parameters(), 1e-6, keep) for m in (whole, half, fresh)]
+    optimizers = [SmallStepAdam(m.parameters(), 1e-6, keep) for m in (whole, half, fresh)]
     train(whole, optimizers[0], range(6))
     train(half, optimizers[1], range(3))
     save_checkpoint(tmp_path / "c.pt", half, optimizers[1], 3)
@@ -109,11 +110,11 @@ def test_going_on_from_a_checkpoint_rounds_nothing(keep, tmp_path):
         assert name == "step" or torch.equal(tensor, optimizers[2].state[fresh.p][name]), name
 
 
-@pytest.mark.parametrize("kind, kept", [("fp32", torch.optim.AdamW), ("masters", grpo.SmallStepAdam)])
+@pytest.mark.parametrize("kind, kept", [("fp32", torch.optim.AdamW), ("masters", SmallStepAdam)])
 def test_fp32_weights_keep_torchs_own_adamw(kind, kept):
     """The default run's results are those of torch.optim.AdamW."""
     model = torch.nn.Linear(3, 3).to(torch.float32 if kind == "fp32" else torch.bfloat16)
-    optimizer = grpo.make_optimizer(model, kind, 1e-4)
+    optimizer = make_optimizer(model, kind, 1e-4)
     assert type(optimizer) is kept and optimizer.param_groups[0].get("weight_decay", 0) == 0
 
 
@@ -259,7 +260,7 @@ def test_the_arithmetic_of_activations_is_near_what_a_backward_pass_keeps(checkp
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path):
     model = tiny()
-    optimizer = grpo.make_optimizer(model, "fp32", 1e-4)
+    optimizer = make_optimizer(model, "fp32", 1e-4)
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, model, optimizer, 1)
     whole = path.read_bytes()
@@ -269,6 +270,6 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
         path.write_bytes(damage)
         with pytest.raises(BadInput, match="cannot be read"):
             load_checkpoint(path, model, optimizer)
-    save_checkpoint(path, other, grpo.make_optimizer(other, "fp32", 1e-4), 1)
+    save_checkpoint(path, other, make_optimizer(other, "fp32", 1e-4), 1)
     with pytest.raises(BadInput, match="cannot be read"):
         load_checkpoint(path, model, optimizer)
