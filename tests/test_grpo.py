@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 import transformers
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import grpo
