@@ -295,7 +295,10 @@ class _Worker:
 
 
 class Pool:
-    """Judges many programs at once. Without a number it takes a worker for each core."""
+    """Judges many programs at once. Without a number it takes a worker for each core.
+
+    Workers stay for the next call: use it in a `with`, or they stay until this process ends.
+    """
 
     def __init__(self, workers: int = 0, *, timeout: float = 10.0, memory_mb: int = 1024):
         self.workers, self.timeout, self.memory_mb = workers or os.cpu_count() or 1, timeout, memory_mb
@@ -310,8 +313,6 @@ class Pool:
         for worker in [*self._busy, *self._idle]:
             worker.close()
         self._idle.clear()
-
-    __del__ = __exit__
 
     def label(self, jobs: "Iterable[tuple[str, list]]") -> "list[bool]":
         """Whether each (code, tests) passes, in order."""
