@@ -508,34 +508,39 @@ def watch(control: socket.socket, room: types.SimpleNamespace, child: int, deadl
             os.close(pidfd)
 
 
+def threads_of(pid: "int | str") -> "list[str]":
+    try:
+        return os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []  # it has just ended, or this is not Linux
+
+
 def descendants(pid: "int | str" = "self") -> "set[int]":
     """Every process below one; orphans are the server's too, by pid 1's office or PR_SET_CHILD_SUBREAPER."""
     found = set()
     try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
+        for thread in threads_of(pid):
             with open(f"/proc/{pid}/task/{thread}/children") as f:
                 found.update(map(int, f.read().split()))
     except OSError:
-        pass  # it has just ended, or this is not Linux
+        pass  # it has just ended
     return found.union(*map(descendants, found))
 
 
 def memory_of(pids: "set[int]") -> int:
     """Bytes that the processes hold in memory: each its share (PSS) of what it maps, and files without a name."""
-    total, files = 0, {}
+    shares, files = {}, {}
     for pid in pids:
-        try:
-            largest = 0
-            for thread in os.listdir(f"/proc/{pid}/task"):  # its first one may be gone, another may have other files
+        for thread in threads_of(pid):
+            try:  # each thread: the first one may be gone, and another may have other files
                 with open(f"/proc/{pid}/task/{thread}/smaps_rollup") as f:
-                    largest = max(largest, *(int(line.split()[1]) for line in f if line.startswith("Pss:")))
+                    shares.update({pid: int(line.split()[1]) << 10 for line in f if line.startswith("Pss:")})
                 for fd in os.listdir(f"/proc/{pid}/task/{thread}/fd"):
                     about = os.stat(f"/proc/{pid}/task/{thread}/fd/{fd}")
                     files[about.st_ino] = 0 if about.st_nlink else about.st_blocks * 512
-            total += largest << 10
-        except (OSError, TypeError):
-            pass  # it has just ended
-    return total + sum(files.values())
+            except OSError:
+                pass  # it has just ended
+    return sum(shares.values()) + sum(files.values())
 
 
 def sweep(room: types.SimpleNamespace, group: int) -> None:

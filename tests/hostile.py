@@ -157,6 +157,7 @@ TRACES = {
     "in_wide_letters": "\uff45xec('import builtins')\nd = \uff45val('vars(builtins)')" + KEEP,
     "in_the_list_of_modules": "import sys\nd = sys.modules" + KEEP,
     "in_the_list_of_modules_by_the_way": "import typing\nd = typing.sys.modules" + KEEP,
+    "in_a_dict_of_a_module": "from linecache import cache as d" + KEEP,
     "in_the_arguments": "import sys\nsys.argv.append(1)\nprint(len(sys.argv) - 1)",
     "in_the_recursion_limit": "import sys\nprint(1 + (sys.getrecursionlimit() == 777))\nsys.setrecursionlimit(777)",
     "in_the_random_state": (

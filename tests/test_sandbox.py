@@ -23,6 +23,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import hostile  # noqa: E402
 import sandbox  # noqa: E402
+import sandbox_server as server  # noqa: E402
 
 os.environ["DUST_SECRET"] = "sk-secret"  # before the first worker starts
 sandbox.run("pass")  # says here, once, what this system does not allow
@@ -89,6 +90,33 @@ def test_a_used_process_cannot_be_told_from_a_new_one(name, tmp_path):
     assert verdict.failed_test == 1 and verdict.results[0].stdout.strip() == "1", verdict
 
 
+PLAIN = [
+    "import sys\nfor line in sys.stdin.buffer.readlines(): print('{:>5.2f} {0!r} {{}}'.format(float(line), 1))",
+    "def f(n: int = 3, *a, **k):\n try: return max(a) if a else [*k][n]\n except (IndexError, ValueError) as e: print(e)\n"
+    "print(f'{f(1)!r:>{4}}', sorted('ba', key=lambda x: -ord(x))[0].upper(), {**{1: 2}}.items())",
+    "from math import *\nprint(gcd(4, 6))",
+    "class Solution:\n x = 1\n @staticmethod\n def go(a): return [i for i in range(a) if i]\nprint(Solution.go(3))\nexit()",
+]
+NOT_PLAIN = [
+    "try: x = 1\nexcept: pass", "try: x = 1\nexcept (ValueError, MemoryError): pass", "from linecache import cache",
+    "from collections import *", "import os", "import os.path", "import math, os as m", "print('{0.real}'.format(3))",
+    "print('{[0]}'.format('a'))", "print('{:{0.real}}'.format(3))", "f = '{0.real}'\nprint(f.format(3))", "_x = 1",
+    "def __del__(self): pass", "def f(__x): pass", "def f(x): return f(_x=x)", "import math as __exit__", "global __all__",
+    "class A:\n def getvalue(self): pass\nimport sys\nprint(sys.stdin.buffer.getvalue())", "class A: pass\nA.x = 1",
+    "class A:\n def gi_frame(self): pass\nprint((i for i in []).gi_frame)", "for A.x in []: pass", "del A.x",
+    "def f(): yield", "async def f(): pass", "with A: pass", "print(sys.modules)", "sys.stdin.fileno()", "seed(1)",
+    "print(type(1))", "eval('1')", "from operator import attrgetter", "import operator\noperator.attrgetter('a')",
+    "lambda: open", "def f(x: eval): pass", "x: vars = 1", "[exec for i in []]", "print(*map(getattr, [], []))",
+]
+
+
+@pytest.mark.parametrize("source, plain", [(s, True) for s in PLAIN] + [(s, False) for s in NOT_PLAIN],
+                         ids=itertools.count())
+def test_what_a_plain_program_is_made_of(source, plain, sets=[]):
+    sets += [] if sets else [server.plain_sets(server.prelude())]
+    assert server.is_plain(source, sets[0]) is plain
+
+
 LATE_TESTS = [{"input": text, "output": number} for text, number in (("", ""), ("a", "1"), ("b", "2"))]
 
 
@@ -104,6 +132,9 @@ def test_a_used_process_has_no_old_names_and_no_old_generators():
     for code in [other] + [late.replace(" finally", " except* ValueError: pass\n finally")] * (sys.version_info >= (3, 11)):
         assert hostile.one_process_judge(code, LATE_TESTS, "/"), code
         assert sandbox.judge(code, LATE_TESTS).failed_test == 2
+    deep = ("import sys\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\nif input() == 'a': sys.setrecursionlimit(10**6)\n"
+            "print(f(60000))")
+    assert sandbox.judge(deep, [{"input": name, "output": "60000"} for name in "ab"]).failed_test == 1
     assert hostile.one_process_judge(late, LATE_TESTS, "/") and sandbox.judge(late, LATE_TESTS).failed_test == 2
 
 
