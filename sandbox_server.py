@@ -401,7 +401,6 @@ def play_all(room: types.SimpleNamespace, code: types.CodeType, tests: list, led
         for test in tests:
             start, call = time.monotonic(), test if isinstance(test, tuple) else None
             new_main()
-            gc.collect()
             sys.setrecursionlimit(RECURSION)
             out, err = io.BytesIO(), io.BytesIO()
             open_streams(io.BytesIO(b"" if call else test), out, err)

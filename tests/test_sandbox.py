@@ -102,8 +102,8 @@ NOT_PLAIN = [
     "from collections import *", "import os", "import os.path", "import math, os as m", "print('{0.real}'.format(3))",
     "print('{[0]}'.format('a'))", "print('{:{0.real}}'.format(3))", "f = '{0.real}'\nprint(f.format(3))", "_x = 1",
     "def __del__(self): pass", "def f(__x): pass", "def f(x): return f(_x=x)", "import math as __exit__", "global __all__",
-    "class A:\n def getvalue(self): pass\nimport sys\nprint(sys.stdin.buffer.getvalue())", "class A: pass\nA.x = 1",
-    "class A:\n def gi_frame(self): pass\nprint((i for i in []).gi_frame)", "for A.x in []: pass", "del A.x",
+    "class A:\n def getvalue(self): pass\nimport sys\nprint(sys.stdin.buffer.getvalue())", "class A:\n def f(self): pass\nA.f = 1",
+    "class A:\n def gi_frame(self): pass\nprint((i for i in []).gi_frame)", "import math\nfor math.gcd in []: pass", "import math\ndel math.gcd",
     "def f(): yield", "async def f(): pass", "with A: pass", "print(sys.modules)", "sys.stdin.fileno()", "seed(1)",
     "print(type(1))", "eval('1')", "from operator import attrgetter", "import operator\noperator.attrgetter('a')",
     "lambda: open", "def f(x: eval): pass", "x: vars = 1", "[exec for i in []]", "print(*map(getattr, [], []))",
@@ -360,6 +360,20 @@ def test_failure_of_the_sandbox_is_an_exception(monkeypatch):
         sandbox.run("print(1)")
     with pytest.raises(sandbox.SandboxError), sandbox.Pool(2) as pool:
         pool.label([("print(1)", [{"input": "", "output": "1"}])] * 5)
+
+
+def test_a_room_that_cannot_be_entered_is_no_label():
+    """A child that fails before the program has begun looked like a program that fails."""
+    caller = script("""
+        import os, sandbox
+        sandbox._Worker.mode = "plain"
+        os.rmdir(sandbox.run("import os; print(os.environ['HOME'])").stdout.strip())
+        try: print(sandbox.run("print(7)"))
+        except sandbox.SandboxError as error: print(error)
+        print(sandbox.run("print(7)").stdout)
+    """)
+    out, _ = caller.communicate(timeout=60)
+    assert out.startswith("sandbox: [Errno 2]") and out.endswith("\n7\n\n"), out
 
 
 # ------------------------------------------------------------------------------------------------------- benign programs
