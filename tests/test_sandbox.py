@@ -367,13 +367,16 @@ def test_a_room_that_cannot_be_entered_is_no_label():
     caller = script("""
         import os, sandbox
         sandbox._Worker.mode = "plain"
-        os.rmdir(sandbox.run("import os; print(os.environ['HOME'])").stdout.strip())
+        box = sandbox.run("import os; print(os.environ['HOME'])").stdout.strip()
+        os.rmdir(box)
+        open(box, "w").close()
         try: print(sandbox.run("print(7)"))
         except sandbox.SandboxError as error: print(error)
         print(sandbox.run("print(7)").stdout)
+        os.remove(box)
     """)
     out, _ = caller.communicate(timeout=60)
-    assert out.startswith("sandbox: [Errno 2]") and out.endswith("\n7\n\n"), out
+    assert out.startswith("sandbox: [Errno 20]") and out.endswith("\n7\n\n"), out
 
 
 # ------------------------------------------------------------------------------------------------------- benign programs
