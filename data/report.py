@@ -2,34 +2,52 @@
 
 Nothing of the method is here. A run hands over, for each row of the table, its evaluation groups as a judge ordered
 them: objects with `group` (its `problem` and `candidates`), `ranked` (labels, best-ranked first), `answer` (the judge's
-words) and `malformed`.
+words) and `malformed`. Its finals are of the same kind: the two best-ranked of each of two groups of one problem,
+ranked once more, so that the winner is the best of eight.
 """
 import contextlib
 import json
 from collections import defaultdict
+from math import comb
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 from data import write_whole
-from rank_prompt import ndcg, random_ndcg
+from rank_prompt import ndcg, pair_accuracy, random_ndcg
 
 EVAL_CANDIDATES = 4  # N of Best-of-N (section 3.1)
+CURVE = (1, 2, 4, 8)  # the N of the curve
 
 
 def is_mixed(labels: list[int]) -> bool:
     return 0 < sum(labels) < len(labels)
 
 
-def ranked_ndcg(ranked: list[int]) -> float:
-    return ndcg(list(range(1, len(ranked) + 1)), ranked)
+def as_ranked(measure, ranked: list[int]) -> float:
+    """A measure of rank_prompt.py for labels that stand in the judge's order already."""
+    return measure(list(range(1, len(ranked) + 1)), ranked)
+
+
+def best_of(n: int, ranked: list[int]) -> float:
+    """The chance of submitting a correct program when n of the ranked ones are there: the mean over all subsets of n.
+
+    Of each subset the best-ranked is submitted: place i is that of C(K - 1 - i, n - 1) of the C(K, n) subsets. The
+    order is the one of all K, so this is what a ranking of n would be worth if the others did not change the judge's
+    mind.
+    """
+    k = len(ranked)
+    return sum(label * comb(k - 1 - i, n - 1) for i, label in enumerate(ranked)) / comb(k, n)
 
 
 METRICS = {  # of one group's labels, best-ranked first; None: the group does not count
     "pass1": lambda ranked: sum(ranked) / len(ranked),
-    "ndcg_all": ranked_ndcg,  # 0 for a group without a correct candidate, as the paper's figures imply
-    "ndcg_mixed": lambda ranked: ranked_ndcg(ranked) if is_mixed(ranked) else None,
+    "ndcg_all": lambda ranked: as_ranked(ndcg, ranked),  # 0 without a correct candidate, as the paper's figures imply
+    "ndcg_mixed": lambda ranked: as_ranked(ndcg, ranked) if is_mixed(ranked) else None,
     "ndcg_random": lambda ranked: random_ndcg(ranked) if is_mixed(ranked) else None,
+    "pair_accuracy": lambda ranked: as_ranked(pair_accuracy, ranked) if is_mixed(ranked) else None,
+    "best_of_2": lambda ranked: best_of(2, ranked),
     "best_of_4": lambda ranked: float(ranked[0]),
     "oracle": lambda ranked: float(any(ranked)),
 }
@@ -44,6 +62,27 @@ def per_problem(judged: list, metric: str) -> np.ndarray:
             entry[0] += value
             entry[1] += 1
     return np.array(list(sums.values()))
+
+
+def best_of_n(judged: list, finals: list) -> dict[str, np.ndarray]:
+    """The curve of Best-of-N, for each N a table as per_problem gives it; N = 8 only where there are finals."""
+    tables = {n: per_problem(judged, metric) for n, metric in zip("124", ("pass1", "best_of_2", "best_of_4"))}
+    return tables | ({"8": per_problem(finals, "best_of_4")} if finals else {})
+
+
+def oracle_of_n(judged: list) -> dict[str, np.ndarray]:
+    """The bound of that curve: how often one of N programs is correct, 1 - C(n - c, N) / C(n, N) (unbiased).
+
+    n programs of a problem, c of them correct, all its groups together; an N above n is left out.
+    """
+    labels = defaultdict(list)
+    for one in judged:
+        labels[one.group.problem.id] += one.ranked
+    fewest = min(map(len, labels.values()))
+    return {
+        str(n): np.array([[1 - comb(len(own) - sum(own), n) / comb(len(own), n), 1.0] for own in labels.values()])
+        for n in CURVE if n <= fewest
+    }
 
 
 def interval(tables: list[np.ndarray], seed: int = 0, draws: int = 4000) -> dict[str, float | None]:
@@ -67,6 +106,16 @@ def interval(tables: list[np.ndarray], seed: int = 0, draws: int = 4000) -> dict
     return {name: None if np.isnan(figure) else round(float(figure), 3) for name, figure in figures.items()}
 
 
+def curves(rows: dict[str, list], finals: dict[str, list]) -> dict:
+    """best_of_n of report.json: for each row and N the judge's choice; its bounds, an oracle's and a random one."""
+    figures = {}
+    for name, judged in rows.items():
+        figures[name] = {n: interval([own]) for n, own in best_of_n(judged, finals.get(name, [])).items()}
+        figures[name]["oracle"] = {n: interval([own]) for n, own in oracle_of_n(judged).items()}
+        figures[name]["random"] = figures[name]["1"]  # pass@1, whatever N is
+    return figures
+
+
 def summarise(rows: dict[str, list]) -> dict:
     """rows, gains and counts of report.json. gains: rows 2 and 3 minus row 1, the base (table 2 of the paper)."""
     tables = {name: {metric: per_problem(judged, metric) for metric in METRICS} for name, judged in rows.items()}
@@ -85,6 +134,31 @@ def counts(judged: list) -> dict[str, int]:
         "malformed rankings": sum(one.malformed for one in judged),
         "answers without a program": sum(len(one.ranked) - len(one.group.candidates) for one in judged),
     }
+
+
+def judged_lines(rows: dict[str, list], finals: dict[str, list]) -> str:
+    """judged.jsonl: a line for each group, so that every figure can be computed again; read_judged reads it."""
+    lines = [
+        json.dumps({
+            "row": name, "problem": one.group.problem.id, "difficulty": one.group.problem.difficulty,
+            "ranked": one.ranked, "shown": len(one.group.candidates), "malformed": one.malformed,
+            "final": kind is finals,
+        })
+        for kind in (rows, finals) for name, judged in kind.items() for one in judged
+    ]
+    return "".join(line + "\n" for line in lines)
+
+
+def read_judged(path: Path) -> tuple[dict[str, list], dict[str, list]]:
+    """(rows, finals) as write_report took them, without programs and answers, from a run's judged.jsonl."""
+    rows, finals = defaultdict(list), defaultdict(list)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        one = json.loads(line)
+        problem = SimpleNamespace(id=one["problem"], difficulty=one["difficulty"])
+        group = SimpleNamespace(problem=problem, candidates=[None] * one["shown"])
+        judged = SimpleNamespace(group=group, ranked=one["ranked"], answer="", malformed=one["malformed"])
+        (finals if one["final"] else rows)[one["row"]].append(judged)
+    return dict(rows), dict(finals)
 
 
 # --------------------------------------------------------------------------------------------------------- the files
@@ -112,44 +186,82 @@ NOTE = (
 )
 
 
+OF_CANDIDATES = {"base": ("base", "trained_judge"), "trained": ("trained",)}  # whose candidates a row's judge ordered
+CURVE_NOTE = (
+    "Per cent. N = 2 is the mean over all pairs of the four ranked; N = 8 is the winner of a final between the two "
+    "best-ranked of each of two groups, ranked once more by the same judge; N = 1 is pass@1. The oracle submits a "
+    "correct program wherever there is one."
+)
+
+
+def cell(figure: dict | None, sign: str = "") -> str:
+    """One figure with its interval, as it stands in a table."""
+    if figure is None or figure["mean"] is None:
+        return "-"
+    return f"{figure['mean']:{sign}.1f} [{figure['low']:{sign}.1f}, {figure['high']:{sign}.1f}]"
+
+
 def table(summary: dict) -> str:
     """The rows and gains as a Markdown table, intervals included."""
 
     def line(name: str, figures: dict, sign: str = "") -> str:
-        cells = [
-            "-" if f["mean"] is None else f"{f['mean']:{sign}.1f} [{f['low']:{sign}.1f}, {f['high']:{sign}.1f}]"
-            for f in (figures[column] for column in COLUMNS)
-        ]
-        return " | ".join([f"| {TITLES[name]}", *cells]) + " |"
+        return " | ".join([f"| {TITLES[name]}", *(cell(figures[column], sign) for column in COLUMNS)]) + " |"
 
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [line(name, row) for name, row in summary["rows"].items()]
     return "\n".join(lines + [line(name, gain, "+") for name, gain in summary["gains"].items()])
 
 
-def write_report(rows: dict[str, list], args: dict, seconds: dict[str, float], out: Path) -> str:
-    """report.json, report.md, examples.md and, where matplotlib is installed, curves.png; returns report.md's text."""
-    summary = summarise(rows)
+def curve_table(figures: dict) -> str:
+    """`curves` as a Markdown table: the oracle above the judges of the same candidates, the random choice below."""
+
+    def line(title: str, own: dict) -> str:
+        return " | ".join([f"| {title}", *(cell(own.get(str(n))) for n in CURVE)]) + " |"
+
+    lines = ["| Best-of-N | " + " | ".join(f"N = {n}" for n in CURVE) + " |", "|---" * (len(CURVE) + 1) + "|"]
+    for owner, judges in OF_CANDIDATES.items():
+        if owner in figures:
+            lines.append(line(f"{owner}'s candidates: oracle", figures[owner]["oracle"]))
+            lines += [line(TITLES[name], figures[name]) for name in judges if name in figures]
+            chance = dict.fromkeys(map(str, CURVE), figures[owner]["random"])
+            lines.append(line(f"{owner}'s candidates: random choice", chance))
+    return "\n".join(lines)
+
+
+def write_report(rows: dict[str, list], finals: dict[str, list], args: dict, seconds: dict[str, float],
+                 out: Path) -> str:
+    """report.json, report.md, examples.md, judged.jsonl and, where matplotlib is installed, curves.png and
+    best_of_n.png; returns report.md's text.
+
+    rows, finals: the groups of each row (base, trained_judge, trained) as its judge ordered them; finals may be empty,
+    for one group a problem makes none.
+    """
+    summary, finals = summarise(rows), finals or {}
+    for name, own in finals.items():
+        summary["counts"][name] |= {"finals": len(own), "malformed finals": sum(one.malformed for one in own)}
     marks = sorted({one.group.problem.difficulty for one in rows["base"]})
 
     def only(mark: str) -> dict[str, list]:
         return {name: [one for one in own if one.group.problem.difficulty == mark] for name, own in rows.items()}
 
     summary["slices"] = {mark: summarise(only(mark)) for mark in marks} if len(marks) > 1 else {}
-    summary |= {"args": args, "seconds": {name: round(s, 1) for name, s in seconds.items()}}
+    summary |= {"best_of_n": curves(rows, finals), "args": args}
+    summary["seconds"] = {name: round(s, 1) for name, s in seconds.items()}
     parts = [f"# DuST on `{Path(args['model']).name}`, seed {args['seed']}", table(summary), NOTE]
+    parts += ["## Best-of-N", curve_table(summary["best_of_n"]), CURVE_NOTE]
     parts += [f"## Only: {mark or 'unmarked'}\n\n{table(own)}" for mark, own in summary["slices"].items()]
     counted = [f"- {TITLES[n]}: " + ", ".join(f"{v} {k}" for k, v in c.items()) for n, c in summary["counts"].items()]
     total = sum(seconds.values())
     spent = [f"- {name}: {s:.0f} s ({s / total:.0%})" for name, s in seconds.items()]
     parts += ["## Counts\n\n" + "\n".join(counted), f"## Time of this process: {total:.0f} s\n\n" + "\n".join(spent)]
     text = "\n\n".join(parts) + "\n"
+    write_whole(out / "judged.jsonl", judged_lines(rows, finals))
     write_whole(out / "report.json", json.dumps(summary, indent=1))
     write_whole(out / "report.md", text)
     write_whole(out / "examples.md", examples(rows))
-    if (out / "metrics.jsonl").exists():
-        with contextlib.suppress(ImportError):
-            draw_curves(out)
+    with contextlib.suppress(ImportError):
+        draw_best_of_n(summary["best_of_n"], out)
+        draw_curves(out)
     return text
 
 
@@ -168,17 +280,53 @@ def examples(rows: dict[str, list], count: int = 3) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw_curves(out: Path) -> None:
-    """curves.png: what metrics.jsonl says of the training, step by step. Raises ImportError without matplotlib."""
+def new_figure(columns: int, size: tuple[float, float]):
+    """(pyplot, figure, axes) of a file: no window, white on any page. Raises ImportError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(1, 4, figsize=(14, 3), layout="constrained")
-    for axis, name in zip(axes, ("reward", "malformed", "entropy", "answer_tokens")):
-        axis.plot([step["step"] for step in steps], [step[name] for step in steps])
+    figure, axes = pyplot.subplots(1, columns, figsize=size, layout="constrained", facecolor="white", squeeze=False)
+    return pyplot, figure, axes[0]
+
+
+def draw_curves(out: Path) -> None:
+    """curves.png: what metrics.jsonl says of the training, step by step. Raises ImportError without matplotlib."""
+    path = out / "metrics.jsonl"
+    steps = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    logged = set().union(*steps)
+    names = [name for name in ("reward", "loss", "malformed", "entropy", "answer_tokens") if name in logged]
+    if not names:
+        return
+    pyplot, figure, axes = new_figure(len(names), (3.5 * len(names), 3))
+    for axis, name in zip(axes, names):
+        axis.plot([step["step"] for step in steps], [step.get(name) for step in steps])
         axis.set(title=name.replace("_", " "), xlabel="step")
     figure.savefig(out / "curves.png", dpi=120)
+    pyplot.close(figure)
+
+
+COLOURS = {"base": "#6b6b6b", "trained_judge": "#d1700f", "trained": "#1f5fbf"}  # of the rows, in every figure
+
+
+def draw_best_of_n(figures: dict, out: Path) -> None:
+    """best_of_n.png: a line a judge with its intervals, the oracle dashed above, the random choice dotted below."""
+    pyplot, figure, (axis,) = new_figure(1, (7, 4.5))
+    for number, (name, own) in enumerate(figures.items()):
+        curve = {n: own[str(n)] for n in CURVE if str(n) in own}
+        means = [f["mean"] for f in curve.values()]
+        ends = [[f["mean"] - f["low"] for f in curve.values()], [f["high"] - f["mean"] for f in curve.values()]]
+        places = [n * 1.02 ** (number - 1) for n in curve]  # side by side, so that no interval hides another
+        axis.errorbar(places, means, ends, color=COLOURS[name], marker="o", capsize=3, label=TITLES[name])
+        if name in OF_CANDIDATES:  # the others' candidates are the base's
+            oracle = {n: own["oracle"][str(n)]["mean"] for n in CURVE if str(n) in own["oracle"]}
+            axis.plot(list(oracle), list(oracle.values()), "--", color=COLOURS[name], label=f"{name}: oracle")
+            axis.plot(CURVE, [own["random"]["mean"]] * len(CURVE), ":", color=COLOURS[name], label=f"{name}: random")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(CURVE, [str(n) for n in CURVE])
+    axis.set(xlabel="N programs", ylabel="the submitted one is correct, %", ylim=(0, 100), title="Best-of-N")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.savefig(out / "best_of_n.png", dpi=120)
     pyplot.close(figure)

@@ -56,7 +56,8 @@ def check_run(out: Path, problems: int, candidates: int, steps: int) -> None:
     rows, gains = run["report"]["rows"], run["report"]["gains"]
     assert list(rows) == ["base", "trained_judge", "trained"] and list(gains) == ["judge", "both"]
     for row in (*rows.values(), *gains.values()):
-        assert list(row) == ["pass1", "ndcg_all", "ndcg_mixed", "ndcg_random", "best_of_4", "oracle"]
+        assert list(row) == ["pass1", "ndcg_all", "ndcg_mixed", "ndcg_random", "pair_accuracy", "best_of_2", "best_of_4",
+                             "oracle"]
         assert all(set(figure) == {"mean", "low", "high"} for figure in row.values())
     assert rows["base"]["pass1"] == rows["trained_judge"]["pass1"]  # the same candidates
     assert rows["base"]["oracle"]["mean"] >= rows["base"]["pass1"]["mean"]
