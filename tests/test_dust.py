@@ -457,7 +457,8 @@ def test_the_same_program_runs_once_and_only_for_its_own_problem(tmp_path, monke
 
 
 def judged(name: str, *rankings: list[int]) -> list[Judged]:
-    return [Judged(Group(problem(name), []), labels, "", False) for labels in rankings]
+    return [Judged(Group(problem(name), []), [Candidate(name, "", "", bool(y)) for y in labels], "", False)
+            for labels in rankings]
 
 
 def test_the_metrics_of_a_hand_made_evaluation():
