@@ -13,6 +13,8 @@ Shapes: B prompts or rows, G answers a prompt, L prompt tokens, R answer tokens,
 N answer tokens of a whole batch laid end to end. Log-probs are natural logarithms, in fp32.
 """
 import contextlib
+import inspect
+import math
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -23,13 +25,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import ranks
+from data.memory import HEAD_BLOCK
 from data.model import adapters_off, run_forward, whole
-from prefix import NAME, Decoding, Packed, body, cut, sharing
+from prefix import NAME, Decoding, Packed, body, cut, evaluating, sharing
 
-HEAD_BLOCK = 2**24  # logits in memory at a time, N * V; more are recomputed block by block in the backward pass
 DRAWS = 64  # random numbers a row draws ahead
 
 
@@ -89,18 +90,16 @@ def rollout(
     seeds = seeds or torch.randint(2**62, (len(prompts), answers), generator=generator, device=where).tolist()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     parts = [(i, seeds[i][at : at + max_rows]) for i in order for at in range(0, answers, max_rows)]
-    was_training = model.training
-    model.eval()
     decode_part = decode if shares_prompts(model) else plain_decode
     rows = [[] for _ in prompts]
-    for chosen in cut([len(own) for _, own in parts], max_rows):
-        batch = [(prompts[i].cpu(), own) for i, own in parts[chosen]]
-        decoded = iter(decode_part(
-            model, batch, max_new_tokens, list(eos_ids), (temperature, top_p, top_k), progress or (lambda n: None)
-        ))
-        for i, own in parts[chosen]:
-            rows[i] += [next(decoded) for _ in own]
-    model.train(was_training)
+    with evaluating(model):
+        for chosen in cut([len(own) for _, own in parts], max_rows):
+            batch = [(prompts[i].cpu(), own) for i, own in parts[chosen]]
+            decoded = iter(decode_part(
+                model, batch, max_new_tokens, list(eos_ids), (temperature, top_p, top_k), progress or (lambda n: None)
+            ))
+            for i, own in parts[chosen]:
+                rows[i] += [next(decoded) for _ in own]
     return [Rollout(prompt, *map(list, zip(*own))) for prompt, own in zip(prompts, rows)]
 
 
@@ -144,26 +143,31 @@ def decode(model, batch, max_new_tokens, eos_ids, sampling, progress) -> list[tu
 
 
 def plain_decode(model, batch, max_new_tokens, eos_ids, sampling, progress) -> list[tuple[Tensor, Tensor, bool]]:
-    """decode for a model that cannot share: transformers' own generation, each prompt repeated for its answers."""
+    """decode for a model that cannot share: transformers' own generation, each prompt repeated for its answers.
+
+    It draws for all answers of a call at once: those of one prompt share one seed here, the first of theirs.
+    """
     temperature, top_p, top_k = sampling
     choice = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature else {}
     # the model's own config may hold penalties that training knows nothing of
     own, model.generation_config = model.generation_config, GenerationConfig()
     results = []
-    for prompt, seeds in batch:
-        ids = prompt.expand(len(seeds), -1).to(model.device)  # [G, L]
-        with torch.random.fork_rng():
-            torch.manual_seed(seeds[0])
-            rows = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, eos_token_id=eos_ids or None,
-                pad_token_id=eos_ids[0] if eos_ids else 0, **choice,
-            )[:, len(prompt) :].cpu()  # [G, R]
-        ended = [torch.isin(row, torch.tensor(eos_ids)).nonzero() for row in rows]
-        answers = [row[: int(ends[0]) + 1] if len(ends) else row for row, ends in zip(rows, ended)]
-        logps, _ = plain_logprobs(model, prompt, answers, temperature or 1.0)
-        results += zip(answers, logps.cpu().split([len(a) for a in answers]), [len(ends) > 0 for ends in ended])
-        progress(len(answers))
-    model.generation_config = own
+    try:
+        for prompt, seeds in batch:
+            ids = prompt.expand(len(seeds), -1).to(model.device)  # [G, L]
+            with torch.random.fork_rng():
+                torch.manual_seed(seeds[0])
+                rows = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
+                    eos_token_id=eos_ids or None, pad_token_id=eos_ids[0] if eos_ids else 0, **choice,
+                )[:, len(prompt) :].cpu()  # [G, R]
+            ended = [torch.isin(row, torch.tensor(eos_ids)).nonzero() for row in rows]
+            answers = [row[: int(ends[0]) + 1] if len(ends) else row for row, ends in zip(rows, ended)]
+            logps, _ = plain_logprobs(model, prompt, answers, temperature or 1.0)
+            results += zip(answers, logps.cpu().split([len(a) for a in answers]), [len(ends) > 0 for ends in ended])
+            progress(len(answers))
+    finally:
+        model.generation_config = own
     return results
 
 
@@ -172,8 +176,9 @@ def plain_decode(model, batch, max_new_tokens, eos_ids, sampling, progress) -> l
 
 def token_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-prob [N] of each target [N], and the entropy [N] of what it was drawn from. head: hidden -> logits [N, V]."""
-    logits = head(hidden) / temperature
-    logps = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))  # [N, V]
+    logits = head(hidden)  # [N, V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # in this order, as in sample
+    logps = logits.log_softmax(-1)
     entropy = torch.special.entr(logps.detach().exp()).sum(-1)  # a diagnostic, without a gradient
     return logps.gather(-1, targets[:, None]).squeeze(-1), entropy
 
@@ -198,8 +203,10 @@ def plain_logprobs(model, prompt: Tensor, answers: list[Tensor], temperature: fl
     back to, and that the other one is tested against. Padded on the right, where causality keeps it from real tokens.
     """
     rows = [torch.cat([prompt.cpu(), a.cpu()[:-1]]) for a in answers]
-    logits = model(pad_sequence(rows, True).to(model.device), use_cache=False).logits  # [G, T, V]
-    live = torch.cat([own[len(prompt) - 1 :][: len(a)] for own, a in zip(logits, answers)])  # [N, V]
+    longest = max(map(len, answers))
+    keep = {"logits_to_keep": longest} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits = model(pad_sequence(rows, True).to(model.device), use_cache=False, **keep).logits[:, -longest:]  # [G, R, V]
+    live = torch.cat([own[: len(a)] for own, a in zip(logits, answers)])  # [N, V]
     return token_logprobs(lambda x: x, live, torch.cat(answers).to(model.device), temperature)
 
 
@@ -230,13 +237,11 @@ def shares_prompts(model) -> bool:
     logits: all of that differs from the definition on two short prompts, or never calls `shared_attention`.
     """
     if not hasattr(model, "_shares_prompts"):
-        was_training = model.training
-        model.eval()
         try:
-            reason = differs_from_plain(model)
+            with evaluating(model):
+                reason = differs_from_plain(model)
         except Exception as error:  # code of any model there is
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        model.train(was_training)
         model._shares_prompts = not reason
         if reason:
             print(f"grpo: {type(model).__name__} reads the prompt again for each answer, which is slower: {reason}")
@@ -251,6 +256,11 @@ def differs_from_plain(model) -> str:
         return "its logits are soft-capped"
     if "chunked_attention" in (getattr(config, "layer_types", None) or []):
         return "its attention is chunked"
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rotaries = [rotary, *(own for own in rotary.values() if isinstance(own, dict))]  # one for each type of layer
+    kinds = [str(own.get("rope_type") or own.get("type")) for own in rotaries]
+    if any("dynamic" in kind or kind == "longrope" for kind in kinds):
+        return "its rotary positions depend on the longest row"
     window = getattr(config, "sliding_window", None) or 0
     lengths = [window + 3 if window <= 1024 else 5, 3]  # a larger window is taken on trust
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -336,13 +346,15 @@ class Example:
     prompt: Tensor  # [L]
     answer: Tensor  # [R]
     advantage: float
-    rollout_logp: Tensor  # [R], as it was sampled
+    rollout_logp: Tensor | None  # [R], as it was sampled; None: nobody has sampled it here
     old_logp: Tensor | None = None  # [R], by the training forward before the first step; None: the current one
     ref_logp: Tensor | None = None  # [R], by the frozen reference
 
 
-def make_examples(rollout: Rollout) -> list[Example]:
-    """The answers of one group with their advantages; none at all where the rewards are equal."""
+def make_examples(rollout: Rollout, supervised: bool) -> list[Example]:
+    """The answers of one group with their advantages; none at all where the rewards are equal. Supervised: all."""
+    if supervised:
+        return [Example(rollout.prompt, answer, 1.0, None) for answer in rollout.answers]
     if equal_rewards(rollout.rewards):
         return []
     advantages = group_advantages(rollout.rewards).tolist()
@@ -387,7 +399,8 @@ def remember_logprobs(model, name: str, groups: list[list[Example]], micro_token
     """Fill in old_logp or ref_logp (name) of every example with this model's log-probs; on every rank."""
     for batch, _ in my_batches(model, groups, micro_tokens):
         examples = [e for group in batch for e in group]
-        logp, _ = run_forward(model, group_logprobs, batch, temperature)
+        with evaluating(model):
+            logp, _ = run_forward(model, group_logprobs, batch, temperature)
         for example, values in zip(examples, logp.split([len(e.answer) for e in examples])):
             setattr(example, name, values.cpu())
     groups = list(filter(None, groups))  # shared out as in my_batches
@@ -398,7 +411,8 @@ def remember_logprobs(model, name: str, groups: list[list[Example]], micro_token
 
 
 def backward(
-    model, groups: list[list[Example]], token_weight, micro_tokens: int, temperature: float, **clip_and_kl
+    model, groups: list[list[Example]], token_weight, micro_tokens: int, temperature: float, supervised: bool = False,
+    **clip_and_kl,
 ) -> dict[str, float]:
     """Accumulate the gradients of one mini-batch, and return its loss and the sums of its diagnostics over tokens.
 
@@ -418,13 +432,14 @@ def backward(
         old = logp.detach() if batch[0].old_logp is None else torch.cat([e.old_logp for e in batch]).to(logp)  # [N]
         ref = None if batch[0].ref_logp is None else torch.cat([e.ref_logp for e in batch]).to(logp)  # [N]
         loss, diagnostics = policy_loss(logp, old, advantages, ref, **clip_and_kl)  # [N]
+        loss = -logp if supervised else loss  # at advantage 1 and ratio 1 the gradients are the same
         loss = (loss * weights).sum() * counts
         with sharing(model) if shared else contextlib.nullcontext():  # checkpointed layers run again
             loss.backward()
         if not counts:
             continue
-        gap = (old - torch.cat([e.rollout_logp for e in batch]).to(old)).abs()  # [N]
-        for name, values in {**diagnostics, "entropy": entropy, "rollout_gap": gap}.items():
+        sampled = old if batch[0].rollout_logp is None else torch.cat([e.rollout_logp for e in batch]).to(old)  # [N]
+        for name, values in {**diagnostics, "entropy": entropy, "rollout_gap": (old - sampled).abs()}.items():
             sums[name] += float(values.sum())
         sums["loss"] += float(loss.detach())
         sums["tokens"] += len(logp)
@@ -432,10 +447,25 @@ def backward(
     return {name: sum(own[name] for own in ranks.every(sums)) for name in sums}
 
 
+def averages(totals: dict[str, float], norms: list[float]) -> dict[str, float]:
+    """What update returns of its steps, from the sums over those made and the gradient norms of all."""
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    tokens, steps, skipped = max(totals["tokens"], 1), max(len(finite), 1), len(norms) - len(finite)
+    metrics = {name: totals[name] / tokens for name in ("entropy", "old_kl", "ref_kl", "rollout_gap")}
+    if metrics["rollout_gap"] > 0.05:
+        warnings.warn(f"rollout and update disagree by {metrics['rollout_gap']:.3f} nats a token", stacklevel=3)
+    if skipped:
+        warnings.warn(f"{skipped} optimiser steps left out: a reward or a gradient is not finite", stacklevel=3)
+    return metrics | {
+        "clip_share": totals["clip"] / tokens, "loss": totals["loss"] / steps, "grad_norm": sum(finite) / steps,
+        "tokens": int(totals["tokens"]), "stepped": len(finite), "skipped": skipped,
+    }
+
+
 def update(
     model, optimizer, rollouts: list[Rollout], *, mini_batch: int = 16, epochs: int = 1, temperature: float = 1.0,
     clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None, kl: float = 0.0, ref_model=None,
-    aggregation: str = "sequence", max_grad_norm: float = 1.0, micro_tokens: int = 16384,
+    aggregation: str = "sequence", max_grad_norm: float = 1.0, micro_tokens: int = 16384, supervised: bool = False,
     generator: torch.Generator | None = None,
 ) -> dict[str, float]:
     """Train on scored rollouts: `epochs` passes, shuffled, one optimiser step for every mini_batch prompts.
@@ -449,46 +479,39 @@ def update(
     nothing but its share of the KL term, for the denominator still counts it. A mini-batch of only such groups
     makes no step: momentum and weight decay would move the weights without a gradient.
 
+    supervised: learn every answer instead, by cross-entropy; any number of them a prompt, and their rewards, logps and
+    finished, clipping and kl play no part.
+
     Returns averages over trained tokens: entropy, clip_share, old_kl, ref_kl, rollout_gap (how far the training
     forward's log-probs lie from those at sampling; warns above 0.05); averages over steps: loss, grad_norm (before
-    clipping); and zero_variance (the share of such groups), tokens (trained, epochs counted), stepped (steps made).
+    clipping); and zero_variance (the share of groups left out), tokens (trained, epochs counted), stepped (steps made),
+    skipped (steps left out, and warned of, because their gradient was not finite).
     """
     if aggregation not in ("sequence", "token"):
         raise ValueError(f'aggregation is "sequence" or "token", not {aggregation!r}')
-    shares_prompts(model)  # finding that out sets modes of its own
-    was_training = model.training
-    model.eval()  # with gradients, but without dropout: the ratio has to compare the policy with itself
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = module.gradient_checkpointing  # transformers checkpoints in training mode only
-    groups = [make_examples(r) for r in rollouts]
-    if epochs * len(rollouts) > mini_batch:
+    kl = 0.0 if supervised else kl
+    if kl > 0 and ref_model is None:
+        raise ValueError("kl > 0 needs ref_model, the frozen start")
+    groups = [make_examples(r, supervised) for r in rollouts]
+    if not supervised and (epochs > 1 or len(rollouts) > mini_batch):  # else a single step, with ratio 1
         remember_logprobs(model, "old_logp", groups, micro_tokens, temperature)
     if kl > 0:
         with adapters_off(ref_model):  # with LoRA the reference is the model itself
             remember_logprobs(ref_model, "ref_logp", groups, micro_tokens, temperature)
-    settings = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl=kl)
+    settings = dict(supervised=supervised, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl=kl)
+    order = [torch.randperm(len(rollouts), generator=generator).split(mini_batch) for _ in range(epochs)]
     totals, norms = Counter(), []
-    for _ in range(epochs):
-        order = torch.randperm(len(rollouts), generator=generator)
-        for chosen in (part.tolist() for part in order.split(mini_batch)):
-            if not any(groups[i] for i in chosen):
-                continue
-            lengths = [len(answer) for i in chosen for answer in rollouts[i].answers]
-            by_answer = aggregation == "sequence"
-            weigh = lambda e: 1 / (len(lengths) * len(e.answer) if by_answer else sum(lengths))  # noqa: E731
-            optimizer.zero_grad(set_to_none=True)
-            totals.update(backward(model, [groups[i] for i in chosen], weigh, micro_tokens, temperature, **settings))
-            norms.append(float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))))
+    for chosen in (part.tolist() for parts in order for part in parts if any(groups[i] for i in part)):
+        lengths = [len(answer) for i in chosen for answer in rollouts[i].answers]
+        by_answer = aggregation == "sequence"
+        weigh = lambda e: 1 / (len(lengths) * len(e.answer) if by_answer else sum(lengths))  # noqa: E731
+        optimizer.zero_grad(set_to_none=True)
+        with evaluating(model, checkpointing=True):  # without dropout: the ratio compares the policy with itself
+            sums = backward(model, [groups[i] for i in chosen], weigh, micro_tokens, temperature, **settings)
+        norms.append(float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))))
+        if math.isfinite(norms[-1]):  # or else every weight would be NaN, and the checkpoint
             optimizer.step()
+            totals.update(sums)
     optimizer.zero_grad(set_to_none=True)
-    model.train(was_training)
-    tokens, steps = max(totals["tokens"], 1), max(len(norms), 1)
-    metrics = {name: totals[name] / tokens for name in ("entropy", "old_kl", "ref_kl", "rollout_gap")}
-    if metrics["rollout_gap"] > 0.05:
-        warnings.warn(f"rollout and update disagree by {metrics['rollout_gap']:.3f} nats a token", stacklevel=2)
-    return metrics | {
-        "clip_share": totals["clip"] / tokens, "loss": totals["loss"] / steps, "grad_norm": sum(norms) / steps,
-        "zero_variance": sum(not g for g in groups) / max(len(groups), 1), "tokens": int(totals["tokens"]),
-        "stepped": len(norms),
-    }
+    zero_variance = sum(not g for g in groups) / max(len(groups), 1)
+    return averages(totals, norms) | {"zero_variance": zero_variance}

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 NAME = "grpo_shared"
 PREFILL_TOKENS = 8192  # prompt tokens encoded in one forward of a rollout: bounds its memory
 CHUNK = 128  # short answers attend to their prompt together, up to so many tokens: fewer calls, little masked waste
-BLOCK = 1024  # queries of a prompt in one call where a window masks them, so that no mask is [L, L]
+BLOCK = 1024  # queries in one call, of a prompt behind a window or of a long answer: no mask is [L, L] or [R, L + R]
 
 
 def cut(sizes: list[int], bound: int) -> list[slice]:
@@ -64,10 +65,26 @@ def sharing(model):
         model.config._attn_implementation = before
 
 
+@contextlib.contextmanager
+def evaluating(model, checkpointing: bool = False):
+    """Inside, no module is in training mode, so that there is no dropout; but with checkpointing, layers that have it
+    on are, for transformers checkpoints in training mode only. Afterwards each is in the mode that it was in."""
+    before = [(module, module.training) for module in model.modules()]
+    for module, _ in before:
+        layer = checkpointing and isinstance(module, GradientCheckpointingLayer)
+        module.training = layer and module.gradient_checkpointing
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, mask: Tensor | None) -> Tensor:
     """Fused attention of q [1, Q, n, D] to k, v [1, K, m, D] -> [1, n, Q, D].
 
-    mask: [n, m], 0 where a query sees a key and -inf elsewhere; None is causal, with n == m.
+    mask: [n, m], 0 where a query sees a key and -inf elsewhere, after a first column of 0 where there are sinks; None
+    is causal, with n == m.
     """
     heads, n, groups = q.shape[1], q.shape[2], k.shape[1]
     if sinks is not None:
@@ -76,7 +93,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, 
         q = torch.cat([q, (sinks / scale).to(q).view(1, -1, 1, 1).expand(-1, -1, n, -1)], -1)
         k = torch.cat([F.one_hot(torch.tensor([k.shape[-1]])).to(k).expand(1, groups, 1, -1), F.pad(k, (0, 1))], 2)
         v = F.pad(v, (0, 1, 1, 0))
-        q, mask = (F.pad(q, (0, 0, 1, 0)), None) if mask is None else (q, F.pad(mask, (1, 0)))
+        q = F.pad(q, (0, 0, 1, 0)) if mask is None else q
     # each key head serves Q / K query heads: as a batch of K such heads, the keys need not be repeated
     q = q.reshape(groups, heads // groups, -1, q.shape[-1])  # [K, Q/K, n, D]
     k, v = (x.transpose(0, 1).expand(-1, heads // groups, -1, -1) for x in (k, v))
@@ -119,10 +136,10 @@ class Packed:
         self.live = torch.cat(live).to(device) if live else None  # [N]
         self.masks, self.kept = {}, None  # kept: a dict to which each layer adds its keys and values, for Decoding
 
-    def mask(self, like: Tensor, before: int, lengths: list[int], window: int | None) -> Tensor:
-        """[n, before + n] for n = sum(lengths) queries: all see the first `before` keys, and each its own run of
-        tokens up to itself, or what of that is nearer than the window. One tensor for all layers."""
-        key = (before, *lengths, window)
+    def mask(self, like: Tensor, before: int, lengths: list[int], window: int | None, sink: bool) -> Tensor:
+        """[n, sink + before + n] for n = sum(lengths) queries: all see the first `before` keys, and each its own run
+        of tokens up to itself, or what of that is nearer than the window. One tensor for all layers."""
+        key = (before, *lengths, window, sink)
         if key not in self.masks:
             run = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # [n]
             place = torch.cat([torch.arange(before, before + r) for r in lengths])  # [n]
@@ -130,8 +147,26 @@ class Packed:
             seen = ((key_run == -1) | (key_run == run[:, None])) & (key_place <= place[:, None])
             if window is not None:
                 seen &= place[:, None] - key_place < window
+            seen = F.pad(seen, (int(sink), 0), value=True)
             self.masks[key] = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -torch.inf).to(like.device)
         return self.masks[key]
+
+    def in_blocks(self, q: Tensor, k: Tensor, v: Tensor, longest: int, scale: float, window, sinks) -> Tensor:
+        """The last n of m tokens, q [1, Q, n, D] to k, v [1, K, m, D] -> [1, n, Q, D]: queries in blocks, each with the
+        keys up to its end. longest: the largest n of this prompt, so that its answers share a mask."""
+        at, sink, out = k.shape[2] - q.shape[2], sinks is not None, []
+        last = at + (longest - 1) // BLOCK * BLOCK
+        for part in q.split(BLOCK, 2):
+            end = at + part.shape[2]
+            before = at if window is None else min(at, window - 1)  # keys that the block's first query sees
+            # without a window each block's mask is a part of the last one's: its first columns are seen by all
+            most = last if window is None else before
+            mask = self.mask(q, most, [min(BLOCK, longest)], window, sink)
+            mask = mask[: end - at, most - before : sink + most + end - at]
+            keys, values = k[:, :, at - before : end], v[:, :, at - before : end]
+            out.append(attend(part, keys, values, scale, sinks, mask))
+            at = end
+        return torch.cat(out, 1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks) -> Tensor:
         """q [1, Q, T, D], k, v [1, K, T, D] -> [1, T, Q, D], one group after the other."""
@@ -145,15 +180,16 @@ class Packed:
             if window is None or L <= window:
                 out.append(attend(q_prompt, k_prompt, v_prompt, scale, sinks, None))
             else:
-                for start in range(0, L, BLOCK):
-                    end, near = min(start + BLOCK, L), max(0, start - window + 1)
-                    mask = self.mask(q, start - near, [end - start], window)
-                    k_near, v_near = k_prompt[:, :, near:end], v_prompt[:, :, near:end]
-                    out.append(attend(q_prompt[:, :, start:end], k_near, v_near, scale, sinks, mask))
+                out.append(self.in_blocks(q_prompt, k_prompt, v_prompt, L, scale, window, sinks))
             for lengths in chunks:
                 q_own, k_own, v_own = next(parts)
                 keys, values = torch.cat([k_prompt, k_own], 2), torch.cat([v_prompt, v_own], 2)
-                out.append(attend(q_own, keys, values, scale, sinks, self.mask(q, L, lengths, window)))
+                if len(lengths) == 1:
+                    longest = max(map(sum, chunks))
+                    out.append(self.in_blocks(q_own, keys, values, longest, scale, window, sinks))
+                else:
+                    mask = self.mask(q, L, lengths, window, sinks is not None)
+                    out.append(attend(q_own, keys, values, scale, sinks, mask))
         return torch.cat(out, 1)
 
 

@@ -10,6 +10,7 @@ import transformers
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import grpo
 import prefix
+from data.model import checkpoint_layers
 
 torch.set_num_threads(1)
 EOS = 5
@@ -85,6 +86,18 @@ def gemma2_scores():
 def granite():
     """A head that divides its logits."""
     return build("Granite", **{k: v for k, v in SIZE.items() if k != "head_dim"}, logits_scaling=3.0)
+
+
+def phi3(**changes):
+    """Rotary positions that change for the whole batch with its longest row."""
+    scaling = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4, factor=4.0,
+                   original_max_position_embeddings=16)
+    size = {k: v for k, v in SIZE.items() if k != "head_dim"}
+    return build("Phi3", **size, rope_parameters=scaling | changes)
+
+
+def dynamic():
+    return qwen3(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0))
 
 
 SHARING = [qwen3, qwen3_untied, qwen3_moe, llama, gpt_oss, gpt2]
@@ -210,6 +223,22 @@ def test_log_probs_at_sampling_are_those_of_training_at_the_same_temperature(mak
             torch.testing.assert_close(logp, full_logps(model, r.prompt, answer, 0.7), atol=1e-5, rtol=1e-5)
 
 
+def test_bf16_logits_are_tempered_in_fp32_at_sampling_and_in_training():
+    """Divided in bf16 in one of the two, they are rounded once more there: a gap of 0.02 nats a token at the logits of
+    a larger model, which looks like a policy that has moved."""
+    model = qwen3().bfloat16()
+    hidden = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)).bfloat16() * 16
+    logits = model.lm_head(hidden)
+    tokens, kept = grpo.sample(logits, torch.rand(200, generator=torch.Generator().manual_seed(1)), 0.7, 1.0, 0)
+    trained, _ = grpo.token_logprobs(model.lm_head, hidden, tokens, 0.7)
+    exact = (logits.double() / 0.7).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    assert logits.dtype == torch.bfloat16 and (kept - exact).abs().mean() < 1e-5
+    assert (trained - kept).abs().mean() < 1e-5
+    r = grpo.rollout(model, ids(13), answers=8, max_new_tokens=20, temperature=0.7, eos_ids=[])[0]
+    again = grpo.answer_logprobs(model, r.prompt, r.answers, temperature=0.7)
+    assert (torch.cat(again) - torch.cat(r.logps)).abs().mean() < 0.02  # bf16 layers in another layout
+
+
 def test_a_forbidden_token_is_never_drawn():
     """Probability 0 at either end of the cumulative sum, and draws at the very ends of [0, 1)."""
     logits = torch.tensor([[-torch.inf, 2.0, -torch.inf, 1.0, -torch.inf]]).repeat(3, 1)
@@ -317,6 +346,7 @@ def test_a_prompt_is_read_once_for_its_answers():
 @pytest.mark.parametrize("make, reason", [
     (mamba, "not all of its layers attend"), (qwen3_next, "not all of its layers attend"),
     (gemma2, "its logits are soft-capped"), (gemma2_scores, "soft-capped attention"), (granite, "update is off by"),
+    (phi3, "depend on the longest row"), (dynamic, "depend on the longest row"),
 ])
 def test_a_model_that_cannot_share_falls_back_and_says_so_once(make, reason, capsys):
     """Shared attention would be wrong for it, or its head's logits would; one line, and the definition's numbers."""
@@ -337,10 +367,74 @@ def test_a_model_that_cannot_share_falls_back_and_says_so_once(make, reason, cap
     assert line.startswith(f"grpo: {type(model).__name__} reads the prompt again") and reason in line
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_rollout_that_is_interrupted_leaves_the_model_as_it_was(shared):
+    """Whoever catches the exception would go on in eval mode, and generate without the model's own settings."""
+    model = gpt2()
+    model.transformer.drop.eval()  # modules may be in different modes
+    model._shares_prompts, own = shared, model.generation_config
+    before = [module.training for module in model.modules()]
+
+    def interrupt(n):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        grpo.rollout(model, ids(4), answers=2, max_new_tokens=3, eos_ids=[], progress=interrupt)
+    assert model.generation_config is own and [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("make", [qwen3, granite, mamba])
+def test_the_plain_form_asks_for_logits_of_answers_only(make):
+    """Logits of 8 whole rows, prompts included, are what fills the memory first."""
+    model, (prompt, *answers), rows = make(), ids(19, 7, 12, 3), []
+    model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:2]))
+    logp, _ = grpo.plain_logprobs(model, prompt, answers, 0.7)
+    assert rows == [(3, 12)]
+    expected = torch.cat([full_logps(model, prompt, answer, 0.7) for answer in answers])
+    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [qwen3, gpt_oss])
+def test_no_mask_of_a_long_answer_is_answer_by_row(make, monkeypatch):
+    """[R, L + R] numbers, for each answer of another length, and with sinks in each layer: 16 GB for 32,000 tokens."""
+    monkeypatch.setattr(prefix, "BLOCK", 8)
+    monkeypatch.setattr(prefix, "CHUNK", 4)
+    model, (prompt, *answers), masks = make(), ids(11, 7, 48, 3, 9, 2, 33), {}
+    assert grpo.shares_prompts(model)
+    real = prefix.attend
+
+    def attend(q, k, v, scale, sinks, mask):
+        if mask is not None:
+            assert mask.shape == (q.shape[2], k.shape[2] + (sinks is not None)) and len(mask) <= 8
+            masks[mask.untyped_storage().data_ptr()] = mask.untyped_storage().nbytes() // 4
+        return real(q, k, v, scale, sinks, mask)
+
+    monkeypatch.setattr(prefix, "attend", attend)
+    (logp, gradient), (expected, expected_gradient) = both_forms(model, prompt, answers)
+    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
+    assert distance(gradient, expected_gradient) < 1e-5
+    whole, windowed = 8 * (1 + 11 + 48), 8 * (1 + 6 + 8)  # one of all blocks; one of those a window away from the start
+    short = 4 * (1 + 11 + 4)
+    assert max(masks.values()) <= whole and sum(masks.values()) <= whole + 2 * windowed + 4 * short
+
+
+@pytest.mark.parametrize("settings", [
+    {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "dynamic"}}},
+    {"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, {"rope_parameters": {"rope_type": "dynamic_ntk"}},
+])
+def test_positions_that_depend_on_the_longest_row_are_found_wherever_a_config_says_so(settings):
+    """A dictionary for each type of layer, or older names; on two short prompts the numbers would agree."""
+    model = qwen3()
+    assert grpo.differs_from_plain(model) == ""
+    del model.config.rope_parameters
+    model.config.__class__ = type("Other", (type(model.config),), settings)
+    assert grpo.differs_from_plain(model) == "its rotary positions depend on the longest row"
+
+
 def test_checkpointed_layers_run_again_with_the_same_attention(monkeypatch):
     """Outside `sharing` they would attend in another way, and only the gradients would show it."""
     model, checkpointed = qwen3(), qwen3()
-    checkpointed.gradient_checkpointing_enable()
+    checkpoint_layers(checkpointed)
     rollouts, calls = scored(model), []
     expected, _ = gradients(model, rollouts)
     attend = prefix.Packed.attend
@@ -490,19 +584,146 @@ def test_no_step_is_made_when_no_group_has_a_gradient():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_later_steps_compare_with_the_policy_before_the_first():
-    """With the current policy as the old one the ratio is always 1 and clipping never acts."""
+def ppo_by_hand(model, rollouts, order, lr, max_grad_norm):
+    """Plain SGD on the clipped surrogate, whose old policy is the one before the first step."""
+    examples = {i: list(zip(r.answers, grpo.group_advantages(r.rewards))) for i, r in enumerate(rollouts)}
+    frozen = copy.deepcopy(model)
+    for chosen in order:
+        terms = []
+        for i in chosen:
+            for answer, advantage in examples[i]:
+                logp = full_logps(model, rollouts[i].prompt, answer, 1.0)
+                ratio = (logp - full_logps(frozen, rollouts[i].prompt, answer, 1.0).detach()).exp()
+                terms.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean())
+        model.zero_grad()
+        torch.stack(terms).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= lr * p.grad
+
+
+@pytest.mark.parametrize("mini_batch", [1, 2, 16])
+def test_later_steps_compare_with_the_policy_before_the_first(mini_batch, recwarn):
+    """With the current policy as the old one the ratio is always 1 and clipping never acts. Epochs are steps too, when
+    all prompts fit into one mini-batch; the gap to the rollout, measured against the moved policy, then warned."""
     model = qwen3()
     rollouts = scored(model)
-    frozen = copy.deepcopy(model)
+    frozen, by_hand = copy.deepcopy(model), copy.deepcopy(model)
     settings = dict(ref_model=frozen, kl=0.01, generator=torch.Generator().manual_seed(0))
     once = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.05), rollouts, **settings)
     assert once["old_kl"] == once["clip_share"] == 0 and once["rollout_gap"] < 1e-5 and once["ref_kl"] < 1e-9
     model.load_state_dict(frozen.state_dict())
-    settings |= dict(epochs=3, mini_batch=1, max_grad_norm=100.0)
-    many = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.05), rollouts, **settings)
-    assert many["stepped"] == 6 and many["old_kl"] > 1e-4 and many["clip_share"] > 0
-    assert many["ref_kl"] > 1e-4 and many["rollout_gap"] < 1e-5
+    settings = dict(epochs=3, mini_batch=mini_batch, max_grad_norm=100.0)
+    generator = torch.Generator().manual_seed(0)
+    many = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.05), rollouts, generator=generator, **settings)
+    assert many["stepped"] == (6 if mini_batch == 1 else 3) and many["old_kl"] > 1e-4 and many["clip_share"] > 0
+    assert many["rollout_gap"] < 1e-5 and not recwarn.list
+    generator.manual_seed(0)
+    order = [part.tolist() for _ in range(3) for part in torch.randperm(2, generator=generator).split(mini_batch)]
+    ppo_by_hand(by_hand, rollouts, order, 0.05, 100.0)
+    moves = [[p - q for p, q in zip(m.parameters(), frozen.parameters())] for m in (model, by_hand)]
+    assert distance(*moves) < 1e-4
+
+
+def test_the_reference_pulls_in_later_steps():
+    model = qwen3()
+    rollouts, frozen = scored(model), copy.deepcopy(model)
+    settings = dict(ref_model=frozen, kl=0.01, epochs=3)
+    metrics = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.05), rollouts, **settings)
+    assert metrics["ref_kl"] > 1e-4
+
+
+def test_a_reference_in_training_mode_is_read_without_dropout():
+    """The same weights were 0.27 nats away from themselves; afterwards both are in the modes that they were in."""
+    model = gpt2()
+    rollouts, reference = scored(model), copy.deepcopy(model)
+    _, metrics = gradients(model, rollouts, ref_model=reference, kl=0.1)
+    assert metrics["ref_kl"] < 1e-9 and model.training and reference.training
+
+
+def test_a_pull_towards_no_reference_is_one_clear_line():
+    model = qwen3()
+    with pytest.raises(ValueError, match="kl > 0 needs ref_model"):
+        gradients(model, scored(model), kl=0.1)
+
+
+def test_an_update_that_is_interrupted_leaves_every_module_in_its_mode(monkeypatch):
+    model = gpt2()
+    rollouts = scored(model)
+    model.transformer.drop.eval()
+    before = [module.training for module in model.modules()]
+
+    def interrupt(*args, **settings):
+        assert not any(module.training for module in model.modules())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grpo, "policy_loss", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.0), rollouts)
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_does_not_reach_the_weights(bad):
+    """One NaN and every weight is NaN, and the checkpoint after it; momentum would keep it too."""
+    model = qwen3()
+    rollouts = scored(model, rewards=((0.0, bad, 0.5), (2.0, -1.0, 0.0)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    alone = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="1 optimiser steps left out") as warned:
+        metrics = grpo.update(model, optimizer, rollouts, mini_batch=1)
+    assert len(warned) == 1 and (metrics["stepped"], metrics["skipped"]) == (1, 1)
+    assert all(torch.tensor(value).isfinite() for value in metrics.values())
+    grpo.update(alone, torch.optim.AdamW(alone.parameters(), lr=0.01), rollouts[1:])
+    assert distance(list(model.parameters()), list(alone.parameters())) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------- supervised
+
+
+def cross_entropy_by_hand(model, rollouts, aggregation):
+    """Its value and gradients, from torch's own cross-entropy on the model's full logits."""
+    model.zero_grad()
+    terms = []
+    for r in rollouts:
+        for answer in r.answers:
+            logits = model(torch.cat([r.prompt, answer])[None]).logits[0, len(r.prompt) - 1 : -1]
+            terms.append(torch.nn.functional.cross_entropy(logits, answer, reduction="none"))
+    loss = torch.cat(terms).mean() if aggregation == "token" else sum(t.mean() for t in terms) / len(terms)
+    loss.backward()
+    return loss.item(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_supervised_learning_is_cross_entropy(aggregation):
+    """Two steps: with an old policy of before the first, the second step's gradient would be scaled and clipped. A
+    prompt without answers counts nowhere, and neither rewards nor log-probs have to be there."""
+    model, (a, b, c, *answers) = qwen3(), ids(4, 11, 6, 7, 1, 12, 3)
+    rollouts = [grpo.Rollout(a, answers[:1], [], []), grpo.Rollout(b, answers[1:], [], []), grpo.Rollout(c, [], [], [])]
+    by_hand, optimizer = copy.deepcopy(model), Recorder(model.parameters(), lr=0.3)
+    for _ in range(2):
+        metrics = grpo.update(model, optimizer, rollouts, supervised=True, aggregation=aggregation, kl=0.1,
+                              max_grad_norm=float("inf"), micro_tokens=25)
+        loss, expected = cross_entropy_by_hand(by_hand, rollouts, aggregation)
+        assert distance(optimizer.seen, expected) < 1e-5 and metrics["loss"] == pytest.approx(loss, rel=1e-5)
+        assert metrics["clip_share"] == metrics["old_kl"] == 0 and metrics["tokens"] == 7 + 1 + 12 + 3
+        with torch.no_grad():
+            for p, gradient in zip(by_hand.parameters(), expected):
+                p -= 0.3 * gradient
+    assert distance(list(model.parameters()), list(by_hand.parameters())) < 1e-5
+
+
+def test_supervised_epochs_go_on_from_the_policy_as_it_is():
+    """Four steps in one call are four calls of a step; equal rewards leave nothing out."""
+    model = qwen3()
+    rollouts = scored(model, rewards=((0.3, 0.3, 0.3), (2.0, -1.0, 0.0)))
+    apart, settings = copy.deepcopy(model), dict(supervised=True, max_grad_norm=float("inf"))
+    metrics = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.3), rollouts, epochs=4, **settings)
+    assert metrics["stepped"] == 4 and metrics["old_kl"] == 0 and metrics["zero_variance"] == 0
+    for _ in range(4):
+        grpo.update(apart, torch.optim.SGD(apart.parameters(), lr=0.3), rollouts, **settings)
+    assert distance(list(model.parameters()), list(apart.parameters())) < 1e-6
 
 
 def test_dropout_does_not_part_training_from_sampling():
