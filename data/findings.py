@@ -109,7 +109,7 @@ def is_gain(run: dict, row: str, metric: str) -> bool:
 
 
 def is_noise(figure: dict) -> bool:
-    return figure["mean"] is None or figure["low"] <= 0 <= figure["high"]
+    return figure["low"] is None or figure["low"] <= 0 <= figure["high"]
 
 
 # ------------------------------------------------------------------------------------------------------ the paper's own
@@ -127,6 +127,8 @@ PAPER = {  # Qwen3-30B-Thinking; None: not given, or only in a curve
     "figure3": {"rank": (68.5, 76.3, 72.6), "sft": (65.4, 73.6, None), "sft-then-rank": (66.9, None, 71.8)},
     "figure4": {"rank": (68.0, None, 72.7), "ndcg": (68.0, None, 71.9), "selection": (65.5, None, None)},
 }
+
+
 def paper_difference(study: str, name: str, metric: str) -> float | None:
     """What the paper has for variant minus method, in points; None where it gives no figure."""
     column = PAPER_METRICS.index(metric)

@@ -186,7 +186,7 @@ def log_of(job: Job) -> Path:
 
 
 def last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # a progress bar's \r ends a line here too
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 

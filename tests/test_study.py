@@ -157,7 +157,9 @@ out = Path(value("--out"))
 found = sorted(p.stem for p in (out / "journal").glob("*.jsonl"))
 out.mkdir(parents=True, exist_ok=True)
 with (out.parent / "calls").open("a") as calls:
-    calls.write(json.dumps({"run": out.name, "flags": flags, "journals": found, "at": time.time(),
+    init = Path(value("--init", "."))
+    calls.write(json.dumps({"run": out.name, "flags": flags, "journals": found,
+                            "init finished": (init / "report.json").exists(),
                             "threads": os.environ.get("OMP_NUM_THREADS")}) + "\\n")
 (out / "args.json").write_text("{}")
 if out.name == os.environ.get("FAKE_HANGS"):
@@ -173,7 +175,7 @@ for name in ("samples", "labels", "base-samples", "base-labels", "base-rankings"
         path.write_text(json.dumps([out.name, name]) + "\\n")
 shift = len(value("--mode") + value("--reward") + value("--thinking")) % 3
 lines = []
-for row, level in (("base", 0), ("trained_judge", 1), ("trained", 2 + shift % 2)):
+for row, level in (("base", 1), ("trained_judge", 1), ("trained", 2 + shift % 2)):
     for problem in range(8):
         ranked = [int((problem + int(value("--seed")) + place) % 4 < level) for place in range(4)]
         ranked.sort(reverse=row != "base")
@@ -187,8 +189,9 @@ args = {"seed": int(value("--seed")), "quick": "--quick" in flags, "steps": 60, 
 
 
 @pytest.fixture
-def lab(tmp_path):
-    """A study with the fake: run(name, ...) -> exit code; calls() -> how the fake was called, in order."""
+def lab(tmp_path, monkeypatch):
+    """A study with the fake: run(name, ...) -> exit code; calls() -> how the fake was called, in order; no figures."""
+    monkeypatch.setattr(findings, "draw_study", lambda *a: None)
     (tmp_path / "fake.py").write_text(FAKE)
     out, results = tmp_path / "runs", tmp_path / "results"
 
@@ -198,10 +201,12 @@ def lab(tmp_path):
     def calls() -> list[dict]:
         return [json.loads(line) for line in (out / "calls").read_text().splitlines()]
 
-    return SimpleNamespace(run=run, calls=calls, out=out, results=results, fake=tmp_path / "fake.py")
+    return SimpleNamespace(run=run, calls=calls, out=out, results=results, fake=tmp_path / "fake.py",
+                           draws=monkeypatch.undo)
 
 
-def test_every_run_is_made_once_and_what_another_study_made_is_taken(lab):
+def test_every_run_is_made_once_and_what_another_study_made_is_taken(lab, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert lab.run("table2", "--seeds", 2) == 0
     assert sorted(call["run"] for call in lab.calls()) == ["rank-s0", "rank-s1"]
     assert lab.run("figure4", "--seeds", 2) == 0
@@ -256,7 +261,7 @@ def test_training_that_goes_on_from_another_run_waits_for_it(lab, monkeypatch, c
     assert lab.run("figure3", "--seeds", 1, "--parallel", 3) == 0
     assert [call["run"] for call in lab.calls()] == ["rank-s0", "sft-s0", "sft-then-rank-s0"]
     flags = lab.calls()[2]["flags"]
-    assert flags[flags.index("--init") + 1] == str(lab.out / "sft-s0")
+    assert flags[flags.index("--init") + 1] == str(lab.out / "sft-s0") and lab.calls()[2]["init finished"]
 
 
 def test_a_run_that_fails_is_one_line_and_the_others_go_on(lab, monkeypatch, capsys):
@@ -305,13 +310,14 @@ def test_table_2_holds_every_figure_of_every_seed(lab):
     assert lab.run("table2", "--seeds", 3) == 0
     result, text = json.loads((lab.results / "table2.json").read_text()), (lab.results / "table2.md").read_text()
     own = result["variants"]["rank"]
-    assert own["rows"]["base"]["pass1"]["seeds"] == [0, 0, 0] and own["rows"]["trained"]["pass1"]["seeds"] == [50] * 3
-    assert own["gains"]["both"]["pass1"]["mean"] == 50 and own["gains"]["judge"]["pass1"]["mean"] == 25
+    assert own["rows"]["base"]["pass1"]["seeds"] == [25] * 3 and own["rows"]["trained"]["pass1"]["seeds"] == [50] * 3
+    assert own["gains"]["both"]["pass1"]["mean"] == 25 and own["gains"]["judge"]["pass1"]["mean"] == 0
+    assert own["gains"]["judge"]["ndcg_mixed"]["low"] > 0
     assert own["rows"]["trained"]["best_of_8"]["mean"] == own["rows"]["trained"]["oracle_of_8"]["mean"] == 100
     assert own["rows"]["trained"]["best_of_2"]["mean"] == pytest.approx(100 * 5 / 6, abs=1e-3)
     assert own["malformed"] == [{"base": 2, "trained_judge": 0, "trained": 0}] * 3 and own["seconds"] == [35] * 3
     assert "/somewhere" not in json.dumps(result["settings"])  # what is committed names no machine
-    for part in ("of 3 seeds", "pass@1 (both) in 3", "| Qwen3-30B-Thinking: base | 65.4 | 70.1 | 68.7 |", "N = 8",
+    for part in ("of 3 seeds", "pass@1 (both) in 3", "NDCG mixed (judge) in 3", "| Qwen3-30B-Thinking: base | 65.4 | 70.1 | 68.7 |", "N = 8",
                  "the paper's four models +1.4 to +3.3: the same direction", "## Reading"):
         assert part in text, part
 
@@ -330,6 +336,17 @@ def test_a_difference_is_paired_and_called_noise_where_its_interval_holds_zero(l
     assert set(shifts.values()) == {True, False}  # the fake has both
 
 
+def test_the_bar_counts_seeds_by_each_ones_own_interval(lab):
+    assert lab.run("table2", "--seeds", 2) == 0
+    file = lab.out / "rank-s1" / "judged.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:  # seed 1 gains nothing
+        line["ranked"] = [1, 0, 0, 0]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert lab.run("table2", "--seeds", 2, "--plot-only") == 0
+    assert "of 2 seeds" in (text := (lab.results / "table2.md").read_text()) and "pass@1 (both) in 1" in text
+
+
 def test_the_verdicts_are_those_of_the_intervals():
     up, down = {"mean": 2.0, "low": 1.0, "high": 3.0}, {"mean": -2.0, "low": -3.0, "high": -1.0}
     assert findings.verdict(up, 1.1) == findings.verdict(down, -1.1) == "the same direction"
@@ -346,6 +363,7 @@ def test_transfer_prints_its_prediction_before_the_result_and_counts_what_holds(
     places = [text.index(part) for part in (study.PREDICTION, "## Gains", "## Skills", "## Reading")]
     assert places == sorted(places)
     assert "| off-policy ranking, PairAcc (the method) | step | 0.500 | 0.500 | - | - |" in text
+    assert "(the method) | copy | - | - | - | - |" in text  # nothing could be counted, which is no zero and no nan
     assert "holds in 1 of 4 variants" in text  # the fake's generator gains in every cell
     assert "notation" not in " ".join(call["run"] for call in lab.calls())
 
@@ -372,6 +390,7 @@ def test_plot_only_runs_nothing_and_says_what_it_misses(lab, capsys):
 
 def test_without_matplotlib_the_tables_are_written_and_one_line_says_what_to_install(lab, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
+    lab.draws()
     assert lab.run("table2", "--seeds", 1) == 0 and (lab.results / "table2.png").stat().st_size > 5000
     for path in lab.results.iterdir():
         path.unlink()
