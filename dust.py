@@ -7,11 +7,12 @@
 `main` at the end of this file is the method; each stage is a function from one list to the next. The model's side of
 training is in grpo.py, the prompts and rewards are in rank_prompt.py, the programs run in sandbox.py.
 
-    python dust.py                      # the whole method on the shipped model, about ten minutes on a laptop
+    python dust.py                      # the whole method on the shipped model, about five minutes on a laptop
     python dust.py --quick              # the same in about a minute
     python dust.py --model FOLDER --train train.jsonl --eval eval.jsonl --preset paper
 """
 import argparse
+import contextlib
 import copy
 import errno
 import json
@@ -20,7 +21,6 @@ import os
 import random
 import sys
 import time
-import zlib
 from collections import defaultdict
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
@@ -34,11 +34,12 @@ from tqdm import tqdm
 import grpo
 import rank_prompt
 import sandbox
-from data import BadInput, Problem, load_problems, memory, ranks, write_whole
+from data import BadInput, Problem, derive, load_problems, memory, ranks, write_whole
 from data.model import (add_lora, checkpoint_layers, eos_ids, gathered, load_checkpoint, load_config, load_model,
                         make_optimizer, merge_lora, save_checkpoint, save_model)
 from data.progress import Clock, Journal
 from data.report import EVAL_CANDIDATES, write_report
+from data.runs import find_run, fit, open_run, plan
 
 HERE = Path(__file__).resolve().parent
 
@@ -66,6 +67,14 @@ class Args:
     seed: int = arg(0, "seed of everything random")
     device: str = arg("", "cpu, cuda, mps; without it cuda where there is one, else cpu")
     workers: int = arg(os.cpu_count() or 1, "sandbox processes")
+    # what is trained on (paper, table 3 and figure 3)
+    mode: str = arg("rank", "rank: rankings of the base's candidates; rank-onpolicy: of candidates drawn anew for each "
+                    "step;\ngenerate: programs, for pass or fail; iterative: blocks of steps of the last two in turn; "
+                    "sft: no\nreward, the teacher's own rankings where each pair is right",
+                    choices=["rank", "rank-onpolicy", "generate", "iterative", "sft"])
+    block: int = arg(50, "steps in a block of --mode iterative")
+    teacher: str = arg("", "the model whose rankings --mode sft learns; without it the model itself, before training")
+    init: str = arg("", "start training from the model of another run (its folder), or from another model folder")
     # candidates and groups (paper 2.2)
     limit: int = arg(0, "use only the first so many training problems; 0: all")
     eval_limit: int = arg(0, "use only so many evaluation problems, evenly spread over the file; 0: all")
@@ -75,7 +84,8 @@ class Args:
     memory_mb: int = arg(1024, "memory a program may take")
     # judging (paper 2.3)
     reward: str = arg("pairacc", "what a ranking is paid for", choices=list(rank_prompt.REWARDS))
-    thinking: bool = arg(True, "let the chat template switch thinking on (enable_thinking)")
+    thinking: str = arg("both", "which answers have a thinking part (the chat template's enable_thinking)",
+                        choices=["both", "programs", "rankings", "none"])
     # GRPO (paper 2.4, table 4)
     answers: int = arg(8, "G, rankings sampled for each prompt")
     batch: int = arg(16, "prompts a step [64]")
@@ -106,7 +116,6 @@ PAPER = dict(
     candidates=64, batch=64, ppo_epochs=3, steps=180, lr=1e-6, max_new_tokens=32768, repeats=10, save_every=10
 )
 QUICK = dict(limit=60, eval_limit=60, candidates=8, steps=10, repeats=1)
-NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick"}
 
 
 def parse_args(argv: list[str] | None) -> Args:
@@ -135,7 +144,7 @@ def parse_args(argv: list[str] | None) -> Args:
 def check_args(args: Args) -> Args:
     """Refuses what cannot work before anything starts."""
     counts = ("candidates", "batch", "mini_batch", "ppo_epochs", "max_new_tokens", "repeats", "save_every", "rows",
-              "micro_tokens", "workers", "memory_mb")
+              "micro_tokens", "workers", "memory_mb", "block")
     from_zero = ("limit", "eval_limit", "steps", "clip", "kl", "lora", "top_k", "eval_temperature")
     at_least = dict.fromkeys(counts, 1) | dict.fromkeys(from_zero, 0)
     above = dict.fromkeys(("timeout", "lr", "temperature", "top_p"), 0)
@@ -144,6 +153,8 @@ def check_args(args: Args) -> Args:
             value = getattr(args, name)
             if not math.isfinite(value) or value < bound or (value == bound and bounds is above):
                 raise BadInput(f"--{name.replace('_', '-')} is {value}; it has to be {words} {bound}")
+    if args.timeout >= 1e6:
+        raise BadInput(f"--timeout is {args.timeout}; it has to be below 1000000 seconds")
     if args.group_size < 2:
         raise BadInput(f"--group-size is {args.group_size}; a ranking needs at least 2 candidates")
     if args.group_size > args.candidates:
@@ -197,12 +208,16 @@ class Group:
 
 @dataclass
 class Judged:
-    """One evaluation group as a judge ordered it: labels best-ranked first, and the words it was ordered with."""
+    """One evaluation group as a judge ordered it, and the words that it was ordered with."""
 
-    group: Group
-    ranked: list[int]  # labels, best-ranked first
+    group: Group  # as it was shown: shuffled, without the answers that hold no program
+    ordered: list[Candidate]  # best-ranked first; those answers come last
     answer: str
     malformed: bool
+
+    @property
+    def ranked(self) -> list[int]:
+        return [int(c.correct) for c in self.ordered]
 
 
 def parts(work, size: int) -> list:
@@ -210,21 +225,27 @@ def parts(work, size: int) -> list:
     return [work[start : start + size] for start in range(0, len(work), size)]
 
 
-def derive(*parts) -> int:
-    """A seed for one unit of work. Each unit has its own, so that a resumed run draws what the whole one would have."""
-    return zlib.crc32("/".join(map(str, parts)).encode())
-
-
 # ---------------------------------------------------------------------------------------------------------- the model
 
 
-def encode(tokenizer, prompt: str, args: Args) -> torch.Tensor:
+def encode(tokenizer, prompt: str, thinking: bool) -> torch.Tensor:
     """One user turn as token ids [L], through the model's own chat template."""
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
-        enable_thinking=args.thinking,
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
     )
     return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def program_ids(tokenizer, problem: Problem, args: Args) -> torch.Tensor:
+    """The prompt that asks for a program."""
+    prompt = rank_prompt.generation_prompt(problem.question, problem.starter_code)
+    return encode(tokenizer, prompt, args.thinking in ("both", "programs"))
+
+
+def ranking_ids(tokenizer, group: Group, args: Args) -> torch.Tensor:
+    """The prompt that asks for a ranking."""
+    prompt = rank_prompt.ranking_prompt(group.problem.question, [c.code for c in group.candidates])
+    return encode(tokenizer, prompt, args.thinking in ("both", "rankings"))
 
 
 def decode(tokenizer, prompt: torch.Tensor, answer: torch.Tensor) -> str:
@@ -237,15 +258,20 @@ def context_of(model) -> int:
     return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
 
-def check_context(model, prompts: list[torch.Tensor], names: list[str], args: Args) -> None:
-    """Stops the run while nothing is lost yet, rather than in the middle with positions the model never saw."""
-    context = context_of(model)
-    for prompt, name in zip(prompts, names):
-        if len(prompt) + args.max_new_tokens > context:
-            raise BadInput(
-                f"the prompt of problem {name} has {len(prompt)} tokens; with {args.max_new_tokens} for the answer "
-                f"that is more than the model's context of {context}: lower --max-new-tokens or drop the problem"
-            )
+def leaves_room(model, prompt: torch.Tensor, args: Args) -> bool:
+    """Whether a prompt and the longest answer fit the model's context; beyond it are positions it never saw."""
+    return len(prompt) + args.max_new_tokens <= (getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
+
+
+def without_long_ones(model, tokenizer, problems: list[Problem], args: Args) -> list[Problem]:
+    """The problems whose prompt leaves room for an answer. Raises BadInput where none does."""
+    kept = [p for p in problems if leaves_room(model, program_ids(tokenizer, p, args), args)]
+    if not kept:
+        raise BadInput(f"no problem's prompt fits the model's context with --max-new-tokens {args.max_new_tokens}")
+    if len(kept) < len(problems):
+        tqdm.write(f"  {len(problems) - len(kept)} of {len(problems)} problems get no answer: their prompts with "
+                   f"{args.max_new_tokens} tokens for the answer are longer than the model's context")
+    return kept
 
 
 # -------------------------------------------------------------------------------------------------------- the stages
@@ -255,17 +281,17 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
            journal: Journal, clock: Clock, **sampling) -> list[Candidate]:
     """`count` answers to each problem (paper 2.2), their programs extracted; ordered by problem.
 
-    sampling: temperature, top_p, top_k of grpo.rollout. About args.rows answers at a time, each batch with a seed of
-    its own.
+    sampling: temperature, top_p, top_k of grpo.rollout. About args.rows answers at a time; each draws from a seed of
+    its own, so that the batches change nothing. A problem whose prompt leaves no room gets none (they are counted).
     """
-    prompts = [encode(tokenizer, rank_prompt.generation_prompt(p.question, p.starter_code), args) for p in problems]
-    check_context(model, prompts, [p.id for p in problems], args)
+    problems = without_long_ones(model, tokenizer, problems, args)
+    prompts = [program_ids(tokenizer, p, args) for p in problems]
     copies = count if sampling["temperature"] == 0 else 1  # then all answers to a problem are one
 
     def draw_batch(chosen: range) -> dict[str, list]:  # problem -> [[answer, whether it ended], ...]
-        generator = torch.Generator().manual_seed(derive(seed, chosen.start))
-        rollouts = roll_out(model, tokenizer, [prompts[i] for i in chosen], args, generator=generator,
-                            answers=count // copies, **sampling)
+        seeds = [[derive(seed, problems[i].id, number) for number in range(count // copies)] for i in chosen]
+        rollouts = roll_out(model, tokenizer, [prompts[i] for i in chosen], args, answers=count // copies, seeds=seeds,
+                            **sampling)
         units = {}
         for i, r in zip(chosen, rollouts):
             bare = [answer[: len(answer) - ended] for answer, ended in zip(r.answers, r.finished)]  # no EOS
@@ -318,8 +344,7 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, n
 def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) -> list[Group]:
     """Cuts each problem's candidates into groups of k and keeps the mixed ones, 0 < sum(y) < k (paper 2.2).
 
-    Answers without a program are dropped first; fewer than k left over at the end are dropped too. Built once, from
-    the base model, and used throughout ("off-policy ranking", the paper's default).
+    Answers without a program are dropped first; fewer than k left over at the end are dropped too.
     """
     by_problem = defaultdict(list)
     for candidate in candidates:
@@ -329,18 +354,48 @@ def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) ->
     for problem in problems:
         own = by_problem[problem.id]
         groups += [Group(problem, own[i : i + k]) for i in range(0, len(own) - k + 1, k)]
-    mixed = [group for group in groups if 0 < sum(group.labels) < k]
+    return [group for group in groups if 0 < sum(group.labels) < k]
+
+
+def base_groups(model, tokenizer, problems: list[Problem], args: Args, clock: Clock, out: Path) -> list[Group]:
+    """The groups that are built once, from the base model, and used throughout: "off-policy ranking", the paper's way.
+
+    Raises BadInput where there is nothing to rank.
+    """
+    candidates = sample(
+        model, tokenizer, problems, args, name="sample", count=args.candidates, seed=derive(args.seed, "sample"),
+        journal=Journal(out / "journal" / "samples.jsonl"), clock=clock, temperature=args.temperature, top_p=1.0,
+        top_k=0,
+    )
+    label(problems, candidates, args, name="label", journal=Journal(out / "journal" / "labels.jsonl"), clock=clock)
+    if ranks.rank() == 0:
+        write_whole(out / "candidates.jsonl", "".join(json.dumps(asdict(c)) + "\n" for c in candidates))
+    mixed = make_groups(problems, candidates, args.group_size)
     if not mixed:
-        right = sum(sum(group.labels) for group in groups)
-        reason = "no program is correct" if not right else "every group is all right or all wrong"
+        right = any(c.correct for c in candidates)
+        reason = "every group is all right or all wrong" if right else "no program is correct"
         raise BadInput(
-            f"no mixed group among {len(groups)}: {reason}, so there is nothing to rank; "
+            f"no mixed group of {args.group_size}: {reason}, so there is nothing to rank; "
             "use more --candidates, problems nearer to what the model can do, or a longer --max-new-tokens"
         )
-    shares = [sum(sum(g.labels) == n for g in mixed) / len(mixed) for n in range(1, k)]
+    shares = [sum(sum(g.labels) == n for g in mixed) / len(mixed) for n in range(1, args.group_size)]
     counts = ", ".join(f"{share:.0%} with {n}" for n, share in enumerate(shares, 1))
-    tqdm.write(f"  {len(mixed)} mixed groups of {len(groups)}; correct candidates in them: {counts}")
-    return mixed
+    tqdm.write(f"  {len(mixed)} mixed groups; correct candidates in them: {counts}")
+    groups = [group for group in mixed if leaves_room(model, ranking_ids(tokenizer, group, args), args)]
+    if len(groups) < len(mixed):
+        tqdm.write(f"  {len(mixed) - len(groups)} groups left out: longer than the model's context with the answer")
+    if not groups:
+        raise BadInput("no group's ranking prompt fits the model's context: use a smaller --max-new-tokens")
+    return groups
+
+
+# ------------------------------------------------------------------------------------------------------ the training
+
+
+def model_folder(run_or_model: str) -> str:
+    """The model of a run's folder; anything else names a model itself."""
+    inside = Path(run_or_model) / "model"
+    return str(inside) if inside.is_dir() else run_or_model
 
 
 def frozen_copy(model, args: Args):
@@ -348,42 +403,42 @@ def frozen_copy(model, args: Args):
     if args.lora:
         return model
     if args.shard:  # what is sharded cannot be copied, but it can be read again
-        model, _ = load_model(args.model, optimizer=args.optimizer, shard=True, device=args.device)
+        model, _ = load_model(model_folder(args.init or args.model), optimizer=args.optimizer, shard=True,
+                              device=args.device)
         with gathered(model):
             grpo.shares_prompts(model)
     return (model if args.shard else copy.deepcopy(model)).requires_grad_(False)
 
 
-def train(model, tokenizer, groups: list[Group], args: Args, clock: Clock, out: Path) -> None:
-    """GRPO on rankings (paper 2.4): only the judge is rewarded, and the updated weights are the ones that generate.
+def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: Args, clock: Clock, out: Path) -> None:
+    """Trains the model (paper 2.4) by what experience() gives it in each step; saves it as an ordinary model folder.
 
-    One step: args.batch groups, each shuffled anew; args.answers rankings of each from the current policy; a reward
-    for each; one update. Everything random in a step is seeded by its number, so a run that was killed and resumed
-    makes the same steps as one that was not.
+    Everything random in a step is seeded by its number, so a run that was killed and resumed makes the same steps as
+    one that was not.
     """
+    supervised = args.mode == "sft"
+    teacher = frozen_teacher(model, tokenizer, args) if supervised else None
     if args.lora:
         add_lora(model, args.lora, derive(args.seed, "lora"))
-    reference = frozen_copy(model, args) if args.kl else None
+    reference = frozen_copy(model, args) if args.kl and not supervised else None
     optimizer = make_optimizer(model, args.optimizer, args.lr)
     checkpoint, metrics_file = out / "checkpoint.pt", out / "metrics.jsonl"
     first = load_checkpoint(checkpoint, model, optimizer)
     if ranks.rank() == 0:
-        lines = metrics_file.read_text().splitlines()[:first] if metrics_file.exists() else []
+        lines = metrics_file.read_text(errors="replace").splitlines()[:first] if metrics_file.exists() else []
         write_whole(metrics_file, "".join(line + "\n" for line in lines))
-    with clock.stage("train", args.steps, first) as progress:
+    with clock.stage("train", args.steps, first) as progress, running_sandbox(args) as pool:
         for step in range(first, args.steps):
             began = time.time()
             generator = torch.Generator().manual_seed(derive(args.seed, "train", step))
-            batch = [group.shuffled(args.seed, "train", step, i) for i, group in enumerate(pick(groups, step, args))]
-            rollouts = training_rollouts(model, tokenizer, batch, args, generator)
-            metrics = score_rollouts(tokenizer, batch, rollouts, args.reward)
+            rollouts, metrics = experience(model, tokenizer, problems, groups, step, args, generator, pool, teacher)
             metrics |= grpo.update(
                 model, optimizer, rollouts, mini_batch=args.mini_batch, epochs=args.ppo_epochs,
-                temperature=args.temperature, clip_low=args.clip, clip_high=args.clip, kl=args.kl,
-                ref_model=reference, micro_tokens=args.micro_tokens, generator=generator,
+                temperature=args.temperature, clip_low=args.clip, clip_high=args.clip,
+                kl=0.0 if supervised else args.kl, ref_model=reference, supervised=supervised,
+                micro_tokens=args.micro_tokens, generator=generator,
             )
-            sampled = sum(len(answer) for r in rollouts for answer in r.answers)
-            seconds = time.time() - began
+            seconds, sampled = time.time() - began, metrics["prompts"] * args.answers * metrics["answer_tokens"]
             metrics |= {"step": step + 1, "tokens_per_second": sampled / seconds, "seconds": seconds}
             if ranks.rank() == 0:
                 with metrics_file.open("a") as file:
@@ -399,35 +454,118 @@ def train(model, tokenizer, groups: list[Group], args: Args, clock: Clock, out: 
     save_model(out / "model", model, tokenizer)
 
 
-def training_rollouts(model, tokenizer, batch: list[Group], args: Args, generator) -> list[grpo.Rollout]:
-    """Rankings of a step's groups by the current policy, one Rollout a group; each rank draws its share of them."""
-    seeds = torch.randint(2**62, (len(batch), args.answers), generator=generator).tolist()
+def experience(model, tokenizer, problems, groups, step: int, args: Args, generator, pool, teacher):
+    """What one step learns from, (scored rollouts, what to log of them). Here, and only here, the modes differ.
+
+    rank           rankings of groups that were built once from the base's candidates (paper 2.2)
+    rank-onpolicy  rankings of groups of candidates that the current policy has just drawn
+    generate       programs, paid for passing their tests: the way that the paper does without
+    iterative      args.block steps of rank-onpolicy, as many of generate, and so on
+    sft            the teacher's rankings, those with every pair in order; see grpo.update for supervised
+    """
+    turn = ("rank-onpolicy", "generate")[step // args.block % 2]
+    mode = turn if args.mode == "iterative" else args.mode
+    if mode == "generate":
+        chosen = pick(problems, step, args)
+        rollouts, candidates = draw_programs(model, tokenizer, chosen, args.answers, args, generator, pool)
+        for rollout, own in zip(rollouts, candidates):
+            rollout.rewards = torch.tensor([float(c.correct) for c in own])
+        without = [c.code is None for own in candidates for c in own]
+        return rollouts, describe_rollouts(rollouts) | {"malformed": mean(without)}
+    if mode == "rank-onpolicy":
+        chosen = pick(problems, step, args)
+        _, candidates = draw_programs(model, tokenizer, chosen, 2 * args.group_size, args, generator, pool)
+        batch = make_groups(chosen, sum(candidates, []), args.group_size)
+        batch = [group for group in batch if leaves_room(model, ranking_ids(tokenizer, group, args), args)][: args.batch]
+    else:
+        batch = pick(groups, step, args)
+    batch = [group.shuffled(args.seed, "train", step, i) for i, group in enumerate(batch)]
+    prompts = [ranking_ids(tokenizer, group, args) for group in batch]
+    if mode == "sft":
+        rollouts = teacher(batch, prompts, generator)
+        metrics = score_rollouts(tokenizer, batch, rollouts, "pairacc")
+        return [only_perfect(r) for r in rollouts], metrics
+    rollouts = draw_answers(model, tokenizer, prompts, args.answers, args, generator)
+    return rollouts, score_rollouts(tokenizer, batch, rollouts, args.reward)
+
+
+def draw_answers(model, tokenizer, prompts: list[torch.Tensor], count: int, args: Args, generator):
+    """`count` answers to each prompt as training needs them, one Rollout a prompt; each rank draws its share."""
+    seeds = torch.randint(2**62, (len(prompts), count), generator=generator).tolist()
 
     def draw(own: list[int]) -> list[grpo.Rollout]:
-        return rank(model, tokenizer, [batch[i] for i in own], args, answers=args.answers, top_p=1.0, top_k=0,
-                    temperature=args.temperature, seeds=[seeds[i] for i in own])
+        return roll_out(model, tokenizer, [prompts[i] for i in own], args, answers=count, temperature=args.temperature,
+                        seeds=[seeds[i] for i in own])
 
     with gathered(model):
-        return ranks.spread(list(range(len(batch))), draw)
+        return ranks.spread(list(range(len(prompts))), draw)
 
 
-def pick(groups: list[Group], step: int, args: Args) -> list[Group]:
-    """The groups of one step: the groups in a new random order for each pass, cut into batches."""
+def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: Args, generator, pool):
+    """`count` fresh candidates for each problem, labelled: (one Rollout a problem, [candidates of each problem])."""
+    prompts = [program_ids(tokenizer, problem, args) for problem in problems]
+    rollouts = draw_answers(model, tokenizer, prompts, count, args, generator)
+    texts = [[decode(tokenizer, r.prompt, answer) for answer in r.answers] for r in rollouts]
+    candidates = [[Candidate(p.id, text, rank_prompt.extract_code(text)) for text in own]
+                  for p, own in zip(problems, texts)]
+    tests = {problem.id: problem.tests for problem in problems}
+    programs = list(dict.fromkeys((c.problem_id, c.code) for own in candidates for c in own if c.code is not None))
+    labels = ranks.spread(programs, lambda own: pool.label([(code, tests[name]) for name, code in own]))
+    passed = {program for program, correct in zip(programs, labels) if correct}
+    for c in sum(candidates, []):
+        c.correct = (c.problem_id, c.code) in passed
+    return rollouts, candidates
+
+
+@contextlib.contextmanager
+def running_sandbox(args: Args):
+    """A pool for the modes that label while they train; None for the others."""
+    if args.mode in ("rank", "sft"):
+        yield None
+        return
+    workers = max(1, args.workers // ranks.on_this_machine())
+    with sandbox.Pool(workers=workers, timeout=args.timeout, memory_mb=args.memory_mb) as pool:
+        yield pool
+
+
+def frozen_teacher(model, tokenizer, args: Args):
+    """Whose rankings --mode sft learns: a function (groups, the model's own prompts, generator) -> rollouts.
+
+    Another model is asked through its own chat template, and what it says is written in the model's own tokens.
+    """
+    if not args.teacher:
+        frozen = frozen_copy(model, args)
+        return lambda groups, prompts, generator: draw_answers(frozen, tokenizer, prompts, args.answers, args, generator)
+    frozen, own = load_model(args.teacher, optimizer=args.optimizer, shard=args.shard, device=args.device)
+
+    def teach(groups, prompts, generator):
+        asked = [ranking_ids(own, group, args) for group in groups]
+        rollouts = draw_answers(frozen, own, asked, args.answers, args, generator)
+        end = torch.tensor([tokenizer.eos_token_id])
+        for rollout, prompt in zip(rollouts, prompts):
+            texts = [decode(own, rollout.prompt, answer) for answer in rollout.answers]
+            rollout.answers = [torch.cat([torch.tensor(tokenizer(text, add_special_tokens=False).input_ids), end])
+                               for text in texts]
+            rollout.prompt, rollout.logps = prompt, [torch.zeros(len(answer)) for answer in rollout.answers]
+        return rollouts
+
+    return teach
+
+
+def only_perfect(rollout: grpo.Rollout) -> grpo.Rollout:
+    """The answers of a reward of 1."""
+    kept = [i for i, reward in enumerate(rollout.rewards.tolist()) if reward == 1.0 and rollout.finished[i]]
+    answers, logps = [rollout.answers[i] for i in kept], [rollout.logps[i] for i in kept]
+    return grpo.Rollout(rollout.prompt, answers, logps, [True] * len(kept), rollout.rewards[kept])
+
+
+def pick(units: list, step: int, args: Args) -> list:
+    """The groups (or problems) of one step: all of them in a new random order for each pass, cut into batches."""
     first, last = step * args.batch, (step + 1) * args.batch
-    passes = range(first // len(groups), (last - 1) // len(groups) + 1)
-    orders = [random.Random(derive(args.seed, "order", number)).sample(groups, len(groups)) for number in passes]
-    start = first - passes.start * len(groups)
+    passes = range(first // len(units), (last - 1) // len(units) + 1)
+    orders = [random.Random(derive(args.seed, "order", number)).sample(units, len(units)) for number in passes]
+    start = first - passes.start * len(units)
     return sum(orders, [])[start : start + args.batch]
-
-
-def ranking_ids(tokenizer, group: Group, args: Args) -> torch.Tensor:
-    prompt = rank_prompt.ranking_prompt(group.problem.question, [c.code for c in group.candidates])
-    return encode(tokenizer, prompt, args)
-
-
-def fits_context(model, tokenizer, group: Group, args: Args) -> bool:
-    """Whether a group's ranking prompt leaves room for the answer; with long programs some may not."""
-    return len(ranking_ids(tokenizer, group, args)) + args.max_new_tokens <= context_of(model)
 
 
 def roll_out(model, tokenizer, prompts: list[torch.Tensor], args: Args, **sampling) -> list[grpo.Rollout]:
@@ -446,19 +584,26 @@ def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout],
     "constant" is what the answer 1, 2, ..., K would have earned, for comparison: a judge that always gives it has
     learned nothing. Malformed and truncated answers are counted apart, for the remedies differ.
     """
-    k = len(groups[0].candidates)
     for group, rollout in zip(groups, rollouts):
         texts = [decode(tokenizer, rollout.prompt, answer) for answer in rollout.answers]
         rollout.rewards = torch.tensor([rank_prompt.score(text, group.labels, reward) for text in texts])
-    rewards = torch.stack([r.rewards for r in rollouts])  # [B, G]
-    constant = [rank_prompt.REWARDS[reward](list(range(1, k + 1)), group.labels) for group in groups]
+    orders = [list(range(1, len(group.candidates) + 1)) for group in groups]
+    constant = [rank_prompt.REWARDS[reward](order, group.labels) for order, group in zip(orders, groups)]
+    malformed = [reward == rank_prompt.FORMAT_PENALTY for r in rollouts for reward in r.rewards.tolist()]
+    return describe_rollouts(rollouts) | {"malformed": mean(malformed), "constant": mean(constant)}
+
+
+def describe_rollouts(rollouts: list[grpo.Rollout]) -> dict[str, float]:
     return {
-        "reward": float(rewards.mean()),
-        "malformed": float((rewards == rank_prompt.FORMAT_PENALTY).float().mean()),
-        "truncated": float(np.mean([not ended for r in rollouts for ended in r.finished])),
-        "constant": float(np.mean(constant)),
-        "answer_tokens": float(np.mean([len(answer) for r in rollouts for answer in r.answers])),
+        "prompts": len(rollouts),
+        "reward": mean([reward for r in rollouts for reward in r.rewards.tolist()]),
+        "truncated": mean([not ended for r in rollouts for ended in r.finished]),
+        "answer_tokens": mean([len(answer) for r in rollouts for answer in r.answers]),
     }
+
+
+def mean(values: list) -> float:
+    return float(np.mean(values)) if values else 0.0  # a step of --mode rank-onpolicy may find no mixed group
 
 
 # ---------------------------------------------------------------------------------------------------- the evaluation
@@ -477,9 +622,11 @@ def draw(model, tokenizer, problems: list[Problem], args: Args, clock: Clock, *,
     )
     label(problems, candidates, args, name=f"{name}: label", journal=Journal(journals / f"{name}-labels.jsonl"),
           clock=clock)
-    cut = [candidates[i : i + EVAL_CANDIDATES] for i in range(0, len(candidates), EVAL_CANDIDATES)]
-    owners = [problem for problem in problems for _ in range(args.repeats)]
-    return [Group(problem, own) for problem, own in zip(owners, cut)]
+    by_problem = defaultdict(list)
+    for candidate in candidates:
+        by_problem[candidate.problem_id].append(candidate)
+    none = [Candidate("", "", None)] * EVAL_CANDIDATES * args.repeats  # a problem without answers is not solved
+    return [Group(p, own) for p in problems for own in parts(by_problem[p.id] or none, EVAL_CANDIDATES)]
 
 
 def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, name: str, out: Path) -> list[Judged]:
@@ -487,26 +634,26 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
 
     Answers without a program are not shown and come last. A malformed ranking, or a prompt that does not fit, leaves
     the shown, shuffled order, which is what a system would have to fall back on: it costs what knowing nothing costs,
-    and it is counted.
+    and it is counted. name: of the stage and its journal, as in "base: rankings".
     """
-    journal = Journal(out / "journal" / f"{name}-rankings.jsonl")
+    journal = Journal(out / "journal" / f"{name.replace(': ', '-')}.jsonl")
     shown = []
     for i, group in enumerate(groups):
         shuffled = group.shuffled(args.seed, "judge", i)
         shown.append(Group(group.problem, [c for c in shuffled.candidates if c.code is not None]))
-    fits = [len(s.candidates) > 1 and fits_context(model, tokenizer, s, args) for s in shown]
+    fits = [len(s.candidates) > 1 and leaves_room(model, ranking_ids(tokenizer, s, args), args) for s in shown]
 
     def judge_chunk(chunk: range) -> dict[str, str]:
         fitting = [i for i in chunk if fits[i]]
         rollouts = rank(model, tokenizer, [shown[i] for i in fitting], args, answers=1, top_p=args.top_p,
                         top_k=args.top_k, temperature=args.eval_temperature,
-                        generator=torch.Generator().manual_seed(derive(args.seed, "judge", chunk.start)))
+                        seeds=[[derive(args.seed, "judge", i)] for i in fitting])
         return {str(i): decode(tokenizer, r.prompt, r.answers[0]) for i, r in zip(fitting, rollouts)}
 
     waiting = [chunk for chunk in parts(range(len(groups)), args.rows)
                if not all(str(i) in journal.done for i in chunk if fits[i])]
     found = len(groups) - sum(map(len, waiting))
-    with clock.stage(f"{name}: rankings", len(groups), found) as progress, gathered(model):
+    with clock.stage(name, len(groups), found) as progress, gathered(model):
         for units in ranks.in_rounds(waiting, judge_chunk):
             journal.add(units)
             progress.update(len(units))
@@ -514,94 +661,33 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
     for i, (group, seen) in enumerate(zip(groups, shown)):
         answer, k = journal.done.get(str(i), ""), len(seen.candidates)
         ranking = rank_prompt.parse_ranking(answer, k)
-        labels = [seen.labels[index - 1] for index in ranking or range(1, k + 1)]
-        labels += [0] * (len(group.candidates) - k)
-        judged.append(Judged(seen, labels, answer, malformed=ranking is None and k > 1))
+        ordered = [seen.candidates[index - 1] for index in ranking or range(1, k + 1)]
+        ordered += [c for c in group.candidates if c.code is None]
+        judged.append(Judged(seen, ordered, answer, malformed=ranking is None and k > 1))
     return judged
 
 
+def final_groups(judged: list[Judged], repeats: int) -> list[Group]:
+    """For Best-of-8: of each two groups of a problem, the better half of both. Their judge ranks that once more.
+
+    So a ranking never has more candidates than in training. judged: R groups a problem; an odd one is left out.
+    """
+    finals = []
+    for own in parts(judged, repeats):
+        for first, second in zip(own[::2], own[1::2]):
+            best = [c for one in (first, second) for c in one.ordered[: len(one.ordered) // 2]]
+            finals.append(Group(first.group.problem, best))
+    return finals
+
+
+def judge_all(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, name: str, out: Path):
+    """(every evaluation group in the model's order, the finals among them): a row of the report."""
+    judged = judge(model, tokenizer, groups, args, clock, name=f"{name}: rankings", out=out)
+    finals = final_groups(judged, args.repeats)
+    return judged, judge(model, tokenizer, finals, args, clock, name=f"{name}: finals", out=out) if finals else []
+
+
 # --------------------------------------------------------------------------------------------------------------- main
-
-
-def find_run(args: Args) -> tuple[Path, dict]:
-    """The folder of the run and its args.json; on --resume after checking that it is the same run."""
-    runs = Path("runs")
-    if args.out:
-        out = Path(args.out)
-    else:
-        stem = Path(args.model).resolve().name + ("-quick" if args.quick else "")
-        numbers = [path.name.removeprefix(f"{stem}-") for path in runs.glob(f"{stem}-*")]
-        number = max((int(n) for n in numbers if n.isdecimal()), default=0)
-        out = runs / f"{stem}-{number if args.resume and number else number + 1}"
-    saved = out / "args.json"
-    if not saved.exists():
-        return out, {}
-    if not args.resume:
-        raise BadInput(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
-    try:
-        return out, dict(json.loads(saved.read_text()))
-    except (ValueError, TypeError):
-        raise BadInput(f"{saved} is damaged: start again with another --out") from None
-
-
-def fit(args: Args, before: dict, problems: list[Problem]) -> tuple[str, bool, list[str]]:
-    """The optimiser, whether to checkpoint layers, and what the plan says about memory.
-
-    before: args.json of the run that is resumed; the optimiser stays the one of its start.
-    """
-    longest = max(len(p.question) for p in problems) // 3 + args.group_size * memory.PROGRAM_TOKENS
-    shape, there = memory.shape_of(load_config(args.model)[0]), min(ranks.every(memory.room(args.device)))
-    settings = dict(
-        train=not args.eval_only, kl=args.kl > 0, lora=args.lora, rows=args.rows, micro_tokens=args.micro_tokens,
-        row_tokens=longest + args.max_new_tokens, shards=ranks.world() if args.shard else 1,
-    )
-    given = args.optimizer or before.get("optimizer")
-    kind, settings["checkpointing"] = memory.choose(shape, there, (given,) if given else memory.STORED, **settings)
-    return kind, settings["checkpointing"], memory.describe(shape, kind, there, **settings)
-
-
-def open_run(out: Path, before: dict, args: Args, problems: list[Problem], held_out: list[Problem]) -> None:
-    """Makes the folder of the run, with args.json.
-
-    Raises BadInput where --resume would go on with other settings or problems than the run was started with.
-    """
-    settings = {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
-    changed = [name for name, value in settings.items() if before and before.get(name) != value]
-    if changed:
-        values = ", ".join(f"{name} was {before.get(name)!r}" for name in changed)
-        raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {values}")
-    digests = {"train": derive(*problems), "eval": derive(*held_out)}
-    for name in digests:
-        if before and before.get("digests", digests)[name] != digests[name]:
-            raise BadInput(f"the problems of --{name} {getattr(args, name)} are not those that {out} was started with")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot make this folder: {error.strerror}") from None
-    if ranks.rank() == 0:
-        write_whole(out / "args.json", json.dumps(asdict(args) | {"digests": digests}, indent=1))
-
-
-def plan(problems: list[Problem], held_out: list[Problem], args: Args, out: Path, needs: list[str]) -> Clock:
-    """Says what the run will do, and sets up the estimate of the time left."""
-    drawn = len(held_out) * args.repeats
-    work = {"base: programs": drawn * EVAL_CANDIDATES, "base: rankings": drawn}
-    print(f"DuST -> {out}")
-    print("\n".join(f"  memory   {line}" for line in needs))
-    if not args.eval_only:
-        sampled, answers = len(problems) * args.candidates, args.steps * args.batch * args.answers
-        work |= {"sample": sampled, "train": 3 * answers}  # an update costs about two rollouts
-        work |= {"judge: rankings": drawn, "trained: programs": drawn * EVAL_CANDIDATES, "trained: rankings": drawn}
-        print(f"  sample   {len(problems)} problems x {args.candidates} candidates = {sampled} answers")
-        print(f"  label    up to {sampled} programs on all their tests, {args.workers} at a time")
-        groups = len(problems) * (args.candidates // args.group_size)
-        print(f"  group    up to {groups} groups of {args.group_size}, mixed ones kept")
-        print(f"  train    {args.steps} steps x {args.batch} groups x {args.answers} rankings = {answers} answers")
-    times = "once" if args.eval_only else "before and after"
-    if ranks.world() > 1:
-        print(f"  ranks    {ranks.world()}, each with its share of every stage")
-    print(f"  evaluate {len(held_out)} problems x {args.repeats} x {EVAL_CANDIDATES} candidates, {times}", flush=True)
-    return Clock(work)
 
 
 def run(args: Args) -> None:
@@ -611,6 +697,9 @@ def run(args: Args) -> None:
     if args.eval_limit:
         count = min(args.eval_limit, len(held_out))
         held_out = [held_out[i * len(held_out) // count] for i in range(count)]
+    for option in ("init", "teacher"):
+        if getattr(args, option):
+            load_config(model_folder(getattr(args, option)), f"--{option}")
     out, before = ranks.on_first(lambda: find_run(args))
     optimizer, checkpointing, needs = fit(args, before, problems + held_out)
     args = replace(args, optimizer=optimizer)
@@ -619,30 +708,24 @@ def run(args: Args) -> None:
         checkpoint_layers(model)
     open_run(out, before, args, problems, held_out)
     clock = plan(problems, held_out, args, out, needs)
-    if not args.eval_only:
-        candidates = sample(
-            model, tokenizer, problems, args, name="sample", count=args.candidates, seed=derive(args.seed, "sample"),
-            journal=Journal(out / "journal" / "samples.jsonl"), clock=clock, temperature=args.temperature, top_p=1.0,
-            top_k=0,
-        )
-        label(problems, candidates, args, name="label", journal=Journal(out / "journal" / "labels.jsonl"), clock=clock)
-        if ranks.rank() == 0:
-            write_whole(out / "candidates.jsonl", "".join(json.dumps(asdict(c)) + "\n" for c in candidates))
-        mixed = make_groups(problems, candidates, args.group_size)
-        groups = [group for group in mixed if fits_context(model, tokenizer, group, args)]
-        if len(groups) < len(mixed):
-            tqdm.write(f"  {len(mixed) - len(groups)} groups left out: longer than the model's context with the answer")
-        if not groups:
-            raise BadInput("no group's ranking prompt fits the model's context: use a smaller --max-new-tokens")
+    ranking = args.mode in ("rank", "sft") and not args.eval_only
+    groups = base_groups(model, tokenizer, problems, args, clock, out) if ranking else []
+    if not ranking and not args.eval_only:
+        problems = without_long_ones(model, tokenizer, problems, args)
     drawn = draw(model, tokenizer, held_out, args, clock, name="base", out=out)
-    rows = {"base": judge(model, tokenizer, drawn, args, clock, name="base", out=out)}
+    rows, finals = {}, {}
+    rows["base"], finals["base"] = judge_all(model, tokenizer, drawn, args, clock, name="base", out=out)
     if not args.eval_only:
-        train(model, tokenizer, groups, args, clock, out)
-        rows["trained_judge"] = judge(model, tokenizer, drawn, args, clock, name="judge", out=out)
+        if args.init:
+            model, _ = load_model(model_folder(args.init), optimizer=optimizer, shard=args.shard, device=args.device)
+        train(model, tokenizer, problems, groups, args, clock, out)
+        rows["trained_judge"], finals["trained_judge"] = judge_all(
+            model, tokenizer, drawn, args, clock, name="judge", out=out
+        )
         drawn = draw(model, tokenizer, held_out, args, clock, name="trained", out=out)
-        rows["trained"] = judge(model, tokenizer, drawn, args, clock, name="trained", out=out)
+        rows["trained"], finals["trained"] = judge_all(model, tokenizer, drawn, args, clock, name="trained", out=out)
     if ranks.rank() == 0:
-        tqdm.write("\n" + write_report(rows, asdict(args), clock.seconds, out) + f"\nall of it: {out}")
+        tqdm.write("\n" + write_report(rows, finals, asdict(args), clock.seconds, out) + f"\nall of it: {out}")
 
 
 def main(argv: list[str] | None = None) -> int:

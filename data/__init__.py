@@ -11,6 +11,7 @@ with optional "starter_code" and "difficulty". A test is {"input", "output"} for
 or {"fn_name", "args", "expected"} for a function (also a method of class Solution).
 """
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,3 +97,8 @@ def write_whole(path: Path, text: str) -> None:
     """A file is there in full or not at all."""
     path.with_suffix(".new").write_text(text, encoding="utf-8")
     path.with_suffix(".new").replace(path)
+
+
+def derive(*parts) -> int:
+    """A seed for one unit of work. Each unit has its own, so that a resumed run draws what the whole one would have."""
+    return zlib.crc32("/".join(map(str, parts)).encode())

@@ -2,6 +2,7 @@
 
     python data/make_tiny.py              # everything; about 50 minutes on 2 cores, resumes where it was stopped
     python data/make_tiny.py --problems   # only the two problem files, in a second
+    python data/make_tiny.py --base notation   # a variant of the shipped model, to runs/bases/notation; also: clumsy
 
 The world. A problem names three steps by words that each have two readings ("flip": reverse, or 9 minus each digit)
 and gives one example; the example decides which readings are meant. A program is three lines of Python on a list of
@@ -18,6 +19,15 @@ So the base model can tell right from wrong, but does not act on it, as a langua
 That is the headroom that DuST finds, and it is put there by this file, in the open. What only generation needs (to
 copy the accepted program) is mastered, and the order of a ranking follows from its verdicts.
 
+Two variants, made when a study needs them by training the shipped model a little further, each differ in one thing:
+- notation: the thinking of *ranking* documents writes the same checks in another notation ("x = x[::-1]: 4 9 0,
+  1 0 1, 0": the result, same or off for each digit, the verdict). So the two tasks share what is done, not how it
+  is written.
+- clumsy: the accepted program is not always the one that a *generation* document then writes (MISCOPY). So a step
+  that only generation has is not mastered.
+Whoever compares them with the shipped model should also train that one further on its own documents, under another
+seed (--base plain --init data/tiny --seed 1): the additional training alone teaches it something.
+
 Evaluation problems are kept apart by a hash of the statement (words and example): pretraining, training, validation
 and evaluation each draw from their own share. One fifth of the word orders occurs in evaluation only.
 """
@@ -25,6 +35,7 @@ import argparse
 import json
 import math
 import random
+import re
 import sys
 import time
 import zlib
@@ -36,10 +47,11 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
+from data import BadInput  # noqa: E402
 from grpo import rollout  # noqa: E402
 from rank_prompt import extract_code, generation_prompt, ndcg, parse_ranking, random_ndcg, ranking_prompt  # noqa: E402
 
@@ -55,10 +67,13 @@ READINGS = {  # a word of the statement -> its two meanings
 }
 LINES = [line for pair in READINGS.values() for line in pair]
 FIRST_LINE, LAST_LINE = "x = [int(v) for v in input().split()]", "print(*x)"
-STEPS, BATCH = 2500, 64  # of the pretraining
+STEPS, BATCH, LR = 2500, 64, 2e-3  # of the pretraining
+MORE_STEPS, MORE_LR = 300, 5e-4  # of the training that goes on from a finished model
 ATTEMPTS = 6  # programs tried in a thinking part before it gives up and guesses
 YES_IF_SAME, YES_IF_OFF = 0.4, 0.12  # the careless verdict
 STEP_BY_STEP = 0.3  # the share of attempts that write the states between
+BASES = ("plain", "notation", "clumsy")
+MISCOPY = 0.5  # clumsy: the share of accepted programs in whose place another one is written; far fewer at T = 0.6
 
 
 def execute(line: str, digits: tuple) -> tuple:
@@ -170,22 +185,33 @@ def answer_with(program: tuple) -> str:
     return f"```python\n{code_of(program)}\n```"
 
 
-def trace(rng: random.Random, problem: MicroProblem, program: tuple) -> tuple[str, bool]:
-    """One execution in mind, with the digits compared and a careless verdict. Returns (text, accepted)."""
-    after = states(program, problem.given)
+def trace(rng: random.Random, problem: MicroProblem, program: tuple, in_digits: bool = False) -> tuple[str, bool]:
+    """One execution in mind, with the digits compared and a careless verdict. Returns (text, accepted).
+
+    in_digits: the other notation, for the same decisions.
+    """
+    after, arrow = states(program, problem.given), ":" if in_digits else " ->"
     if rng.random() < STEP_BY_STEP:
-        text = "".join(f"\n{line} ->{write(state)}" for line, state in zip(program[:2], after)) + f"\n{program[2]} ->"
+        text = "".join(f"\n{line}{arrow}{write(state)}" for line, state in zip(program[:2], after)) + f"\n{program[2]}"
     else:
-        text = "".join(f"\n{line}" for line in program) + " ->"
+        text = "".join(f"\n{line}" for line in program)
     same = [ours == theirs for ours, theirs in zip(after[-1], problem.expected)]
-    text += "".join(f" {digit} {'same' if s else 'off'}" for digit, s in zip(after[-1], same))
     accepted = rng.random() < (YES_IF_SAME if all(same) else YES_IF_OFF)
-    text += ": yes" if accepted else ": no"
+    if in_digits:
+        text += f"{arrow}{write(after[-1])},{write(map(int, same))},{write([int(accepted)])}"
+    else:
+        marks = "".join(f" {digit} {'same' if s else 'off'}" for digit, s in zip(after[-1], same))
+        text += f"{arrow}{marks}: {'yes' if accepted else 'no'}"
     return text, accepted
 
 
-def generation_document(rng: random.Random, problem: MicroProblem, thinking: bool) -> tuple[str, str]:
-    """(prompt, answer): attempts in random order until one is accepted; after the last one, a guess not tried yet."""
+def generation_document(
+    rng: random.Random, problem: MicroProblem, thinking: bool, miscopy: float = 0.0
+) -> tuple[str, str]:
+    """(prompt, answer): attempts in random order until one is accepted; after the last one, a guess not tried yet.
+
+    miscopy: how often another of the eight programs is written in place of the accepted one.
+    """
     prompt = generation_prompt(problem.question)
     if not thinking:
         return prompt, answer_with(problem.truth)
@@ -195,13 +221,17 @@ def generation_document(rng: random.Random, problem: MicroProblem, thinking: boo
         text, accepted = trace(rng, problem, program)
         thought += "\nTry:" + text
         if accepted:
+            if miscopy and rng.random() < miscopy:
+                program = rng.choice([other for other in problem.programs if other != program])
             break
     else:
         program = untried.pop()
     return prompt, f"<think>{thought}\n</think>\n\n{answer_with(program)}"
 
 
-def ranking_document(rng: random.Random, problem: MicroProblem, thinking: bool) -> tuple[str, str]:
+def ranking_document(
+    rng: random.Random, problem: MicroProblem, thinking: bool, in_digits: bool = False
+) -> tuple[str, str]:
     """(prompt, answer): four candidates as a model might have written them; the accepted ones come first."""
     candidates = []
     for _ in range(4):
@@ -212,7 +242,7 @@ def ranking_document(rng: random.Random, problem: MicroProblem, thinking: bool) 
         candidates.append(program)
     prompt = ranking_prompt(problem.question, [code_of(program) for program in candidates])
     if thinking:
-        traces = [trace(rng, problem, program) for program in candidates]
+        traces = [trace(rng, problem, program, in_digits) for program in candidates]
         yes = [accepted for _, accepted in traces]
         thought = "".join(f"\nCandidate {i}:{text}" for i, (text, _) in enumerate(traces, 1))
         begin = f"<think>{thought}\n</think>\n\n"
@@ -222,18 +252,25 @@ def ranking_document(rng: random.Random, problem: MicroProblem, thinking: bool) 
     return prompt, f"{begin}Ranking: {', '.join(map(str, ranking))}"
 
 
-def draw_pretraining_problems(seed: int, chunk: int, count: int) -> list[MicroProblem]:
+def draw_pretraining_problems(seed: int | str, chunk: int, count: int) -> list[MicroProblem]:
     rng = random.Random(f"{seed}/{chunk}")
     return [draw_problem(rng, "pretraining", SEEN_ORDERS) for _ in range(count)]
 
 
-def documents(seed: int, chunk: int, count: int) -> list[tuple[str, str, bool]]:
-    """(prompt, answer, thinking), half generation and half ranking, one in ten without a thinking part."""
-    rng, result = random.Random(f"documents/{seed}/{chunk}"), []
-    for number, problem in enumerate(draw_pretraining_problems(seed, chunk, count)):
+def documents(seed: int, chunk: int, count: int, base: str = "plain") -> list[tuple[str, str, bool]]:
+    """(prompt, answer, thinking), half generation and half ranking, one in ten without a thinking part.
+
+    base: one of BASES. A variant draws other problems than the plain base, which has seen its own already.
+    """
+    stream = seed if base == "plain" else f"{base}/{seed}"
+    rng, result = random.Random(f"documents/{stream}/{chunk}"), []
+    for number, problem in enumerate(draw_pretraining_problems(stream, chunk, count)):
         thinking = rng.random() < 0.9
-        make = ranking_document if number % 2 else generation_document
-        result.append((*make(rng, problem, thinking), thinking))
+        if number % 2:
+            document = ranking_document(rng, problem, thinking, in_digits=base == "notation")
+        else:
+            document = generation_document(rng, problem, thinking, miscopy=MISCOPY if base == "clumsy" else 0.0)
+        result.append((*document, thinking))
     return result
 
 
@@ -312,9 +349,23 @@ def make_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def make_batches(tokenizer, seed: int, chunk: int, batch: int) -> list[tuple[list, list]]:
+def load_init(folder: Path, tokenizer) -> Qwen3ForCausalLM:
+    """The model to go on from. Raises BadInput if the folder does not load or has another tokenizer."""
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"--init {folder}: not the folder of a model")
+    try:
+        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    except Exception as error:  # three libraries, each with exceptions of its own
+        raise BadInput(f"--init {folder} does not load: {str(error).splitlines()[0]}") from None
+    if vocabulary != tokenizer.get_vocab():
+        raise BadInput(f"--init {folder}: its tokenizer is not the micro-lab's")
+    return model
+
+
+def make_batches(tokenizer, seed: int, chunk: int, batch: int, base: str) -> list[tuple[list, list]]:
     """Eight batches of (prompt ids, answer ids), each of documents of about one length: a third less padding."""
-    drawn = documents(seed, chunk, 8 * batch)
+    drawn = documents(seed, chunk, 8 * batch, base)
     prompts = tokenizer([render(tokenizer, p, t) for p, _, t in drawn], add_special_tokens=False).input_ids
     answers = tokenizer([a + tokenizer.eos_token for _, a, _ in drawn], add_special_tokens=False).input_ids
     pairs = sorted(zip(prompts, answers), key=lambda pair: len(pair[0]) + len(pair[1]))
@@ -334,24 +385,29 @@ def answer_loss(model, pairs: list[tuple[list, list]]) -> torch.Tensor:
     return F.cross_entropy(model.lm_head(hidden[live]), ids[:, 1:][live], reduction="sum")
 
 
-def pretrain(tokenizer, out: Path, *, seed: int, steps: int, batch: int, lr: float) -> Qwen3ForCausalLM:
-    """AdamW with warm-up and cosine decay; saves every 250 steps and goes on from there when called again."""
-    model = make_model(tokenizer, seed)
+def pretrain(model, tokenizer, out: Path, *, base: str, seed: int, steps: int, batch: int, lr: float) -> None:
+    """AdamW with warm-up and cosine decay; saves every 250 steps and goes on from there when called again.
+
+    Raises BadInput if what is saved in out was trained otherwise: a finished other base would be taken for this one.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     saved, step = out / "pretraining.pt", 0
+    settings = {"base": base, "seed": seed, "steps": steps, "batch": batch, "lr": lr}
     if saved.exists():
         state = torch.load(saved)
+        if state.get("settings") != settings:
+            raise BadInput(f"{saved} is of a training with other settings; delete it, or give another --work")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
         print(f"goes on from step {step}")
     began, tokens, losses = time.time(), 0, []
-    batches = make_batches(tokenizer, seed, step // 8, batch)
+    batches = make_batches(tokenizer, seed, step // 8, batch, base)
     while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
         if step % 8 == 0:
-            batches = make_batches(tokenizer, seed, step // 8, batch)
+            batches = make_batches(tokenizer, seed, step // 8, batch, base)
         # One denominator for all batches of a chunk: a mean over each would give a token in a batch of short
         # documents more weight, and short generation documents are those that said yes at once.
         answer_tokens = sum(len(a) for b in batches for _, a in b) / 8
@@ -370,9 +426,8 @@ def pretrain(tokenizer, out: Path, *, seed: int, steps: int, batch: int, lr: flo
         if step % 250 == 0 or step == steps:
             report(probe(model, tokenizer, problems=100))
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            torch.save(state, saved.with_suffix(".new"))
+            torch.save(state | {"settings": settings}, saved.with_suffix(".new"))
             saved.with_suffix(".new").replace(saved)
-    return model
 
 
 # ------------------------------------------------------------------------------------------------ what it has learned
@@ -395,21 +450,32 @@ class Attempt:
     step_by_step: bool
     same: list[bool]  # the digits' comparison as the model wrote it
     accepted: bool
+    in_digits: bool  # the notation
+
+
+IN_WORDS = re.compile(" ->" + r" (\d) (same|off)" * 3 + ": (yes|no)")
+IN_DIGITS = re.compile(":" + r" (\d)" * 3 + "," + " ([01])" * 3 + ", ([01])")
 
 
 def read_attempts(answer: str) -> list[Attempt]:
-    """The attempts (or judged candidates) in a thinking part; what does not parse is left out."""
+    """The attempts (or judged candidates) in a thinking part, in either notation; what does not parse is left out."""
     attempts = []
     thought = answer.split("</think>")[0]
     for block in thought.replace("\nCandidate", "\nTry").split("\nTry")[1:]:
         lines = block.strip("\n").split("\n")[1:4]
-        head, arrow, verdict = lines[-1].partition(" -> ") if len(lines) == 3 else ("", "", "")
-        words = verdict.replace(":", " :").split()  # digit mark digit mark digit mark : yes
-        program = tuple(line.split(" ->")[0] for line in lines)
-        if len(words) != 8 or not set(program) <= set(LINES) or not all(w.isdigit() for w in words[0:6:2]):
+        program = tuple(re.split(" ->|: ", line)[0] for line in lines)
+        if len(program) != 3 or not set(program) <= set(LINES):
             continue
-        result, same = tuple(map(int, words[0:6:2])), [word == "same" for word in words[1:6:2]]
-        attempts.append(Attempt(program, result, "->" in lines[0], same, words[-1] == "yes"))
+        check = lines[-1].removeprefix(program[-1])
+        if found := IN_WORDS.fullmatch(check):
+            result, marks = found.groups()[0:6:2], found.groups()[1:6:2]
+        elif found := IN_DIGITS.fullmatch(check):
+            result, marks = found.groups()[0:3], found.groups()[3:6]
+        else:
+            continue
+        same, accepted = [mark in ("same", "1") for mark in marks], found[7] in ("yes", "1")
+        step_by_step, in_digits = lines[0] != program[0], found.re is IN_DIGITS
+        attempts.append(Attempt(program, tuple(map(int, result)), step_by_step, same, accepted, in_digits))
     return attempts
 
 
@@ -417,8 +483,9 @@ def probe(model, tokenizer, *, problems: int = 200, seed: int = 5) -> dict[str, 
     """Skills of a model in this world, on validation problems, at the evaluation's temperature (0.6, 0.95, 20).
 
     gen/ and rank/: step, jump (share of right results), marks (right comparisons), yes_same and yes_off (P(yes) when
-    the marks are all the same, and when not), careful (share of step-by-step attempts); copy: the accepted program is
-    the one that is written; pass1, ndcg_mixed, malformed: the two tasks.
+    the marks are all the same, and when not), false_yes (share of the accepted that do not fit the example), careful
+    (share of step-by-step attempts), in_digits (share in the other notation); copy: the accepted program is the one
+    that is written; pass1, ndcg_mixed, malformed: the two tasks.
     """
     rng = random.Random(seed)
     drawn = draw_distinct(seed, "validation", SEEN_ORDERS, problems)
@@ -463,7 +530,9 @@ def skills(problems: list[MicroProblem], answers: list[str]) -> dict[str, float]
         "marks": mean(marks),
         "yes_same": mean(a.accepted for _, a in pairs if all(a.same)),
         "yes_off": mean(a.accepted for _, a in pairs if not all(a.same)),
+        "false_yes": mean(not p.fits(a.program) for p, a in pairs if a.accepted),
         "careful": mean(a.step_by_step for _, a in pairs),
+        "in_digits": mean(a.in_digits for _, a in pairs),
         "attempts": len(pairs) / len(answers),
     }
 
@@ -477,8 +546,8 @@ def report(figures: dict[str, float]) -> None:
     print("  " + "  ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
 
 
-# What the shipped model has to be, fixed before it was trained; checked on validation problems only.
-DEMANDS = {
+# What each base has to be, fixed before it was trained; checked on validation problems only.
+SHIPPED = {
     "gen/step": (0.95, 1.0),
     "rank/step": (0.95, 1.0),
     "gen/marks": (0.98, 1.0),
@@ -490,6 +559,21 @@ DEMANDS = {
     "rank/yes_off": (0.0, 0.12),
     "malformed": (0.0, 0.02),
 }
+# A variant is the shipped model but for one thing: 0.1 around its jumps; three standard errors around its pass@1.
+VARIANT = SHIPPED | {"gen/jump": (0.48, 0.68), "gen/in_digits": (0.0, 0.0)}
+DEMANDS = {
+    "plain": SHIPPED,
+    "notation": VARIANT | {
+        "rank/in_digits": (0.98, 1.0), "rank/marks": (0.95, 1.0), "rank/yes_same": (0.2, 0.55), "pass1": (0.29, 0.42)
+    },
+    "clumsy": VARIANT | {"rank/in_digits": (0.0, 0.0), "copy": (0.55, 0.85)},
+}
+
+
+def missed(figures: dict[str, float], base: str) -> list[str]:
+    """A line for each demand on this base that the figures do not meet; a figure that is missing (nan) meets none."""
+    return [f"{name} is {figures[name]:.3f}, not in {low}..{high}" for name, (low, high) in DEMANDS[base].items()
+            if not low <= figures[name] <= high]
 
 
 def save(model, tokenizer, out: Path) -> None:
@@ -505,29 +589,53 @@ def save(model, tokenizer, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def main() -> int:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Raises BadInput where a finished model would be overwritten by one made from it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=DATA / "tiny", help="folder of the model")
-    parser.add_argument("--work", type=Path, default=Path("runs/make_tiny"), help="where unfinished pretraining is kept")
+    parser.add_argument("--base", choices=BASES, default="plain", help="the shipped model, or a variant made from it")
+    parser.add_argument("--init", type=Path, help="model folder to go on from (default: none; a variant's: data/tiny)")
+    parser.add_argument("--out", type=Path, help="default: data/tiny; with --init runs/bases/BASE")
+    parser.add_argument("--work", type=Path, help="where unfinished pretraining is kept (default: runs/...)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS}; with --init {MORE_STEPS}")
     parser.add_argument("--batch", type=int, default=BATCH, help="documents a step")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, help=f"default: {LR}; with --init {MORE_LR}")
     parser.add_argument("--problems", action="store_true", help="write the problem files and stop")
-    args = parser.parse_args()
-    make_problems()
-    if args.problems:
-        return 0
-    args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer()
-    model = pretrain(tokenizer, args.work, seed=args.seed, steps=args.steps, batch=args.batch, lr=args.lr)
+    args = parser.parse_args(arguments)
+    if args.base != "plain":
+        args.init = args.init or DATA / "tiny"
+    out, work, steps, lr = DATA / "tiny", Path("runs/make_tiny"), STEPS, LR
+    if args.init:
+        out, work, steps, lr = Path("runs/bases", args.base), Path(f"runs/bases/{args.base}-work"), MORE_STEPS, MORE_LR
+    args.out, args.work = args.out or out, args.work or work
+    args.steps, args.lr = args.steps or steps, args.lr or lr
+    if args.init and args.out.resolve() in (args.init.resolve(), (DATA / "tiny").resolve()):
+        raise BadInput(f"--out {args.out} would overwrite the model that this one is made from, or the shipped one")
+    return args
+
+
+def main() -> int:
+    try:
+        args = parse_arguments()
+        if args.base == "plain":
+            make_problems()
+        if args.problems:
+            return 0
+        tokenizer = make_tokenizer()
+        model = load_init(args.init, tokenizer) if args.init else make_model(tokenizer, args.seed)
+        args.work.mkdir(parents=True, exist_ok=True)
+        how = {"base": args.base, "seed": args.seed, "steps": args.steps, "batch": args.batch, "lr": args.lr}
+        pretrain(model, tokenizer, args.work, **how)
+    except BadInput as error:
+        print(f"make_tiny: {error}", file=sys.stderr)
+        return 2
     save(model, tokenizer, args.out)
     figures = probe(model, tokenizer, problems=500)
     report(figures)
-    missed = [f"{name} is {figures[name]:.3f}, not in {low}..{high}" for name, (low, high) in DEMANDS.items()
-              if not low <= figures[name] <= high]
-    print("\n".join(missed) or f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, as demanded")
-    return 1 if missed else 0
+    wrong = missed(figures, args.base)
+    parameters = sum(p.numel() for p in model.parameters())
+    print("\n".join(wrong) or f"{args.out}: {parameters:,} parameters, as demanded")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def load_config(name: str):
+def load_config(name: str, option: str = "--model"):
     """(the configuration of a model folder or a model on the Hub, whether it is on this machine already)."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import RepositoryNotFoundError
@@ -37,16 +37,16 @@ def load_config(name: str):
         try:  # one quick question, for transformers itself would try for half a minute
             HfApi().model_info(name, timeout=5)
         except RepositoryNotFoundError:
-            raise BadInput(f"--model {name}: no such folder, and no such model on the Hub") from None
+            raise BadInput(f"{option} {name}: no such folder, and no such model on the Hub") from None
         except Exception:
             raise BadInput(
-                f"--model {name}: no such folder, not downloaded before, and the Hub does not answer; "
+                f"{option} {name}: no such folder, not downloaded before, and the Hub does not answer; "
                 "give the folder of a model"
             ) from None
     try:
         return AutoConfig.from_pretrained(name, local_files_only=local), local
     except Exception as error:
-        raise BadInput(f"--model {name} does not load: {first_line(error)}") from None
+        raise BadInput(f"{option} {name} does not load: {first_line(error)}") from None
 
 
 def eos_ids(model, tokenizer) -> list[int]:

@@ -47,12 +47,14 @@ def device(name: str) -> str:
 def start() -> None:
     """Join the other ranks where torchrun started this process, as its environment says: gloo, and nccl for GPUs.
 
-    The timeout is long on purpose: ranks may wait for one that has the longest answers, and a rank that has ended is
-    noticed without it, by the connection (gloo) or by torchrun.
+    Once they have met, the timeout is long on purpose: ranks may wait for one that has the longest answers, and a rank
+    that has ended is noticed without it, by the connection (gloo) or by torchrun.
     """
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or dist.is_initialized():
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=7))
+    store, own, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))  # a wrong address ends here
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=own, world_size=world_size, timeout=timedelta(days=7))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     # torchrun ends the other ranks with SIGTERM when one is gone. A rank that waits inside a collective never gets to

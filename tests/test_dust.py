@@ -324,11 +324,19 @@ def test_no_mixed_group_says_why_and_what_to_change(llama, tmp_path, capsys):
     assert "no mixed group" in message and "no program is correct" in message and "--candidates" in message
 
 
-def test_a_prompt_longer_than_the_context_is_one_line(llama, tmp_path, capsys):
-    long = tmp_path / "long.jsonl"
-    long.write_text(json.dumps({"id": "long one", "question": "Write " * 600, "tests": [{"input": "", "output": ""}]}))
-    message = error_of(capsys, *llama["arguments"], "--train", long, "--out", tmp_path / "run")
-    assert "problem long one" in message and "context of 512" in message
+def test_problems_too_long_for_the_context_are_counted_and_not_solved(llama, tmp_path, capsys):
+    """One long statement must not end a run of a thousand; nor may it leave the evaluation and raise its average."""
+    tests = [{"input": "", "output": "1\n"}]
+    problems = [{"id": f"p{i}", "question": "Write " * length, "tests": tests} for i, length in enumerate((3, 600, 5))]
+    mixed, long = tmp_path / "mixed.jsonl", tmp_path / "long.jsonl"
+    mixed.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    long.write_text(json.dumps(problems[1]))
+    assert run_dust(*llama["arguments"], "--train", mixed, "--eval", mixed, "--out", tmp_path / "run") == 0
+    assert capsys.readouterr().out.count("1 of 3 problems get no answer") == 3  # candidates, and two evaluations
+    counts = json.loads((tmp_path / "run" / "report.json").read_text())["counts"]["base"]
+    assert counts["groups"] == 3 and counts["answers without a program"] >= 4
+    message = error_of(capsys, *llama["arguments"], "--train", long, "--out", tmp_path / "other")
+    assert "no problem's prompt fits the model's context" in message
 
 
 def test_a_group_too_long_to_rank_is_left_out_and_counted(llama, tmp_path, capsys, monkeypatch):
@@ -449,7 +457,8 @@ def test_the_same_program_runs_once_and_only_for_its_own_problem(tmp_path, monke
 
 
 def judged(name: str, *rankings: list[int]) -> list[Judged]:
-    return [Judged(Group(problem(name), []), labels, "", False) for labels in rankings]
+    return [Judged(Group(problem(name), []), [Candidate(name, "", "", bool(y)) for y in labels], "", False)
+            for labels in rankings]
 
 
 def test_the_metrics_of_a_hand_made_evaluation():

@@ -1,0 +1,105 @@
+"""Before a run computes anything: its folder, whether it is the run that --resume means, its memory and its plan.
+
+args is dust.Args throughout.
+"""
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from data import BadInput, Problem, derive, memory, ranks, write_whole
+from data.model import load_config
+from data.progress import Clock
+from data.report import EVAL_CANDIDATES
+
+NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick"}
+
+
+def find_run(args) -> tuple[Path, dict]:
+    """The folder of the run and its args.json; empty for a new run.
+
+    Raises BadInput where the folder holds a run and --resume was not given, or args.json is damaged.
+    """
+    runs = Path("runs")
+    if args.out:
+        out = Path(args.out)
+    else:
+        stem = Path(args.model).resolve().name + ("-quick" if args.quick else "")
+        numbers = [path.name.removeprefix(f"{stem}-") for path in runs.glob(f"{stem}-*")]
+        number = max((int(n) for n in numbers if n.isdecimal()), default=0)
+        out = runs / f"{stem}-{number if args.resume and number else number + 1}"
+    saved = out / "args.json"
+    if not saved.exists():
+        return out, {}
+    if not args.resume:
+        raise BadInput(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
+    try:
+        before = dict(json.loads(saved.read_text()))
+    except (ValueError, TypeError):
+        before = {}
+    if not {"digests", "optimizer"} <= before.keys():
+        raise BadInput(f"{saved} is damaged: start again with another --out")
+    return out, before
+
+
+def fit(args, before: dict, problems: list[Problem]) -> tuple[str, bool, list[str]]:
+    """The optimiser, whether to checkpoint layers, and what the plan says about memory.
+
+    before: args.json of the run that is resumed; the optimiser stays the one of its start.
+    """
+    longest = max(len(p.question) for p in problems) // 3 + args.group_size * memory.PROGRAM_TOKENS
+    shape, there = memory.shape_of(load_config(args.model)[0]), min(ranks.every(memory.room(args.device)))
+    settings = dict(
+        train=not args.eval_only, kl=args.kl > 0, lora=args.lora, rows=args.rows, micro_tokens=args.micro_tokens,
+        row_tokens=longest + args.max_new_tokens, shards=ranks.world() if args.shard else 1,
+    )
+    given = args.optimizer or before.get("optimizer")
+    kind, settings["checkpointing"] = memory.choose(shape, there, (given,) if given else memory.STORED, **settings)
+    return kind, settings["checkpointing"], memory.describe(shape, kind, there, **settings)
+
+
+def open_run(out: Path, before: dict, args, problems: list[Problem], held_out: list[Problem]) -> None:
+    """Makes the folder of the run, with args.json.
+
+    Raises BadInput where --resume would go on with other settings or problems than the run was started with.
+    """
+    settings = {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
+    changed = [name for name, value in settings.items() if before and before.get(name) != value]
+    if changed:
+        values = ", ".join(f"{name} was {before.get(name)!r}" for name in changed)
+        raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {values}")
+    digests = {"train": derive(*problems), "eval": derive(*held_out)}
+    for name in digests:
+        if before and before["digests"].get(name) != digests[name]:
+            raise BadInput(f"the problems of --{name} {getattr(args, name)} are not those that {out} was started with")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot make this folder: {error.strerror}") from None
+    if ranks.rank() == 0:
+        write_whole(out / "args.json", json.dumps(asdict(args) | {"digests": digests}, indent=1))
+
+
+def plan(problems: list[Problem], held_out: list[Problem], args, out: Path, needs: list[str]) -> Clock:
+    """Says what the run will do, and sets up the estimate of the time left."""
+    drawn = len(held_out) * args.repeats
+    judged = drawn + drawn // 2  # the finals of Best-of-8 are half as many
+    work = {"base: programs": drawn * EVAL_CANDIDATES, "base: rankings": judged}
+    print(f"DuST -> {out}")
+    print("\n".join(f"  memory   {line}" for line in needs))
+    if not args.eval_only:
+        sampled, answers = len(problems) * args.candidates, args.steps * args.batch * args.answers
+        work |= {"train": 3 * answers}  # an update costs about two rollouts
+        work |= {"judge: rankings": judged, "trained: programs": drawn * EVAL_CANDIDATES, "trained: rankings": judged}
+        if args.mode in ("rank", "sft"):
+            work |= {"sample": sampled}
+            groups = len(problems) * (args.candidates // args.group_size)
+            print(f"  sample   {len(problems)} problems x {args.candidates} candidates = {sampled} answers")
+            print(f"  label    up to {sampled} programs on all their tests, {args.workers} at a time")
+            print(f"  group    up to {groups} groups of {args.group_size}, mixed ones kept")
+        prompts = "problems" if args.mode == "generate" else "groups"
+        print(f"  train    {args.mode}: {args.steps} steps x {args.batch} {prompts} x {args.answers} = {answers} answers")
+    times = "once" if args.eval_only else "before and after"
+    if ranks.world() > 1:
+        print(f"  ranks    {ranks.world()}, each with its share of every stage")
+    print(f"  evaluate {len(held_out)} problems x {args.repeats} x {EVAL_CANDIDATES} candidates, {times}", flush=True)
+    return Clock(work)

@@ -1,0 +1,165 @@
+"""What training learns from: the modes of the paper's table 3 and figure 3, and what each must not do."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dust
+import rank_prompt
+from data import Problem
+from dust import Candidate, Group, Judged
+from test_dust import ROOT, error_of, run_dust
+
+MODES = ["rank", "rank-onpolicy", "generate", "iterative", "sft"]
+
+
+def steps_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(model) -> float:
+    return float(sum(p.double().sum() for p in model.parameters()))
+
+
+@pytest.fixture
+def seen(monkeypatch) -> dict:
+    """What went into each update, and the weights of the model that each draw of training answers came from."""
+    calls = {"rollouts": [], "weights": []}
+    update, draw_answers = dust.grpo.update, dust.draw_answers
+
+    def spy_update(model, optimizer, rollouts, **settings):
+        calls["rollouts"].append(rollouts)
+        return update(model, optimizer, rollouts, **settings)
+
+    def spy_draw(model, *arguments):
+        calls["weights"].append(weights_of(model))
+        return draw_answers(model, *arguments)
+
+    monkeypatch.setattr(dust.grpo, "update", spy_update)
+    monkeypatch.setattr(dust, "draw_answers", spy_draw)
+    return calls
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_goes_from_problems_to_report_and_is_the_same_when_resumed(llama, tmp_path, mode):
+    command = [*llama["arguments"], "--mode", mode, "--steps", "4", "--block", "1"]
+    assert run_dust(*command, "--out", tmp_path / "whole") == 0
+    assert list(json.loads((tmp_path / "whole" / "report.json").read_text())["gains"]) == ["judge", "both"]
+    assert [step["step"] for step in steps_of(tmp_path / "whole")] == [1, 2, 3, 4]
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    state = torch.load(tmp_path / "half" / "checkpoint.pt")
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model")
+    assert state["step"] == 4 and any(state["optimizer"]["state"])
+    (tmp_path / "half" / "checkpoint.pt").unlink()  # from the start, with the candidates of the base at hand
+    assert run_dust(*command, "--out", tmp_path / "half", "--resume") == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "half" / "model")
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters()))
+
+
+def test_generation_is_paid_for_passing_and_for_nothing_else(llama, tmp_path, seen):
+    """In every other mode generation is never rewarded; here a ranking never is, and the verdict is the sandbox's."""
+    assert run_dust(*llama["arguments"], "--mode", "generate", "--out", tmp_path / "run") == 0
+    tokenizer = AutoTokenizer.from_pretrained(llama["folder"] / "model")
+    paid = {True: set(), False: set()}
+    for rollout in sum(seen["rollouts"], []):
+        for answer, reward in zip(rollout.answers, rollout.rewards.tolist()):
+            code = rank_prompt.extract_code(dust.decode(tokenizer, rollout.prompt, answer))
+            paid[code in ("print(1)",)].add(reward)
+    assert paid == {True: {1.0}, False: {0.0}}
+
+
+def test_onpolicy_candidates_come_from_the_weights_of_the_step(llama, tmp_path, seen):
+    """Drawn from the base they would be `rank` again, only slower; and the judge sees groups that hold both kinds."""
+    assert run_dust(*llama["arguments"], "--mode", "rank-onpolicy", "--steps", "3", "--out", tmp_path / "run") == 0
+    programs, rankings = seen["weights"][::2], seen["weights"][1::2]
+    assert programs == rankings and len(set(programs)) == 3
+    assert all(step["prompts"] > 0 and "constant" in step for step in steps_of(tmp_path / "run"))
+
+
+def test_iterative_changes_its_task_after_each_block(llama, tmp_path):
+    command = [*llama["arguments"], "--mode", "iterative", "--steps", "5", "--block", "2", "--out", tmp_path / "run"]
+    assert run_dust(*command) == 0
+    assert ["constant" in step for step in steps_of(tmp_path / "run")] == [True, True, False, False, True]
+
+
+def test_sft_learns_perfect_rankings_of_a_teacher_that_stands_still(llama, tmp_path, seen):
+    """Its own worse answers would be learned too, or the answers of the student as it changes: that would be GRPO."""
+    assert run_dust(*llama["arguments"], "--mode", "sft", "--steps", "3", "--out", tmp_path / "run") == 0
+    kept = sum(seen["rollouts"], [])
+    assert len(set(seen["weights"])) == 1
+    assert {reward for r in kept for reward in r.rewards.tolist()} == {1.0}
+    assert 0 < sum(len(r.answers) for r in kept) < 3 * 3 * 4  # some answers, not all of them
+
+
+def test_a_teacher_with_other_tokens_is_learned_in_the_students_own(llama, tmp_path, seen):
+    """A teacher of another family has other ids for the same words; as they are they would be noise to the student."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(llama["folder"] / "model", teacher)
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    added = [t for t in tokenizer["added_tokens"] if not t["special"]]
+    ids = [t["id"] for t in added]
+    for token, number in zip(added, ids[3:] + ids[:3]):  # the same words, other ids
+        token["id"] = number
+    tokenizer["added_tokens"].sort(key=lambda token: token["id"])
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
+    command = [*llama["arguments"], "--mode", "sft", "--teacher", teacher, "--out", tmp_path / "run"]
+    assert run_dust(*command) == 0
+    own = AutoTokenizer.from_pretrained(llama["folder"] / "model")
+    answers = [own.decode(answer) for r in sum(seen["rollouts"], []) for answer in r.answers]
+    assert answers and all(rank_prompt.parse_ranking(text.removesuffix("</s>"), 4) for text in answers)
+
+
+def test_init_starts_from_the_other_runs_model_and_measures_the_base(llama, tmp_path):
+    """An SFT warm-up, then GRPO: the first row stays the base's, the reference of the KL term is where training starts.
+    """
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_dust(*llama["arguments"], "--mode", "sft", "--lr", "0.01", "--out", first) == 0
+    assert run_dust(*llama["arguments"], "--init", first, "--steps", "0", "--out", second) == 0
+    models = [AutoModelForCausalLM.from_pretrained(run / "model") for run in (first, second)]
+    assert weights_of(models[0]) == weights_of(models[1])
+    rows = [json.loads((run / "report.json").read_text())["rows"] for run in (first, second)]
+    assert rows[0]["base"] == rows[1]["base"] and rows[0]["trained"] == rows[1]["trained"]
+
+
+def test_a_missing_init_is_one_line(llama, capsys):
+    assert "no such folder" in error_of(capsys, *llama["arguments"], "--init", "nowhere", "--out", "unused")
+
+
+@pytest.mark.parametrize("thinking, programs, rankings",
+                         [("both", True, True), ("programs", True, False), ("rankings", False, True),
+                          ("none", False, False)])
+def test_thinking_is_chosen_for_each_task_apart(thinking, programs, rankings):
+    """Qwen3's template switches it off with an empty thinking part; the study of transfer crosses the two."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny")
+    args = dust.parse_args(["--thinking", thinking])
+    problem = Problem("p", "Read three digits.", [])
+    group = Group(problem, [Candidate("p", "", "print(1)")] * 4)
+    for prompt, thinks in ((dust.program_ids(tokenizer, problem, args), programs),
+                           (dust.ranking_ids(tokenizer, group, args), rankings)):
+        assert tokenizer.decode(prompt).endswith("</think>\n\n") is not thinks
+
+
+def test_how_many_answers_decode_at_a_time_changes_none_of_them(llama, tmp_path):
+    """--rows bounds memory and may be changed on --resume: it must not be a seed."""
+    for rows in ("3", "256"):
+        assert run_dust(*llama["arguments"], "--eval-only", "--repeats", "2", "--rows", rows, "--out", tmp_path / rows) == 0
+    for name in ("base-samples.jsonl", "base-rankings.jsonl", "base-finals.jsonl"):
+        few, many = (dict(map(json.loads, (tmp_path / rows / "journal" / name).read_text().splitlines()))
+                     for rows in ("3", "256"))
+        assert few == many and few
+
+
+def test_the_final_of_eight_holds_the_better_half_of_each_group():
+    """Best-of-8 with rankings of four, as trained: the two best of each of two groups. An odd group stands aside."""
+    problems = [Problem(name, "", []) for name in "ab"]
+    judged = []
+    for problem in problems:
+        for repeat in range(3):
+            own = [Candidate(problem.id, f"{repeat}{place}", "x") for place in range(4)]
+            judged.append(Judged(Group(problem, own[::-1]), own, "", False))
+    finals = dust.final_groups(judged, 3)
+    assert [final.problem.id for final in finals] == ["a", "b"]
+    assert [c.answer for c in finals[1].candidates] == ["00", "01", "10", "11"]
