@@ -73,8 +73,8 @@ STUDIES = {  # what it is, its variants, each compared with the first, and what 
     "table3": ("Table 3: training modes", ("rank", "rank-onpolicy", "generate", "iterative"),
                "Iterative training changes over every 15 steps, not every 50, for 60 steps stand for the paper's run."),
     "figure3": ("Figure 3: SFT against GRPO", ("rank", "sft", "sft-then-rank"),
-                "SFT learns from the base's own rankings where each pair is right, as many steps as GRPO at its learning "
-                "rate; the paper's come from a larger teacher. GRPO after SFT has the steps of both."),
+                "SFT learns from the base's own rankings where each pair is right, as many steps as GRPO at its "
+                "learning rate; the paper's come from a larger teacher. GRPO after SFT has the steps of both."),
     "figure4": ("Figure 4: rewards", ("rank", "ndcg", "selection"),
                 "The paper plots pass@1 and Best-of-4 over the steps; here they stand after the last one."),
     "transfer": ("Transfer: which trained steps reach the generator",
