@@ -317,7 +317,8 @@ def test_table_2_holds_every_figure_of_every_seed(lab):
     assert own["rows"]["trained"]["best_of_2"]["mean"] == pytest.approx(100 * 5 / 6, abs=1e-3)
     assert own["malformed"] == [{"base": 2, "trained_judge": 0, "trained": 0}] * 3 and own["seconds"] == [35] * 3
     assert "/somewhere" not in json.dumps(result["settings"])  # what is committed names no machine
-    for part in ("of 3 seeds", "pass@1 (both) in 3", "NDCG mixed (judge) in 3", "| Qwen3-30B-Thinking: base | 65.4 | 70.1 | 68.7 |", "N = 8",
+    for part in ("of 3 seeds", "pass@1 (both) in 3", "NDCG mixed (judge) in 3",
+                 "| Qwen3-30B-Thinking: base | 65.4 | 70.1 | 68.7 |", "N = 8",
                  "the paper's four models +1.4 to +3.3: the same direction", "## Reading"):
         assert part in text, part
 
