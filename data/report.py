@@ -100,6 +100,11 @@ def interval(tables: list[np.ndarray], seed: int = 0, draws: int = 4000) -> dict
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = value(np.arange(count))
         drawn = value(np.random.default_rng(seed).integers(count, size=(draws, count)))
+    return with_interval(mean, drawn)
+
+
+def with_interval(mean: float, drawn: np.ndarray) -> dict[str, float | None]:
+    """A figure with the middle 95 % of its bootstrap draws; None where it is not finite."""
     drawn = drawn[np.isfinite(drawn)]
     low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) and np.isfinite(mean) else (np.nan, np.nan)
     figures = {"mean": mean, "low": low, "high": high}
@@ -237,7 +242,7 @@ def write_report(rows: dict[str, list], finals: dict[str, list], args: dict, sec
     for one group a problem makes none.
     """
     summary, finals = summarise(rows), finals or {}
-    for name, own in finals.items():
+    for name, own in ((name, own) for name, own in finals.items() if own):
         summary["counts"][name] |= {"finals": len(own), "malformed finals": sum(one.malformed for one in own)}
     marks = sorted({one.group.problem.difficulty for one in rows["base"]})
 
@@ -310,9 +315,8 @@ def draw_curves(out: Path) -> None:
 COLOURS = {"base": "#6b6b6b", "trained_judge": "#d1700f", "trained": "#1f5fbf"}  # of the rows, in every figure
 
 
-def draw_best_of_n(figures: dict, out: Path) -> None:
-    """best_of_n.png: a line a judge with its intervals, the oracle dashed above, the random choice dotted below."""
-    pyplot, figure, (axis,) = new_figure(1, (7, 4.5))
+def plot_best_of_n(axis, figures: dict) -> None:
+    """`curves` as lines: a judge with its intervals, the oracle dashed above, the random choice dotted below."""
     for number, (name, own) in enumerate(figures.items()):
         curve = {n: own[str(n)] for n in CURVE if str(n) in own}
         means = [f["mean"] for f in curve.values()]
@@ -322,11 +326,18 @@ def draw_best_of_n(figures: dict, out: Path) -> None:
         if name in OF_CANDIDATES:  # the others' candidates are the base's
             oracle = {n: own["oracle"][str(n)]["mean"] for n in CURVE if str(n) in own["oracle"]}
             axis.plot(list(oracle), list(oracle.values()), "--", color=COLOURS[name], label=f"{name}: oracle")
-            axis.plot(CURVE, [own["random"]["mean"]] * len(CURVE), ":", color=COLOURS[name], label=f"{name}: random")
+            axis.plot(list(oracle), [own["random"]["mean"]] * len(oracle), ":", color=COLOURS[name],
+                      label=f"{name}: random")
     axis.set_xscale("log", base=2)
     axis.set_xticks(CURVE, [str(n) for n in CURVE])
     axis.set(xlabel="N programs", ylabel="the submitted one is correct, %", ylim=(0, 100), title="Best-of-N")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
+def draw_best_of_n(figures: dict, out: Path) -> None:
+    """best_of_n.png. Raises ImportError without matplotlib."""
+    pyplot, figure, (axis,) = new_figure(1, (7, 4.5))
+    plot_best_of_n(axis, figures)
     figure.savefig(out / "best_of_n.png", dpi=120)
     pyplot.close(figure)

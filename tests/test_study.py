@@ -1,14 +1,18 @@
 """Best-of-N by hand, and the studies: their intervals, how they go on, what they write; no model in any of it."""
+import contextlib
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from itertools import combinations, permutations
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from data import Problem, report
+from data import Problem, findings, report, study
 
 
 PROGRAM = SimpleNamespace(code="print(1)", correct=True)
@@ -87,3 +91,315 @@ def test_a_run_has_its_figures_where_matplotlib_is_and_its_tables_where_it_is_no
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "reward": 1}\n')
     report.write_report(rows, {}, {"model": "m", "seed": 0}, {"all": 1.0}, tmp_path)
     assert (tmp_path / "best_of_n.png").stat().st_size > 5000 and (tmp_path / "curves.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------- two-level intervals
+
+
+def tables(values: np.ndarray) -> np.ndarray:
+    """[S, P] -> [S, P, 2], one group a problem."""
+    return np.stack([values, np.ones_like(values)], 2)
+
+
+def width(figure: dict) -> float:
+    return figure["high"] - figure["low"]
+
+
+def test_identical_runs_add_no_spread_over_seeds():
+    """Then only the problems are drawn, as in the report of one run."""
+    one = np.random.default_rng(0).random((1, 80))
+    several, alone = findings.two_level([(1, tables(np.repeat(one, 4, 0)))]), report.interval([tables(one)[0]])
+    assert several["seeds"] == [several["mean"]] * 4 == [alone["mean"]] * 4
+    assert width(several) == pytest.approx(width(alone), rel=0.1)
+    flat = findings.two_level([(1, tables(np.full((4, 80), 0.3)))])
+    assert (flat["low"], flat["high"]) == (30, 30)
+
+
+def test_seeds_that_differ_widen_the_interval_although_the_problems_agree():
+    """An interval over problems alone calls the luck of one seed a result."""
+    figure = findings.two_level([(1, tables(np.repeat([[0.2], [0.4], [0.6]], 50, 1)))])
+    assert figure["mean"] == pytest.approx(40) and figure["low"] <= 27 and figure["high"] >= 53
+
+
+def test_a_constant_shift_is_a_gain_of_exactly_that():
+    """Seeds and problems differ a lot; unpaired draws of either would show in the interval."""
+    rng = np.random.default_rng(1)
+    base = rng.random((5, 60)) * rng.random((5, 1))
+    gain = findings.two_level([(1, tables(base + 0.1)), (-1, tables(base))])
+    assert [gain["mean"], gain["low"], gain["high"]] == pytest.approx([10, 10, 10], abs=1e-3)
+    assert gain["seeds"] == pytest.approx([10] * 5, abs=1e-3) and not findings.is_noise(gain)
+
+
+def test_the_problems_of_a_draw_are_the_same_for_all_seeds():
+    """Drawn apart for each seed, the spread over problems would shrink with the number of seeds, which it does not: all
+    seeds are measured on the same problems."""
+    hard_and_easy = np.repeat(np.tile([0.0, 1.0], 30)[None], 8, 0)
+    figure = findings.two_level([(1, tables(hard_and_easy))])
+    assert width(figure) == pytest.approx(2 * 196 * 0.5 / 60**0.5, rel=0.1)
+
+
+def test_problems_that_do_not_count_are_no_zeros():
+    values = np.stack([np.array([[0.8, 0.0, 0.0, 0.8]] * 2), np.array([[1, 0, 0, 1]] * 2)], 2)
+    assert findings.two_level([(1, values)])["mean"] == pytest.approx(80)
+    nothing = findings.two_level([(1, np.zeros((2, 3, 2)))])
+    assert nothing == {"mean": None, "low": None, "high": None, "seeds": [None, None]} and findings.is_noise(nothing)
+
+
+# ---------------------------------------------------------------------------------------------------------- the runs
+
+FAKE = '''
+"""Stands for dust.py: writes down how it was called; what FAKE names breaks it."""
+import json, os, sys, time
+from pathlib import Path
+flags = sys.argv[1:]
+value = lambda name, default="": flags[flags.index(name) + 1] if name in flags else default
+out = Path(value("--out"))
+found = sorted(p.stem for p in (out / "journal").glob("*.jsonl"))
+out.mkdir(parents=True, exist_ok=True)
+with (out.parent / "calls").open("a") as calls:
+    init = Path(value("--init", "."))
+    calls.write(json.dumps({"run": out.name, "flags": flags, "journals": found,
+                            "init finished": (init / "report.json").exists(),
+                            "threads": os.environ.get("OMP_NUM_THREADS")}) + "\\n")
+(out / "args.json").write_text("{}")
+if out.name == os.environ.get("FAKE_HANGS"):
+    (out.parent / "hangs").write_text(str(os.getpid()))
+    time.sleep(60)
+if out.name == os.environ.get("FAKE_FAILS"):
+    print("  sampling:  3%\\rdust: the disk is full\\n\\n", file=sys.stderr)
+    sys.exit(2)
+(out / "journal").mkdir(exist_ok=True)
+for name in ("samples", "labels", "base-samples", "base-labels", "base-rankings", "base-finals", "trained-samples"):
+    path = out / "journal" / f"{name}.jsonl"
+    if not path.exists():
+        path.write_text(json.dumps([out.name, name]) + "\\n")
+shift = len(value("--mode") + value("--reward") + value("--thinking")) % 3
+lines = []
+for row, level in (("base", 1), ("trained_judge", 1), ("trained", 2 + shift % 2)):
+    for problem in range(8):
+        ranked = [int((problem + int(value("--seed")) + place) % 4 < level) for place in range(4)]
+        ranked.sort(reverse=row != "base")
+        for final in (False, False, True):
+            lines.append({"row": row, "problem": f"p{problem}", "difficulty": "", "ranked": ranked, "shown": 4,
+                          "malformed": problem == 0 and row == "base", "final": final})
+(out / "judged.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+args = {"seed": int(value("--seed")), "quick": "--quick" in flags, "steps": 60, "model": "/somewhere/tiny"}
+(out / "report.json").write_text(json.dumps({"args": args, "seconds": {"train": 30.0, "sample": 5.0}}))
+'''
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """A study with the fake: run(name, ...) -> exit code; calls() -> how the fake was called, in order; no figures."""
+    monkeypatch.setattr(findings, "draw_study", lambda *a: None)
+    (tmp_path / "fake.py").write_text(FAKE)
+    out, results = tmp_path / "runs", tmp_path / "results"
+
+    def run(*arguments) -> int:
+        return study.main([*map(str, arguments), "--out", str(out)], dust=tmp_path / "fake.py", results=results)
+
+    def calls() -> list[dict]:
+        return [json.loads(line) for line in (out / "calls").read_text().splitlines()]
+
+    return SimpleNamespace(run=run, calls=calls, out=out, results=results, fake=tmp_path / "fake.py",
+                           draws=monkeypatch.undo)
+
+
+def test_every_run_is_made_once_and_what_another_study_made_is_taken(lab, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert lab.run("table2", "--seeds", 2) == 0
+    assert sorted(call["run"] for call in lab.calls()) == ["rank-s0", "rank-s1"]
+    assert lab.run("figure4", "--seeds", 2) == 0
+    assert sorted(call["run"] for call in lab.calls()[2:]) == ["ndcg-s0", "ndcg-s1", "selection-s0", "selection-s1"]
+    assert lab.run("figure4", "--seeds", 2) == 0
+    assert len(lab.calls()) == 6
+    for call in lab.calls():
+        assert call["threads"] == "1" and "--resume" not in call["flags"]
+        assert call["flags"][:2] == ["--seed", call["run"][-1]] and "--workers" in call["flags"]
+    assert {"--reward", "ndcg"} <= set(lab.calls()[2]["flags"] + lab.calls()[3]["flags"])
+
+
+def test_a_run_that_was_begun_goes_on_with_resume_and_one_without_args_does_not(lab):
+    """--resume on a folder without args.json would be harmless; its absence on one with it is an error of dust.py."""
+    (lab.out / "rank-s0").mkdir(parents=True)
+    (lab.out / "rank-s0" / "args.json").write_text("{}")
+    assert lab.run("table2", "--seeds", 2) == 0
+    assert {call["run"]: "--resume" in call["flags"] for call in lab.calls()} == {"rank-s0": True, "rank-s1": False}
+
+
+def test_variants_start_after_the_first_with_copies_of_what_the_base_did(lab):
+    """Without the copy each variant samples and labels the same programs again, half of its time."""
+    assert lab.run("table3", "--seeds", 1, "--parallel", 4) == 0
+    calls = lab.calls()
+    assert calls[0]["run"] == "rank-s0" and calls[0]["journals"] == []
+    for call in calls[1:]:
+        assert call["journals"] == sorted(study.BY_GENERATOR + study.BY_BOTH)
+        copied = lab.out / call["run"] / "journal" / "base-finals.jsonl"
+        assert copied.read_text() == (lab.out / "rank-s0" / "journal" / "base-finals.jsonl").read_text()
+        assert not copied.is_symlink() and copied.stat().st_nlink == 1
+
+
+def test_what_a_begun_run_wrote_into_its_journals_is_not_copied_over(lab):
+    own = lab.out / "sft-s0" / "journal" / "labels.jsonl"
+    own.parent.mkdir(parents=True)
+    own.write_text('["mine", 1]\n')
+    assert lab.run("figure3", "--seeds", 1) == 0
+    assert own.read_text() == '["mine", 1]\n'
+
+
+def test_a_cell_shares_only_what_its_modes_leave_the_same():
+    """Rankings of a judge that does not think, taken for those of one that does, would be no error, only wrong."""
+    of = {name: study.donors(study.STUDIES["transfer"][1], name) for name in study.STUDIES["transfer"][1]}
+    assert of["rank"] == of["rankings"] == of["notation"] == of["clumsy"] == {}
+    assert of["programs"] == dict.fromkeys(study.BY_GENERATOR, "rank")
+    assert of["none"] == dict.fromkeys(study.BY_GENERATOR, "rankings")
+    assert study.donors(study.STUDIES["figure3"][1], "sft-then-rank") == dict.fromkeys(
+        study.BY_GENERATOR + study.BY_BOTH, "rank")
+
+
+def test_training_that_goes_on_from_another_run_waits_for_it(lab, monkeypatch, capsys):
+    assert lab.run("figure3", "--seeds", 1, "--parallel", 3) == 0
+    assert [call["run"] for call in lab.calls()] == ["rank-s0", "sft-s0", "sft-then-rank-s0"]
+    flags = lab.calls()[2]["flags"]
+    assert flags[flags.index("--init") + 1] == str(lab.out / "sft-s0") and lab.calls()[2]["init finished"]
+
+
+def test_a_run_that_fails_is_one_line_and_the_others_go_on(lab, monkeypatch, capsys):
+    monkeypatch.setenv("FAKE_FAILS", "sft-s1")
+    assert lab.run("figure3", "--seeds", 2) == 2
+    printed = capsys.readouterr().out
+    line, = [line for line in printed.splitlines() if line.startswith("sft-s1: failed")]
+    assert "exit code 2: dust: the disk is full" in line and "sft-s1.log" in line
+    assert "sft-then-rank-s1: not run, for it needs sft-s1" in printed
+    assert {call["run"] for call in lab.calls()} == {"rank-s0", "rank-s1", "sft-s0", "sft-s1", "sft-then-rank-s0"}
+    assert "Missing, for they are not finished: sft-s1, sft-then-rank-s1." in (lab.results / "figure3.md").read_text()
+    assert json.loads((lab.results / "figure3.json").read_text())["variants"]["sft"]["seeds"] == [0]
+    monkeypatch.delenv("FAKE_FAILS")
+    assert lab.run("figure3", "--seeds", 2) == 0  # the same command goes on
+    assert "--resume" in next(call["flags"] for call in reversed(lab.calls()) if call["run"] == "sft-s1")
+
+
+def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(lab, tmp_path):
+    """The runs have sessions of their own; forgotten, they would go on writing into the folders."""
+    code = (f"from data import study; raise SystemExit(study.main(['table2', '--seeds', '1', '--out', '{lab.out}'], "
+            f"dust='{lab.fake}'))")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=study.HERE.parent, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"FAKE_HANGS": "rank-s0"})
+    began = time.time()
+    while not (lab.out / "hangs").exists() or not (lab.out / "hangs").read_text():
+        assert time.time() - began < 30
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert "the same command goes on" in process.communicate(timeout=20)[1] and process.returncode == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((lab.out / "hangs").read_text()), 0)
+
+
+def test_quick_runs_are_never_taken_for_whole_ones_nor_their_results_put_beside_them(lab, capsys):
+    assert lab.run("table3", "--quick") == 0
+    assert {call["run"][-2:] for call in lab.calls()} == {"s0", "s1"} and "--quick" in lab.calls()[0]["flags"]
+    assert (lab.out / "results" / "table3.md").exists() and not lab.results.exists()
+    assert lab.run("table2", "--seeds", 2) == 2
+    assert "rank-s0 is a run with --quick: give another --out" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------- the results
+
+
+def test_table_2_holds_every_figure_of_every_seed(lab):
+    assert lab.run("table2", "--seeds", 3) == 0
+    result, text = json.loads((lab.results / "table2.json").read_text()), (lab.results / "table2.md").read_text()
+    own = result["variants"]["rank"]
+    assert own["rows"]["base"]["pass1"]["seeds"] == [25] * 3 and own["rows"]["trained"]["pass1"]["seeds"] == [50] * 3
+    assert own["gains"]["both"]["pass1"]["mean"] == 25 and own["gains"]["judge"]["pass1"]["mean"] == 0
+    assert own["gains"]["judge"]["ndcg_mixed"]["low"] > 0
+    assert own["rows"]["trained"]["best_of_8"]["mean"] == own["rows"]["trained"]["oracle_of_8"]["mean"] == 100
+    assert own["rows"]["trained"]["best_of_2"]["mean"] == pytest.approx(100 * 5 / 6, abs=1e-3)
+    assert own["malformed"] == [{"base": 2, "trained_judge": 0, "trained": 0}] * 3 and own["seconds"] == [35] * 3
+    assert "/somewhere" not in json.dumps(result["settings"])  # what is committed names no machine
+    for part in ("of 3 seeds", "pass@1 (both) in 3", "NDCG mixed (judge) in 3",
+                 "| Qwen3-30B-Thinking: base | 65.4 | 70.1 | 68.7 |", "N = 8",
+                 "the paper's four models +1.4 to +3.3: the same direction", "## Reading"):
+        assert part in text, part
+
+
+def test_a_difference_is_paired_and_called_noise_where_its_interval_holds_zero(lab):
+    assert lab.run("table3", "--seeds", 2) == 0
+    result = json.loads((lab.results / "table3.json").read_text())
+    for name, own in result["differences"].items():
+        variants = result["variants"]
+        for metric, figure in own["both"].items():
+            apart = variants[name]["gains"]["both"][metric]["mean"], variants["rank"]["gains"]["both"][metric]["mean"]
+            if None not in apart:
+                assert figure["mean"] == pytest.approx(apart[0] - apart[1], abs=2e-3)
+            assert figure["noise"] == (figure["mean"] is None or figure["low"] <= 0 <= figure["high"])
+    shifts = {name: own["both"]["pass1"]["noise"] for name, own in result["differences"].items()}
+    assert set(shifts.values()) == {True, False}  # the fake has both
+
+
+def test_the_bar_counts_seeds_by_each_ones_own_interval(lab):
+    assert lab.run("table2", "--seeds", 2) == 0
+    file = lab.out / "rank-s1" / "judged.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:  # seed 1 gains nothing
+        line["ranked"] = [1, 0, 0, 0]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert lab.run("table2", "--seeds", 2, "--plot-only") == 0
+    assert "of 2 seeds" in (text := (lab.results / "table2.md").read_text()) and "pass@1 (both) in 1" in text
+
+
+def test_the_verdicts_are_those_of_the_intervals():
+    up, down = {"mean": 2.0, "low": 1.0, "high": 3.0}, {"mean": -2.0, "low": -3.0, "high": -1.0}
+    assert findings.verdict(up, 1.1) == findings.verdict(down, -1.1) == "the same direction"
+    assert findings.verdict(up, -1.1) == findings.verdict(up, 0.0) == "different"
+    assert findings.verdict({"mean": 2.0, "low": -1.0, "high": 5.0}, 1.1) == "within noise"
+
+
+def test_transfer_prints_its_prediction_before_the_result_and_counts_what_holds(lab, monkeypatch):
+    """A prediction read off the result afterwards is none: it stands in the code, first in the file."""
+    monkeypatch.setattr(study, "probe_model", lambda folder, file: file.write_text('{"gen/step": 0.5, "copy": NaN}'))
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *a, **k: contextlib.nullcontext(SimpleNamespace(map=map)))
+    assert lab.run("transfer", "--quick", "--seeds", 1) == 0
+    text = (lab.out / "results" / "transfer.md").read_text()
+    places = [text.index(part) for part in (study.PREDICTION, "## Gains", "## Skills", "## Reading")]
+    assert places == sorted(places)
+    assert "| off-policy ranking, PairAcc (the method) | step | 0.500 | 0.500 | - | - |" in text
+    assert "(the method) | copy | - | - | - | - |" in text  # nothing could be counted, which is no zero and no nan
+    assert "holds in 1 of 4 variants" in text  # the fake's generator gains in every cell
+    assert "notation" not in " ".join(call["run"] for call in lab.calls())
+
+
+def test_bases_are_made_first_and_their_runs_take_the_laptops_settings(tmp_path):
+    """Any model but the shipped one gets the paper's settings, 64 candidates and all, unless it is told otherwise."""
+    args = SimpleNamespace(out=tmp_path, seeds=1, quick=False, dust="dust.py")
+    jobs = study.make_jobs(args, study.STUDIES["transfer"][1])
+    assert list(jobs)[:2] == ["base-notation", "base-clumsy"]
+    assert jobs["clumsy-s0"].needs == {"base-clumsy"} <= jobs["clumsy-s0"].after
+    flags = jobs["clumsy-s0"].command()
+    assert flags[flags.index("--preset") + 1] == "laptop"
+    assert flags[flags.index("--model") + 1] == str(tmp_path / "bases" / "clumsy")
+    assert jobs["base-clumsy"].command()[2:4] == ["--base", "clumsy"]
+
+
+def test_plot_only_runs_nothing_and_says_what_it_misses(lab, capsys):
+    assert lab.run("table2", "--plot-only") == 2
+    assert "no run of rank in" in capsys.readouterr().err
+    assert lab.run("table2", "--seeds", 1) == 0 and len(lab.calls()) == 1
+    assert lab.run("table2", "--seeds", 3, "--plot-only") == 0 and len(lab.calls()) == 1
+    assert "not finished: rank-s1, rank-s2" in (lab.results / "table2.md").read_text()
+
+
+def test_without_matplotlib_the_tables_are_written_and_one_line_says_what_to_install(lab, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    lab.draws()
+    assert lab.run("table2", "--seeds", 1) == 0 and (lab.results / "table2.png").stat().st_size > 5000
+    for path in lab.results.iterdir():
+        path.unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert lab.run("table2", "--seeds", 1) == 0
+    assert "pip install matplotlib" in capsys.readouterr().out
+    assert sorted(path.name for path in lab.results.iterdir()) == ["table2.json", "table2.md"]
+
+
+def test_the_time_left_counts_what_the_running_ones_have_done():
+    assert study.time_left([100.0, 140.0], 3, [60.0, 500.0], 2) == pytest.approx((3 * 120 + 60) / 2)
