@@ -5,7 +5,6 @@ write the first of them itself), Mistral has marks of its own, GPT-OSS sends who
 only the final one is the answer (OpenAI's "harmony" format). rank_prompt.py knows one form, Qwen3's; `decode` is the
 one place where the others are turned into it.
 """
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -18,6 +17,8 @@ SAME = {"[THINK]": OPEN, "[/THINK]": CLOSE, "<seed:think>": OPEN, "</seed:think>
 CHANNEL, MESSAGE, END = "<|channel|>", "<|message|>", "<|end|>"  # harmony's
 MARKS = {OPEN, CLOSE, *SAME, CHANNEL, MESSAGE, END}
 PLAIN = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
+# some templates ask for today's date: a run that is resumed tomorrow would ask something else than it did today
+ALWAYS_TODAY = "{% macro strftime_now(format) %}2026-01-01{% endmacro %}"
 LONGEST_SHOWN = 2000  # characters of a prompt that is printed; the file has all of it
 
 # ------------------------------------------------------------------------------------------------------- the template
@@ -26,10 +27,9 @@ LONGEST_SHOWN = 2000  # characters of a prompt that is printed; the file has all
 def render(tokenizer, prompt: str, thinking: bool = True, effort: str = "") -> str:
     """One user turn as the model reads it, up to where its answer begins."""
     extra = {"reasoning_effort": effort} if effort else {}
-    # some templates write today's date into the prompt: a run that is resumed tomorrow must ask what it asked today
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking,
-        strftime_now=date(2026, 1, 1).strftime, **extra,
+        [{"role": "user", "content": prompt}], chat_template=ALWAYS_TODAY + tokenizer.get_chat_template(),
+        tokenize=False, add_generation_prompt=True, enable_thinking=thinking, **extra,
     )
 
 

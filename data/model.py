@@ -217,11 +217,16 @@ def sharded(value, like: torch.Tensor):
 
 
 def add_lora(model, rank: int, seed: int) -> None:
-    """Trainable fp32 adapters of this rank on every linear layer but the head (package peft); the rest is frozen."""
+    """Trainable fp32 adapters of this rank on every linear layer but the head (package peft); the rest is frozen.
+
+    The experts of a mixture are no layers of their own, and stay: peft would make whole copies of them in each forward.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
+    head = model.get_output_embeddings()
+    layers = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
     torch.manual_seed(seed)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), model)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers), model)
     for p in model.parameters():
         p.data = p.data.float() if p.requires_grad else p.data
 
