@@ -11,7 +11,7 @@ RELEASE = PAPER | dict(  # what the authors' code does where the paper says some
 
 QUICK_REAL = dict(  # a real model on one GPU of 24 GB: adapters, which want a larger learning rate
     limit=500, candidates=16, batch=16, steps=60, lr=2e-5, lora=16, max_new_tokens=8192, repeats=2, save_every=5,
-    rows=16, optimizer="kahan",
+    rows=8, optimizer="kahan",
 )
 
 PRESETS = {"laptop": {}, "quick": QUICK_REAL, "paper": PAPER, "release": RELEASE}
