@@ -352,6 +352,8 @@ def updates(monkeypatch) -> list[dict]:
 def test_the_releases_settings_reach_the_update(tmp_path, problems, updates, monkeypatch):
     asked, ranking_prompt = [], rank_prompt.ranking_prompt
     monkeypatch.setattr(rank_prompt, "ranking_prompt", lambda *a: (asked.append(a[0]), ranking_prompt(*a))[1])
+    monkeypatch.setitem(rank_prompt.READERS, "strict", lambda *a: pytest.fail("neither for rewards nor in the report"))
+    monkeypatch.setattr(rank_prompt, "parse_ranking", rank_prompt.READERS["strict"])
     out = tmp_path / "run"
     tests = [{"input": "", "output": "1\n"}, {"input": "", "output": "1.0\n"}, {"input": "", "output": "3\n"}]
     lines = [json.loads(line) | {"tests": tests} for line in problems.read_text().splitlines()]
