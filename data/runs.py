@@ -8,11 +8,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import BadInput, Problem, derive, load_problems, memory, ranks, write_whole
+from data import BadInput, Problem, derive, load_problems, memory, ranks, without_overlap, write_whole
 from data.model import load_config
 from data.progress import Clock
 from data.report import EVAL_CANDIDATES
-from data.sets import without_overlap
 
 NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick"}
 
