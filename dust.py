@@ -9,7 +9,7 @@ training is in grpo.py, the prompts and rewards are in rank_prompt.py, the progr
 
     python dust.py                      # the whole method on the shipped model, about five minutes on a laptop
     python dust.py --quick              # the same in about a minute
-    python dust.py --model FOLDER --train train.jsonl --eval eval.jsonl --preset paper
+    python dust.py --model Qwen3-4B     # a real model on real problems, with the paper's settings
 """
 import argparse
 import contextlib
@@ -21,7 +21,7 @@ import os
 import random
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,12 +34,14 @@ from tqdm import tqdm
 import grpo
 import rank_prompt
 import sandbox
-from data import BadInput, Problem, derive, load_problems, memory, ranks, write_whole
-from data.model import (add_lora, checkpoint_layers, eos_ids, gathered, load_checkpoint, load_config, load_model,
-                        make_optimizer, merge_lora, save_checkpoint, save_model)
+from data import BadInput, Problem, derive, memory, ranks, write_whole
+from data.chat import decode, encode, show_first
+from data.model import (SHORT_NAMES, add_lora, checkpoint_layers, eos_ids, full_name, gathered, load_checkpoint,
+                        load_config, load_model, make_optimizer, merge_lora, save_checkpoint, save_model, warm_up)
+from data.presets import DATA, PRESETS, QUICK
 from data.progress import Clock, Journal
 from data.report import EVAL_CANDIDATES, write_report
-from data.runs import find_run, fit, open_run, plan
+from data.runs import find_run, fit, open_run, plan, problems_of
 
 HERE = Path(__file__).resolve().parent
 
@@ -52,17 +54,23 @@ def arg(default, text: str, **extra):
 
 @dataclass
 class Args:
-    """Every setting of a run. The defaults are the laptop's; the paper's value stands in brackets where it differs."""
+    """Every setting of a run. The defaults are the laptop's; the paper's value stands in brackets where it differs.
+
+    Where the paper and its authors' release disagree there is one field, with the paper's value as its default.
+    """
 
     # what to run
-    model: str = arg(str(HERE / "data" / "tiny"), "model folder, or a name on the Hub")
-    train: str = arg("micro-train", "training problems: a JSONL file or a shipped set")
-    eval: str = arg("micro-eval", "evaluation problems: a JSONL file or a shipped set")
+    model: str = arg(str(HERE / "data" / "tiny"), "model folder, name on the Hub, or one of\n" + ", ".join(SHORT_NAMES))
+    train: str = arg("micro-train", f"training problems: a file or a known set [for any other model: {DATA['train']}]")
+    eval: str = arg("micro-eval", f"evaluation problems: likewise [for any other model: {DATA['eval']}]")
     out: str = arg("", "folder of the run; without it a new one below runs/ (with --resume: the newest there)")
-    preset: str = arg("", "laptop or paper; without it laptop for the shipped model, else paper",
-                      choices=["laptop", "paper"])
+    preset: str = arg("", "laptop: for the micro-lab, default for the shipped model; paper: the paper's "
+                      "settings,\ndefault for any other model; release: what its authors' code does instead; quick: a "
+                      "real model on\none 24 GB GPU: 500 problems x 16 candidates, 60 steps, answers of 8192 tokens, "
+                      "LoRA", choices=list(PRESETS))
     quick: bool = arg(False, "a run of about a minute: fewer problems, candidates and steps")
     eval_only: bool = arg(False, "measure the model as it is: no training")
+    rank_with: str = arg("", "with --eval-only: another model orders the programs that --model writes")
     resume: bool = arg(False, "go on with the run in --out where it was stopped")
     seed: int = arg(0, "seed of everything random")
     device: str = arg("", "cpu, cuda, mps; without it cuda where there is one, else cpu")
@@ -80,12 +88,21 @@ class Args:
     eval_limit: int = arg(0, "use only so many evaluation problems, evenly spread over the file; 0: all")
     candidates: int = arg(16, "M, programs sampled for each training problem [64]")
     group_size: int = arg(4, "K, candidates in a ranking group")
+    labels: str = arg("binary", "a program's label: 1 if all tests pass, else 0; or the share of them that pass",
+                      choices=["binary", "fractional"])
     timeout: float = arg(10.0, "seconds a program may take for one test")
     memory_mb: int = arg(1024, "memory a program may take")
     # judging (paper 2.3)
     reward: str = arg("pairacc", "what a ranking is paid for", choices=list(rank_prompt.REWARDS))
     thinking: str = arg("both", "which answers have a thinking part (the chat template's enable_thinking)",
                         choices=["both", "programs", "rankings", "none"])
+    reasoning_effort: str = arg("", "how long a model thinks whose template asks for it, as GPT-OSS's does",
+                                choices=["low", "medium", "high"])
+    question: str = arg("problem", "what a ranking prompt starts with: the problem, or all of the prompt for a program",
+                        choices=["problem", "prompt"])
+    shuffle: bool = arg(True, "show a group's candidates in a new order at each training step")
+    parser: str = arg("strict", "how rankings are read; lenient takes the first numbers it finds",
+                      choices=list(rank_prompt.READERS))
     # GRPO (paper 2.4, table 4)
     answers: int = arg(8, "G, rankings sampled for each prompt")
     batch: int = arg(16, "prompts a step [64]")
@@ -93,7 +110,13 @@ class Args:
     ppo_epochs: int = arg(1, "passes over each batch [3]")
     steps: int = arg(60, "steps in all, over as many passes through the groups as they need")
     lr: float = arg(1e-4, "learning rate of AdamW, constant [1e-6; a model of 1 M parameters needs a larger one]")
+    weight_decay: float = arg(0.0, "weight decay of AdamW")
+    warmup: int = arg(0, "steps in which the learning rate grows to --lr")
+    loss: str = arg("sequence", "mean over each answer's tokens, then over answers; or over all tokens",
+                    choices=["sequence", "token"])
     clip: float = arg(0.2, "clip range of the ratio, both ways")
+    clip_high: float = arg(0.0, "clip range upwards; 0: the same as --clip")
+    dual_clip: float = arg(0.0, "bound of the ratio where an answer did worse than its siblings; 0: none")
     kl: float = arg(0.001, "weight of the KL term to the frozen base model; 0: none")
     temperature: float = arg(1.0, "temperature of candidates and training answers")
     max_new_tokens: int = arg(192, "longest answer, thinking included [32768]")
@@ -110,12 +133,6 @@ class Args:
     eval_temperature: float = arg(0.6, "temperature of the evaluation, for programs and rankings")
     top_p: float = arg(0.95, "nucleus of the evaluation")
     top_k: int = arg(20, "top-k of the evaluation")
-
-
-PAPER = dict(
-    candidates=64, batch=64, ppo_epochs=3, steps=180, lr=1e-6, max_new_tokens=32768, repeats=10, save_every=10
-)
-QUICK = dict(limit=60, eval_limit=60, candidates=8, steps=10, repeats=1)
 
 
 def parse_args(argv: list[str] | None) -> Args:
@@ -137,15 +154,17 @@ def parse_args(argv: list[str] | None) -> Args:
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     shipped = Path(given.get("model", Args.model)).resolve() == Path(Args.model)
     preset = given.get("preset") or ("laptop" if shipped else "paper")
-    settings = (PAPER if preset == "paper" else {}) | (QUICK if given.get("quick") else {}) | given
-    return check_args(Args(**settings | {"preset": preset}))
+    settings = ({} if shipped or preset == "laptop" else DATA) | PRESETS[preset] | (QUICK if given.get("quick") else {}) | given
+    names = {option: full_name(settings.get(option, "")) for option in ("model", "init", "teacher", "rank_with")}
+    return check_args(Args(**settings | {"preset": preset} | {option: name for option, name in names.items() if name}))
 
 
 def check_args(args: Args) -> Args:
     """Refuses what cannot work before anything starts."""
     counts = ("candidates", "batch", "mini_batch", "ppo_epochs", "max_new_tokens", "repeats", "save_every", "rows",
               "micro_tokens", "workers", "memory_mb", "block")
-    from_zero = ("limit", "eval_limit", "steps", "clip", "kl", "lora", "top_k", "eval_temperature")
+    from_zero = ("limit", "eval_limit", "steps", "clip", "clip_high", "dual_clip", "kl", "weight_decay", "warmup",
+                 "lora", "top_k", "eval_temperature")
     at_least = dict.fromkeys(counts, 1) | dict.fromkeys(from_zero, 0)
     above = dict.fromkeys(("timeout", "lr", "temperature", "top_p"), 0)
     for bounds, words in ((at_least, "at least"), (above, "above")):
@@ -164,6 +183,11 @@ def check_args(args: Args) -> Args:
         )
     if args.answers < 2:
         raise BadInput(f"--answers is {args.answers}; GRPO compares the answers to one prompt and needs at least 2")
+    if 0 < args.dual_clip <= 1:
+        raise BadInput(f"--dual-clip is {args.dual_clip}; it has to be above 1, the ratio of an unchanged model, or 0")
+    if args.rank_with and not args.eval_only:
+        raise BadInput("--rank-with only measures another judge: add --eval-only, or learn from one with --mode sft "
+                       "--teacher")
     if args.lora and not find_spec("peft"):
         raise BadInput("--lora needs the package peft: pip install peft")
     if args.shard and (args.lora or not torch.distributed.is_initialized()):
@@ -182,12 +206,20 @@ def check_args(args: Args) -> Args:
 
 @dataclass
 class Candidate:
-    """One sampled answer. code is None where no program could be extracted; correct only once it has been run."""
+    """One sampled answer. code is None where no program could be extracted; correct only once it has been run.
+
+    share: of its tests that it passes, where labels are fractional.
+    """
 
     problem_id: str
     answer: str
     code: str | None
     correct: bool = False
+    share: float | None = None
+
+    @property
+    def label(self) -> float:
+        return int(self.correct) if self.share is None else self.share
 
 
 @dataclass
@@ -198,8 +230,12 @@ class Group:
     candidates: list[Candidate]
 
     @property
-    def labels(self) -> list[int]:
-        return [int(c.correct) for c in self.candidates]
+    def labels(self) -> list[float]:
+        return [c.label for c in self.candidates]
+
+    @property
+    def mixed(self) -> bool:
+        return len(set(self.labels)) > 1
 
     def shuffled(self, *seed) -> "Group":
         """The same group in another order: a judge must not be able to learn positions (it would: see paper.md)."""
@@ -228,39 +264,25 @@ def parts(work, size: int) -> list:
 # ---------------------------------------------------------------------------------------------------------- the model
 
 
-def encode(tokenizer, prompt: str, thinking: bool) -> torch.Tensor:
-    """One user turn as token ids [L], through the model's own chat template."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-    )
-    return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
-
-
 def program_ids(tokenizer, problem: Problem, args: Args) -> torch.Tensor:
     """The prompt that asks for a program."""
     prompt = rank_prompt.generation_prompt(problem.question, problem.starter_code)
-    return encode(tokenizer, prompt, args.thinking in ("both", "programs"))
+    return encode(tokenizer, prompt, args.thinking in ("both", "programs"), args.reasoning_effort)
 
 
 def ranking_ids(tokenizer, group: Group, args: Args) -> torch.Tensor:
     """The prompt that asks for a ranking."""
-    prompt = rank_prompt.ranking_prompt(group.problem.question, [c.code for c in group.candidates])
-    return encode(tokenizer, prompt, args.thinking in ("both", "rankings"))
-
-
-def decode(tokenizer, prompt: torch.Tensor, answer: torch.Tensor) -> str:
-    """An answer's text. Where the template itself opens the thinking part, that opening is put back in front."""
-    opened = tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")
-    return ("<think>\n" if opened else "") + tokenizer.decode(answer, skip_special_tokens=True)
-
-
-def context_of(model) -> int:
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    question, starter_code = group.problem.question, group.problem.starter_code
+    if args.question == "prompt":
+        question = rank_prompt.generation_prompt(question, starter_code)
+    prompt = rank_prompt.ranking_prompt(question, [c.code for c in group.candidates])
+    return encode(tokenizer, prompt, args.thinking in ("both", "rankings"), args.reasoning_effort)
 
 
 def leaves_room(model, prompt: torch.Tensor, args: Args) -> bool:
     """Whether a prompt and the longest answer fit the model's context; beyond it are positions it never saw."""
-    return len(prompt) + args.max_new_tokens <= (getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    return len(prompt) + args.max_new_tokens <= context
 
 
 def without_long_ones(model, tokenizer, problems: list[Problem], args: Args) -> list[Problem]:
@@ -306,6 +328,7 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
         for units in ranks.in_rounds(waiting, draw_batch):
             journal.add(units)
             progress.update(len(units))
+            clock.propose(name, progress)
     answers = [(p.id, text, ended) for p in problems for text, ended in journal.done[p.id]]
     candidates = [Candidate(problem_id, text, rank_prompt.extract_code(text)) for problem_id, text, _ in answers]
     without, cut = sum(c.code is None for c in candidates), sum(not ended for *_, ended in answers)
@@ -316,7 +339,8 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
 
 def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, name: str, journal: Journal,
           clock: Clock) -> None:
-    """Runs every program on every test and sets `correct` (paper 2.2): y = 1 only when every test passes.
+    """Runs every program and sets `correct` (paper 2.2): y = 1 only when every test passes; and `share` where labels
+    are fractional.
 
     The same program for the same problem runs once. Programs run in sandbox.py, never in this process.
     """
@@ -328,23 +352,40 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, n
     with clock.stage(name, len(programs), len(programs) - len(waiting)) as progress:
         with sandbox.Pool(workers=workers, timeout=args.timeout, memory_mb=args.memory_mb) as pool:
 
-            def run_chunk(chunk: list[tuple[str, str]]) -> dict[str, int]:
-                labels = pool.label([(code, tests[problem_id]) for problem_id, code in chunk])
-                return {keys[program]: int(correct) for program, correct in zip(chunk, labels)}
+            def run_chunk(chunk: list[tuple[str, str]]) -> dict[str, float]:
+                return dict(zip(map(keys.get, chunk), run_tests(pool, chunk, tests, args)))
 
             for units in ranks.in_rounds(parts(waiting, 32 * workers), run_chunk):
                 journal.add(units)
                 progress.update(len(units))
-    for c in candidates:
-        c.correct = c.code is not None and bool(journal.done[keys[c.problem_id, c.code]])
+    set_labels(candidates, {program: journal.done[key] for program, key in keys.items()}, args)
     share = sum(c.correct for c in candidates) / max(len(candidates), 1)
     tqdm.write(f"  {len(programs)} different programs; {share:.1%} of the answers are correct")
+
+
+def run_tests(pool, programs: list[tuple[str, str]], tests: dict[str, list], args: Args) -> list[float]:
+    """The label of each (problem id, code): 1 where every test passes, else 0.
+
+    With fractional labels the share of the tests that pass: each is a job of its own, for a job ends where one fails.
+    """
+    if args.labels == "binary":
+        return [int(passed) for passed in pool.label([(code, tests[name]) for name, code in programs])]
+    passed = iter(pool.label([(code, [test]) for name, code in programs for test in tests[name]]))
+    return [mean([next(passed) for _ in tests[name]]) for name, _ in programs]
+
+
+def set_labels(candidates: list[Candidate], labels: dict[tuple, float], args: Args) -> None:
+    """labels: (problem id, code) -> what run_tests said. An answer without a program is wrong."""
+    for c in candidates:
+        value = labels.get((c.problem_id, c.code), 0)
+        c.correct, c.share = value == 1, value if args.labels == "fractional" else None
 
 
 def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) -> list[Group]:
     """Cuts each problem's candidates into groups of k and keeps the mixed ones, 0 < sum(y) < k (paper 2.2).
 
-    Answers without a program are dropped first; fewer than k left over at the end are dropped too.
+    With fractional labels: those where not all are equal. Answers without a program are dropped first; fewer than k
+    left over at the end are dropped too.
     """
     by_problem = defaultdict(list)
     for candidate in candidates:
@@ -354,7 +395,7 @@ def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) ->
     for problem in problems:
         own = by_problem[problem.id]
         groups += [Group(problem, own[i : i + k]) for i in range(0, len(own) - k + 1, k)]
-    return [group for group in groups if 0 < sum(group.labels) < k]
+    return [group for group in groups if group.mixed]
 
 
 def base_groups(model, tokenizer, problems: list[Problem], args: Args, clock: Clock, out: Path) -> list[Group]:
@@ -378,8 +419,8 @@ def base_groups(model, tokenizer, problems: list[Problem], args: Args, clock: Cl
             f"no mixed group of {args.group_size}: {reason}, so there is nothing to rank; "
             "use more --candidates, problems nearer to what the model can do, or a longer --max-new-tokens"
         )
-    shares = [sum(sum(g.labels) == n for g in mixed) / len(mixed) for n in range(1, args.group_size)]
-    counts = ", ".join(f"{share:.0%} with {n}" for n, share in enumerate(shares, 1))
+    right = Counter(sum(c.correct for c in group.candidates) for group in mixed)
+    counts = ", ".join(f"{right[n] / len(mixed):.0%} with {n}" for n in sorted(right))
     tqdm.write(f"  {len(mixed)} mixed groups; correct candidates in them: {counts}")
     groups = [group for group in mixed if leaves_room(model, ranking_ids(tokenizer, group, args), args)]
     if len(groups) < len(mixed):
@@ -421,7 +462,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
     if args.lora:
         add_lora(model, args.lora, derive(args.seed, "lora"))
     reference = frozen_copy(model, args) if args.kl and not supervised else None
-    optimizer = make_optimizer(model, args.optimizer, args.lr)
+    optimizer = make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
     checkpoint, metrics_file = out / "checkpoint.pt", out / "metrics.jsonl"
     first = load_checkpoint(checkpoint, model, optimizer)
     if ranks.rank() == 0:
@@ -432,11 +473,12 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
             began = time.time()
             generator = torch.Generator().manual_seed(derive(args.seed, "train", step))
             rollouts, metrics = experience(model, tokenizer, problems, groups, step, args, generator, pool, teacher)
+            warm_up(optimizer, args.lr, step, args.warmup)
             metrics |= grpo.update(
-                model, optimizer, rollouts, mini_batch=args.mini_batch, epochs=args.ppo_epochs,
-                temperature=args.temperature, clip_low=args.clip, clip_high=args.clip,
-                kl=0.0 if supervised else args.kl, ref_model=reference, supervised=supervised,
-                micro_tokens=args.micro_tokens, generator=generator,
+                model, optimizer, rollouts, mini_batch=args.mini_batch, epochs=args.ppo_epochs, aggregation=args.loss,
+                temperature=args.temperature, clip_low=args.clip, clip_high=args.clip_high or args.clip,
+                dual_clip=args.dual_clip or None, kl=0.0 if supervised else args.kl, ref_model=reference,
+                supervised=supervised, micro_tokens=args.micro_tokens, generator=generator,
             )
             seconds, sampled = time.time() - began, metrics["prompts"] * args.answers * metrics["answer_tokens"]
             metrics |= {"step": step + 1, "tokens_per_second": sampled / seconds, "seconds": seconds}
@@ -450,6 +492,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
                 f"cut {metrics['truncated']:.0%}, KL {metrics['ref_kl']:.3f}"
             )
             progress.update()
+            clock.propose("train", progress)
     merge_lora(model)
     save_model(out / "model", model, tokenizer)
 
@@ -469,7 +512,7 @@ def experience(model, tokenizer, problems, groups, step: int, args: Args, genera
         chosen = pick(problems, step, args)
         rollouts, candidates = draw_programs(model, tokenizer, chosen, args.answers, args, generator, pool)
         for rollout, own in zip(rollouts, candidates):
-            rollout.rewards = torch.tensor([float(c.correct) for c in own])
+            rollout.rewards = torch.tensor([float(c.label) for c in own])
         without = [c.code is None for own in candidates for c in own]
         return rollouts, describe_rollouts(rollouts) | {"malformed": mean(without)}
     if mode == "rank-onpolicy":
@@ -479,14 +522,15 @@ def experience(model, tokenizer, problems, groups, step: int, args: Args, genera
         batch = [group for group in batch if leaves_room(model, ranking_ids(tokenizer, group, args), args)][: args.batch]
     else:
         batch = pick(groups, step, args)
-    batch = [group.shuffled(args.seed, "train", step, i) for i, group in enumerate(batch)]
+    if args.shuffle:
+        batch = [group.shuffled(args.seed, "train", step, i) for i, group in enumerate(batch)]
     prompts = [ranking_ids(tokenizer, group, args) for group in batch]
     if mode == "sft":
         rollouts = teacher(batch, prompts, generator)
-        metrics = score_rollouts(tokenizer, batch, rollouts, "pairacc")
+        metrics = score_rollouts(tokenizer, batch, rollouts, "pairacc", args.parser)
         return [only_perfect(r) for r in rollouts], metrics
     rollouts = draw_answers(model, tokenizer, prompts, args.answers, args, generator)
-    return rollouts, score_rollouts(tokenizer, batch, rollouts, args.reward)
+    return rollouts, score_rollouts(tokenizer, batch, rollouts, args.reward, args.parser)
 
 
 def draw_answers(model, tokenizer, prompts: list[torch.Tensor], count: int, args: Args, generator):
@@ -510,10 +554,8 @@ def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: A
                   for p, own in zip(problems, texts)]
     tests = {problem.id: problem.tests for problem in problems}
     programs = list(dict.fromkeys((c.problem_id, c.code) for own in candidates for c in own if c.code is not None))
-    labels = ranks.spread(programs, lambda own: pool.label([(code, tests[name]) for name, code in own]))
-    passed = {program for program, correct in zip(programs, labels) if correct}
-    for c in sum(candidates, []):
-        c.correct = (c.problem_id, c.code) in passed
+    labels = ranks.spread(programs, lambda own: run_tests(pool, own, tests, args))
+    set_labels(sum(candidates, []), dict(zip(programs, labels)), args)
     return rollouts, candidates
 
 
@@ -578,7 +620,8 @@ def rank(model, tokenizer, groups: list[Group], args: Args, **sampling) -> list[
     return roll_out(model, tokenizer, [ranking_ids(tokenizer, group, args) for group in groups], args, **sampling)
 
 
-def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout], reward: str) -> dict[str, float]:
+def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout], reward: str,
+                   parser: str = "strict") -> dict[str, float]:
     """Sets the rewards of each rollout (paper 2.3); returns what to log about them.
 
     "constant" is what the answer 1, 2, ..., K would have earned, for comparison: a judge that always gives it has
@@ -586,7 +629,7 @@ def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout],
     """
     for group, rollout in zip(groups, rollouts):
         texts = [decode(tokenizer, rollout.prompt, answer) for answer in rollout.answers]
-        rollout.rewards = torch.tensor([rank_prompt.score(text, group.labels, reward) for text in texts])
+        rollout.rewards = torch.tensor([rank_prompt.score(text, group.labels, reward, parser) for text in texts])
     orders = [list(range(1, len(group.candidates) + 1)) for group in groups]
     constant = [rank_prompt.REWARDS[reward](order, group.labels) for order, group in zip(orders, groups)]
     malformed = [reward == rank_prompt.FORMAT_PENALTY for r in rollouts for reward in r.rewards.tolist()]
@@ -620,8 +663,8 @@ def draw(model, tokenizer, problems: list[Problem], args: Args, clock: Clock, *,
         seed=derive(args.seed, "evaluate"), journal=Journal(journals / f"{name}-samples.jsonl"), clock=clock,
         temperature=args.eval_temperature, top_p=args.top_p, top_k=args.top_k,
     )
-    label(problems, candidates, args, name=f"{name}: label", journal=Journal(journals / f"{name}-labels.jsonl"),
-          clock=clock)
+    label(problems, candidates, replace(args, labels="binary"), name=f"{name}: label",
+          journal=Journal(journals / f"{name}-labels.jsonl"), clock=clock)
     by_problem = defaultdict(list)
     for candidate in candidates:
         by_problem[candidate.problem_id].append(candidate)
@@ -642,6 +685,8 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
         shuffled = group.shuffled(args.seed, "judge", i)
         shown.append(Group(group.problem, [c for c in shuffled.candidates if c.code is not None]))
     fits = [len(s.candidates) > 1 and leaves_room(model, ranking_ids(tokenizer, s, args), args) for s in shown]
+    if any(fits):
+        show_first(out, "rankings", tokenizer, ranking_ids(tokenizer, shown[fits.index(True)], args))
 
     def judge_chunk(chunk: range) -> dict[str, str]:
         fitting = [i for i in chunk if fits[i]]
@@ -660,7 +705,7 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
     judged = []
     for i, (group, seen) in enumerate(zip(groups, shown)):
         answer, k = journal.done.get(str(i), ""), len(seen.candidates)
-        ranking = rank_prompt.parse_ranking(answer, k)
+        ranking = rank_prompt.READERS[args.parser](answer, k)
         ordered = [seen.candidates[index - 1] for index in ranking or range(1, k + 1)]
         ordered += [c for c in group.candidates if c.code is None]
         judged.append(Judged(seen, ordered, answer, malformed=ranking is None and k > 1))
@@ -692,32 +737,32 @@ def judge_all(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *
 
 def run(args: Args) -> None:
     """The method, stage by stage. Each stage keeps a journal below out/, so each goes on where it was stopped."""
-    problems = [] if args.eval_only else load_problems(args.train)[: args.limit or None]
-    held_out = load_problems(args.eval)
-    if args.eval_limit:
-        count = min(args.eval_limit, len(held_out))
-        held_out = [held_out[i * len(held_out) // count] for i in range(count)]
-    for option in ("init", "teacher"):
+    for option in ("model", "init", "teacher", "rank_with"):
         if getattr(args, option):
-            load_config(model_folder(getattr(args, option)), f"--{option}")
+            load_config(model_folder(getattr(args, option)), f"--{option.replace('_', '-')}")
+    problems, held_out = problems_of(args)
     out, before = ranks.on_first(lambda: find_run(args))
     optimizer, checkpointing, needs = fit(args, before, problems + held_out)
     args = replace(args, optimizer=optimizer)
-    model, tokenizer = load_model(args.model, optimizer=optimizer, shard=args.shard, device=args.device)
+    loading = dict(optimizer=optimizer, shard=args.shard, device=args.device)
+    model, tokenizer = load_model(args.model, **loading, effort="" if args.rank_with else args.reasoning_effort)
     if checkpointing:
         checkpoint_layers(model)
     open_run(out, before, args, problems, held_out)
     clock = plan(problems, held_out, args, out, needs)
+    show_first(out, "programs", tokenizer, program_ids(tokenizer, (problems or held_out)[0], args))
     ranking = args.mode in ("rank", "sft") and not args.eval_only
     groups = base_groups(model, tokenizer, problems, args, clock, out) if ranking else []
     if not ranking and not args.eval_only:
         problems = without_long_ones(model, tokenizer, problems, args)
     drawn = draw(model, tokenizer, held_out, args, clock, name="base", out=out)
+    if args.rank_with:
+        model, tokenizer = load_model(model_folder(args.rank_with), **loading, effort=args.reasoning_effort)
     rows, finals = {}, {}
     rows["base"], finals["base"] = judge_all(model, tokenizer, drawn, args, clock, name="base", out=out)
     if not args.eval_only:
         if args.init:
-            model, _ = load_model(model_folder(args.init), optimizer=optimizer, shard=args.shard, device=args.device)
+            model, _ = load_model(model_folder(args.init), **loading)
         train(model, tokenizer, problems, groups, args, clock, out)
         rows["trained_judge"], finals["trained_judge"] = judge_all(
             model, tokenizer, drawn, args, clock, name="judge", out=out

@@ -2,11 +2,12 @@
 
 The text side of DuST, without a model or a tensor in it: two prompts (write a program, rank K programs), two readers
 (the program in an answer, the ranking in an answer) and three rewards (paper 2.3). Everything here is a pure function
-of its arguments, so that each can be tried by hand.
+of its arguments, so that each can be tried by hand. Answers come with their thinking part between <think> and
+</think>, whatever the model's family calls it: data/chat.py sees to that.
 
 The readers are strict on purpose. A lenient parser pays for nonsense: one that takes the first K numbers it meets
 reads "Candidate 1 fails on n=2 but 3 and 4 are fine. Ranking: 4, 3, 2, 1" as 1, 2, 3, 4, and training then rewards
-the model for something it did not say.
+the model for something it did not say. The authors' release has one; --parser lenient is there to compare.
 """
 import math
 import re
@@ -90,16 +91,32 @@ def parse_ranking(answer: str, k: int) -> list[int] | None:
     return ranking if sorted(ranking) == list(range(1, k + 1)) else None
 
 
+def lenient_ranking(answer: str, k: int) -> list[int] | None:
+    """The ranking as the authors' release reads it: the first k different numbers from 1 to k, wherever they stand.
+
+    Repeated and larger numbers are skipped, and a thinking part counts where it was not closed. None only where fewer
+    than k such numbers are there. For comparison (--parser lenient): it reads rankings that nobody gave.
+    """
+    rest = answer.rpartition("</think>")[2]
+    numbers = [int(number) for number in re.findall(r"[0-9]+", rest) if len(number) < 10]
+    ranking = list(dict.fromkeys(number for number in numbers if 1 <= number <= k))
+    return ranking if len(ranking) == k else None
+
+
+READERS = {"strict": parse_ranking, "lenient": lenient_ranking}
+
 # ------------------------------------------------------------------------------------------------- the three rewards
 # All three take a ranking (1-based indices, best first) and the labels in the order in which the candidates stood in
-# the prompt, and return a number from 0 to 1.
+# the prompt, and return a number from 0 to 1. A label is 0 or 1, or, as in the release, the share of its tests that a
+# program passes (--labels fractional); then any two different shares are a pair.
 
 
-def pair_accuracy(ranking: list[int], labels: list[int]) -> float:
+def pair_accuracy(ranking: list[int], labels: list[float]) -> float:
     """The share of (correct, incorrect) pairs in which the correct one comes earlier (paper 2.3; the default reward).
 
-    n+ * n- comparisons; equal labels are not compared. Raises ValueError for a group that is not mixed: without a
-    pair there is nothing to be right about, and a made-up 0 or 1 would be a reward for nothing.
+    n+ * n- comparisons; equal labels are not compared. With shares as labels the pairs are (better, worse). Raises
+    ValueError for a group that is not mixed: without a pair there is nothing to be right about, and a made-up 0 or 1
+    would be a reward for nothing.
     """
     ordered = [labels[index - 1] for index in ranking]
     pairs = [(first, second) for i, first in enumerate(ordered) for second in ordered[i + 1 :] if first != second]
@@ -108,44 +125,43 @@ def pair_accuracy(ranking: list[int], labels: list[int]) -> float:
     return sum(first > second for first, second in pairs) / len(pairs)
 
 
-def ndcg(ranking: list[int], labels: list[int]) -> float:
+def ndcg(ranking: list[int], labels: list[float]) -> float:
     """Normalised discounted cumulative gain (paper 2.3): gain 2^y - 1, discount log2(position + 1), over the ideal.
 
     0.0 when no candidate is correct, as the paper's averages over all groups imply; 1.0 when all are.
     """
     ordered = [labels[index - 1] for index in ranking]
 
-    def dcg(values: list[int]) -> float:
-        return sum((2**y - 1) / math.log2(position + 1) for position, y in enumerate(values, 1))
-
     ideal = dcg(sorted(ordered, reverse=True))
     return dcg(ordered) / ideal if ideal else 0.0
 
 
-def random_ndcg(labels: list[int]) -> float:
+def dcg(ordered: list[float]) -> float:
+    return sum((2**y - 1) / math.log2(position + 1) for position, y in enumerate(ordered, 1))
+
+
+def random_ndcg(labels: list[float]) -> float:
     """The mean NDCG of a random order of these labels: what a judge that knows nothing scores.
 
-    Each position holds a correct candidate with probability n+/K, so no enumeration of orders is needed.
+    Each position holds each candidate with probability 1/K, so no enumeration of orders is needed.
     """
-    k, correct = len(labels), sum(labels)
-    if not correct:
-        return 0.0
-    discounts = [1 / math.log2(position + 1) for position in range(1, k + 1)]
-    return correct / k * sum(discounts) / sum(discounts[:correct])
+    ideal = dcg(sorted(labels, reverse=True))
+    gain = sum(2**y - 1 for y in labels) / len(labels)
+    return gain * dcg([1] * len(labels)) / ideal if ideal else 0.0
 
 
-def selection(ranking: list[int], labels: list[int]) -> float:
-    """1.0 if the top-ranked candidate is correct, else 0.0 (paper 2.3)."""
+def selection(ranking: list[int], labels: list[float]) -> float:
+    """1.0 if the top-ranked candidate is correct, else 0.0 (paper 2.3); with shares as labels, its share."""
     return float(labels[ranking[0] - 1])
 
 
 REWARDS = {"pairacc": pair_accuracy, "ndcg": ndcg, "selection": selection}
 
 
-def score(answer: str, labels: list[int], reward: str = "pairacc") -> float:
+def score(answer: str, labels: list[float], reward: str = "pairacc", parser: str = "strict") -> float:
     """The reward of one ranking answer (paper 2.3): agreement with execution, or FORMAT_PENALTY if malformed.
 
-    labels: 0 or 1 for each candidate, in the order in which the prompt showed them. reward: a key of REWARDS.
+    labels: of each candidate, in the order in which the prompt showed them. reward, parser: keys of REWARDS, READERS.
     """
-    ranking = parse_ranking(answer, len(labels))
+    ranking = READERS[parser](answer, len(labels))
     return FORMAT_PENALTY if ranking is None else REWARDS[reward](ranking, labels)

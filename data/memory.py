@@ -32,18 +32,23 @@ class Shape:
     parameters: int
     layers: int
     hidden: int
-    inner: int  # width of the MLP
+    inner: int  # width of the MLP; of all experts together that one token meets
     heads: int
     kv_heads: int
     head_dim: int
     vocab: int
     context: int
+    routed: int = 0  # experts that one token meets; 0: no mixture of experts
 
     @property
     def adapted(self) -> int:
-        """Weights of LoRA adapters of rank 1, on every linear layer but the head: inputs + outputs of each."""
+        """Weights of LoRA adapters of rank 1, on every linear layer but the head: inputs + outputs of each.
+
+        Experts have none; see add_lora in model.py.
+        """
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return self.layers * ((self.hidden + queries) * 2 + (self.hidden + keys) * 2 + (self.hidden + self.inner) * 3)
+        mlp = 0 if self.routed else (self.hidden + self.inner) * 3
+        return self.layers * ((self.hidden + queries) * 2 + (self.hidden + keys) * 2 + mlp)
 
 
 def shape_of(config) -> Shape:
@@ -60,10 +65,12 @@ def shape_of(config) -> Shape:
         raise BadInput(f"--model {config.name_or_path} does not load: {first_line(error)}") from None
     text = config.get_text_config()
     heads, hidden = getattr(text, "num_attention_heads", None) or 1, text.hidden_size
+    routed = getattr(text, "num_experts_per_tok", None) or 0
+    inner = (routed and getattr(text, "moe_intermediate_size", None)) or getattr(text, "intermediate_size", None)
     return Shape(
-        parameters, text.num_hidden_layers, hidden, getattr(text, "intermediate_size", None) or 4 * hidden, heads,
+        parameters, text.num_hidden_layers, hidden, (inner or 4 * hidden) * max(routed, 1), heads,
         getattr(text, "num_key_value_heads", None) or heads, getattr(text, "head_dim", None) or hidden // heads,
-        text.vocab_size, getattr(text, "max_position_embeddings", None) or 2**31,
+        text.vocab_size, getattr(text, "max_position_embeddings", None) or 2**31, routed,
     )
 
 
@@ -98,10 +105,12 @@ def expected(
 def activations(shape: Shape, tokens: int, compute: int, checkpointing: bool) -> float:
     """Bytes kept for the backward pass of one training forward over so many tokens.
 
-    What a layer keeps of a token was counted on small Qwen3 models (by saved tensors; a test does it again). With
-    checkpointing each layer keeps its input, and one layer at a time has all the rest. The head works in blocks.
+    What a layer keeps of a token was counted on small models of Qwen3, its MoE and GPT-OSS (by saved tensors; tests do
+    it again); each expert that a token meets keeps two more copies of its hidden state. With checkpointing each layer
+    keeps its input, and one layer at a time has all the rest. The head works in blocks.
     """
-    a_layer = 8 * shape.hidden + 4 * shape.inner + (5 * shape.heads + 10 * shape.kv_heads) * shape.head_dim
+    of_heads = (5 * shape.heads + 10 * shape.kv_heads) * shape.head_dim
+    a_layer = (8 + 2 * shape.routed) * shape.hidden + 4 * shape.inner + of_heads
     kept = shape.layers * shape.hidden + a_layer if checkpointing else shape.layers * a_layer
     return tokens * kept * compute + min(tokens * shape.vocab, HEAD_BLOCK) * 12  # logits, log-probs, one more in fp32
 

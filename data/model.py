@@ -11,18 +11,53 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from data import BadInput, ranks
+from data.chat import check_template
 
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
+SHORT_NAMES = {  # the paper's models, and Qwen3's small ones
+    "Qwen3-0.6B": "Qwen/Qwen3-0.6B",
+    "Qwen3-1.7B": "Qwen/Qwen3-1.7B",
+    "Qwen3-4B": "Qwen/Qwen3-4B",
+    "Qwen3-8B": "Qwen/Qwen3-8B",
+    "Qwen3-4B-Thinking": "Qwen/Qwen3-4B-Thinking-2507",
+    "Qwen3-4B-Instruct": "Qwen/Qwen3-4B-Instruct-2507",
+    "Qwen3-30B-Thinking": "Qwen/Qwen3-30B-A3B-Thinking-2507",
+    "Qwen3-30B-Instruct": "Qwen/Qwen3-30B-A3B-Instruct-2507",
+    "GPT-OSS-20B": "openai/gpt-oss-20b",
+}
+
+
+def full_name(name: str) -> str:
+    """A short name, or the last part of its model's, as the model's name on the Hub; all else, folders first, as it is.
+    """
+    known = {short.lower(): hub for short, hub in SHORT_NAMES.items()}
+    known |= {hub.rpartition("/")[2].lower(): hub for hub in SHORT_NAMES.values()}
+    return name if Path(name).is_dir() else known.get(name.lower(), name)
+
+
 def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def refused(option: str, name: str, error: Exception) -> BadInput:
+    """What to say of a model that cannot be had; of a gated one transformers says it in ten lines."""
+    from huggingface_hub.errors import GatedRepoError
+
+    cause = error
+    while cause and not isinstance(cause, GatedRepoError):
+        cause = cause.__cause__
+    if cause:
+        return BadInput(f"{option} {name} is gated: accept its licence at https://huggingface.co/{name}, "
+                        "then `hf auth login`")
+    return BadInput(f"{option} {name} does not load: {first_line(error)}")
 
 
 def load_config(name: str, option: str = "--model"):
     """(the configuration of a model folder or a model on the Hub, whether it is on this machine already)."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -36,6 +71,8 @@ def load_config(name: str, option: str = "--model"):
         local = False
         try:  # one quick question, for transformers itself would try for half a minute
             HfApi().model_info(name, timeout=5)
+        except GatedRepoError as error:  # which is a RepositoryNotFoundError too
+            raise refused(option, name, error) from None
         except RepositoryNotFoundError:
             raise BadInput(f"{option} {name}: no such folder, and no such model on the Hub") from None
         except Exception:
@@ -46,7 +83,24 @@ def load_config(name: str, option: str = "--model"):
     try:
         return AutoConfig.from_pretrained(name, local_files_only=local), local
     except Exception as error:
-        raise BadInput(f"{option} {name} does not load: {first_line(error)}") from None
+        raise refused(option, name, error) from None
+
+
+def plain_weights(name: str, config) -> dict:
+    """What from_pretrained has to be told so that quantised weights become ordinary numbers, which can be trained.
+
+    Raises BadInput for a format that transformers does not undo.
+    """
+    from transformers import Mxfp4Config
+
+    how = getattr(config, "quantization_config", None)
+    method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
+    if not how:
+        return {}
+    if method != "mxfp4":  # GPT-OSS's
+        raise BadInput(f"--model {name}: its weights are quantised ({method}) and cannot be trained; give the model "
+                       "that they were made from")
+    return {"quantization_config": Mxfp4Config(dequantize=True)}
 
 
 def eos_ids(model, tokenizer) -> list[int]:
@@ -56,26 +110,42 @@ def eos_ids(model, tokenizer) -> list[int]:
     return sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
 
 
-def load_model(name: str, *, optimizer: str, shard: bool, device: str):
-    """(model, tokenizer); the weights in fp32 or bf16 as the optimiser wants them (see make_optimizer)."""
+def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: str = ""):
+    """(model, tokenizer); the weights in fp32 or bf16 as the optimiser wants them (see make_optimizer).
+
+    effort: --reasoning-effort, which the chat template then has to know.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _, local = load_config(name)
+    config, local = load_config(name)
     # a shard is its own fp32 master: the forward casts what it has gathered
     dtype = torch.float32 if optimizer == "fp32" or (shard and optimizer == "masters") else torch.bfloat16
+    settings = {"dtype": dtype} | plain_weights(name, config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-        model = AutoModelForCausalLM.from_pretrained(name, local_files_only=local, dtype=dtype)
+        tokenizer = from_hub(AutoTokenizer, name, local)
+        if not tokenizer("x y 1").input_ids:
+            raise BadInput(f"--model {name}: its tokenizer is empty")
+        check_template(tokenizer, name, effort)
+        model = from_hub(AutoModelForCausalLM, name, local, **settings)
+    except BadInput:
+        raise
     except Exception as error:  # three libraries, each with exceptions of its own
-        raise BadInput(f"--model {name} does not load: {first_line(error)}") from None
-    if not tokenizer("x y 1").input_ids or not eos_ids(model, tokenizer):
-        raise BadInput(f"--model {name}: its tokenizer is empty, or nothing names an end-of-text token")
-    if not tokenizer.chat_template:
-        tqdm.write(f"{name} has no chat template: the prompt is given as plain text")
-        tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
+        raise refused("--model", name, error) from None
+    if not eos_ids(model, tokenizer):
+        raise BadInput(f"--model {name}: nothing names an end-of-text token")
     if shard:
         shard_model(model, torch.float32 if optimizer == "fp32" else torch.bfloat16, device)
     return model.to(device).eval(), tokenizer
+
+
+def from_hub(kind, name: str, local: bool, **settings):
+    """from_pretrained; what was stopped while it was downloaded has a configuration here, and its weights not yet."""
+    try:
+        return kind.from_pretrained(name, local_files_only=local, **settings)
+    except OSError:
+        if not local or Path(name).is_dir():
+            raise
+        return kind.from_pretrained(name, **settings)
 
 
 def checkpoint_layers(model) -> None:
@@ -147,11 +217,16 @@ def sharded(value, like: torch.Tensor):
 
 
 def add_lora(model, rank: int, seed: int) -> None:
-    """Trainable fp32 adapters of this rank on every linear layer but the head (package peft); the rest is frozen."""
+    """Trainable fp32 adapters of this rank on every linear layer but the head (package peft); the rest is frozen.
+
+    The experts of a mixture are no layers of their own, and stay: peft would make whole copies of them in each forward.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
+    head = model.get_output_embeddings()
+    layers = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
     torch.manual_seed(seed)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), model)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers), model)
     for p in model.parameters():
         p.data = p.data.float() if p.requires_grad else p.data
 
@@ -184,7 +259,7 @@ def merge_lora(model) -> None:
 
 
 class SmallStepAdam(torch.optim.Optimizer):
-    """Adam for bf16 weights that does not lose small steps. (DuST uses no weight decay, so AdamW is the same.)
+    """AdamW for bf16 weights that does not lose small steps.
 
     A bf16 number has 8 significant bits: a weight of 0.02 at a learning rate of 1e-6 is moved by far less than half its
     last bit, so that plain bf16 AdamW leaves 98 % of the weights where they are. keep says what is remembered of each
@@ -194,8 +269,8 @@ class SmallStepAdam(torch.optim.Optimizer):
         "kahan"    what rounding has taken away so far, in bf16: together about 16 significant bits   10 bytes
     """
 
-    def __init__(self, parameters, lr: float, keep: str, betas=(0.9, 0.999), eps: float = 1e-8):
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
+    def __init__(self, parameters, lr: float, keep: str, weight_decay: float = 0.0, betas=(0.9, 0.999), eps=1e-8):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
         self.keep = keep
 
     @torch.no_grad()
@@ -214,6 +289,9 @@ class SmallStepAdam(torch.optim.Optimizer):
                 v = state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
                 scale = (v / (1 - beta2 ** state["step"])).sqrt_().add_(eps)
                 change = (m / scale).mul_(-lr / (1 - beta1 ** state["step"]))
+                if group["weight_decay"]:
+                    weight = state["kept"] if self.keep == "masters" else p.float()
+                    change.sub_(weight, alpha=lr * group["weight_decay"])
                 if self.keep == "masters":
                     p.copy_(state["kept"].add_(change))
                 else:
@@ -230,13 +308,19 @@ class SmallStepAdam(torch.optim.Optimizer):
             self.state[p] = {k: v.to(p.device) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
 
-def make_optimizer(model, kind: str, lr: float) -> torch.optim.Optimizer:
+def make_optimizer(model, kind: str, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """torch's AdamW where the trained weights are fp32, as LoRA's and shards (--shard) may be; else what kind keeps."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if all(p.dtype == torch.float32 for p in parameters):
         fused = True if parameters[0].is_cuda else None  # there the plain one makes temporaries as large as the model
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=fused)
-    return SmallStepAdam(parameters, lr, kind)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+    return SmallStepAdam(parameters, lr, kind, weight_decay)
+
+
+def warm_up(optimizer, lr: float, step: int, steps: int) -> None:
+    """Sets the learning rate of a step, counted from 0: over the first `steps` it grows evenly, a resumed run's too."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1.0, (step + 1) / max(steps, 1))
 
 
 # -------------------------------------------------------------------------------------------------------------- files

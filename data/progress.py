@@ -44,16 +44,23 @@ class Journal:
         self.done.update(new)
 
 
-class Clock:
-    """How long the run will still take, from what this process has done: work is counted in sampled answers."""
+DAY = 86_400.0  # seconds; a run of more is told how to become shorter
 
-    def __init__(self, work: dict[str, float]):
+
+class Clock:
+    """How long the run will still take, from what this process has done: work is counted in sampled answers.
+
+    smaller: for each stage the settings that its work is proportional to, as in {"sample": {"--limit": 500}}.
+    """
+
+    def __init__(self, work: dict[str, float], smaller: dict[str, dict[str, int]] | None = None):
+        self.smaller, self.longest = smaller or {}, max(work, key=work.get, default="")
         self.left, self.done, self.seconds, self.began = dict(work), 0.0, {}, time.time()
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, found: int = 0):
         """The progress bar of a stage of `total` units, `found` of them done by a process before this one."""
-        began = time.time()
+        began = self.stage_began = time.time()
         with tqdm(total=total, initial=found, desc=f"{name:<24}", unit="", dynamic_ncols=True, mininterval=0.5,
                   disable=ranks.rank() > 0) as progress:
             yield progress
@@ -62,3 +69,18 @@ class Clock:
         if self.left and self.done:
             rest = (time.time() - self.began) / self.done * sum(self.left.values())
             tqdm.write(f"  {name}: {self.seconds[name]:.0f} s; about {max(rest / 60, 0.1):.1f} min to go")
+
+    def propose(self, name: str, progress) -> None:
+        """After the first batch of the longest stage: a line with smaller settings where a run takes over a day.
+
+        progress: the bar of that stage. Its own speed counts, and the rest of the run is taken to be as fast.
+        """
+        share = (progress.n - progress.initial) / max(progress.total, 1)
+        if name != self.longest or not share:
+            return
+        self.longest, work = "", self.left[name]  # said once
+        left = sum(self.left.values()) - work * progress.n / progress.total
+        rest = (time.time() - self.stage_began) / (share * work) * left
+        if rest > DAY:
+            options = [f"{option} {max(1, int(value * DAY / rest))}" for option, value in self.smaller[name].items()]
+            tqdm.write(f"  about {rest / DAY:.1f} days to go; a run of about a day is one with {' or '.join(options)}")

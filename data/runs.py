@@ -6,12 +6,37 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from data import BadInput, Problem, derive, memory, ranks, write_whole
+from tqdm import tqdm
+
+from data import BadInput, Problem, derive, load_problems, memory, ranks, without_overlap, write_whole
 from data.model import load_config
 from data.progress import Clock
 from data.report import EVAL_CANDIDATES
 
 NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick"}
+
+
+def problems_of(args) -> tuple[list[Problem], list[Problem]]:
+    """The problems of --train, none with --eval-only, and those of --eval.
+
+    A training problem that also stands in --eval is left out, and counted: a gain on what was trained on is none. Only
+    where both options name the same file nothing is, for whoever does that wants to see it learn by heart.
+    """
+    held_out = load_problems(args.eval)
+    if args.eval_only:
+        problems = []
+    elif args.train == args.eval:
+        problems = load_problems(args.train)
+        tqdm.write(f"--train and --eval are the same, {args.train}: what is measured was trained on")
+    else:
+        problems, removed = without_overlap(load_problems(args.train), held_out)
+        if removed:
+            tqdm.write(f"{removed} of {removed + len(problems)} problems of --train left out: they stand in --eval too")
+        if not problems:
+            raise BadInput(f"every problem of --train {args.train} stands in --eval {args.eval} too: use others")
+    count = min(args.eval_limit or len(held_out), len(held_out))
+    spread = [held_out[i * len(held_out) // count] for i in range(count)]
+    return problems[: args.limit or None], spread
 
 
 def find_run(args) -> tuple[Path, dict]:
@@ -102,4 +127,8 @@ def plan(problems: list[Problem], held_out: list[Problem], args, out: Path, need
     if ranks.world() > 1:
         print(f"  ranks    {ranks.world()}, each with its share of every stage")
     print(f"  evaluate {len(held_out)} problems x {args.repeats} x {EVAL_CANDIDATES} candidates, {times}", flush=True)
-    return Clock(work)
+    longest = {"--max-new-tokens": args.max_new_tokens}
+    evaluation = {"--eval-limit": len(held_out), "--repeats": args.repeats} | longest
+    smaller = {"sample": {"--limit": len(problems), "--candidates": args.candidates} | longest,
+               "train": {"--steps": args.steps, "--batch": args.batch} | longest}
+    return Clock(work, {name: smaller.get(name, evaluation) for name in work})

@@ -292,9 +292,10 @@ def test_an_unknown_model_is_one_line_and_at_once(tmp_path, capsys, name, monkey
 
 
 def test_a_folder_that_is_no_model_is_one_line(tmp_path, capsys):
-    assert "does not load" in error_of(capsys, "--model", tmp_path, "--out", tmp_path / "run")
+    command = ["--model", tmp_path, "--preset", "laptop", "--out", tmp_path / "run"]
+    assert "does not load" in error_of(capsys, *command)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    assert "does not load" in error_of(capsys, "--model", tmp_path, "--out", tmp_path / "run")
+    assert "does not load" in error_of(capsys, *command)
 
 
 @pytest.mark.parametrize(
@@ -341,8 +342,9 @@ def test_problems_too_long_for_the_context_are_counted_and_not_solved(llama, tmp
 
 def test_a_group_too_long_to_rank_is_left_out_and_counted(llama, tmp_path, capsys, monkeypatch):
     """Found in the middle of training it would end the run, with settings that --resume may not change."""
-    real, seen = dust.fits_context, []
-    monkeypatch.setattr(dust, "fits_context", lambda *a: (seen.append(a), len(seen) > 2 and real(*a))[1])
+    real, seen = dust.ranking_ids, []
+    long = torch.zeros(1000, dtype=torch.long)  # the prompts of the first two groups, longer than any context
+    monkeypatch.setattr(dust, "ranking_ids", lambda *a: (seen.append(a), long if len(seen) < 3 else real(*a))[1])
     assert run_dust(*llama["arguments"], "--out", tmp_path / "run") == 0
     assert "2 groups left out" in capsys.readouterr().out
 
