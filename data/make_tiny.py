@@ -25,8 +25,8 @@ Two variants, made when a study needs them by training the shipped model a littl
   is written.
 - clumsy: the accepted program is not always the one that a *generation* document then writes (MISCOPY). So a step
   that only generation has is not mastered.
-Whoever compares them with the shipped model should also train that one further on its own documents, under another
-seed (--base plain --init data/tiny --seed 1): the additional training alone teaches it something.
+To compare them with the shipped model, train that one further too, on documents of its own kind that it has not
+seen (--base plain --init data/tiny --seed 1): more training alone teaches it something.
 
 Evaluation problems are kept apart by a hash of the statement (words and example): pretraining, training, validation
 and evaluation each draw from their own share. One fifth of the word orders occurs in evaluation only.
@@ -186,10 +186,7 @@ def answer_with(program: tuple) -> str:
 
 
 def trace(rng: random.Random, problem: MicroProblem, program: tuple, in_digits: bool = False) -> tuple[str, bool]:
-    """One execution in mind, with the digits compared and a careless verdict. Returns (text, accepted).
-
-    in_digits: the other notation, for the same decisions.
-    """
+    """One execution in mind, with the digits compared and a careless verdict. Returns (text, accepted)."""
     after, arrow = states(program, problem.given), ":" if in_digits else " ->"
     if rng.random() < STEP_BY_STEP:
         text = "".join(f"\n{line}{arrow}{write(state)}" for line, state in zip(program[:2], after)) + f"\n{program[2]}"
@@ -205,9 +202,7 @@ def trace(rng: random.Random, problem: MicroProblem, program: tuple, in_digits: 
     return text, accepted
 
 
-def generation_document(
-    rng: random.Random, problem: MicroProblem, thinking: bool, miscopy: float = 0.0
-) -> tuple[str, str]:
+def generation_document(rng, problem: MicroProblem, thinking: bool, miscopy: float = 0.0) -> tuple[str, str]:
     """(prompt, answer): attempts in random order until one is accepted; after the last one, a guess not tried yet.
 
     miscopy: how often another of the eight programs is written in place of the accepted one.
@@ -229,9 +224,7 @@ def generation_document(
     return prompt, f"<think>{thought}\n</think>\n\n{answer_with(program)}"
 
 
-def ranking_document(
-    rng: random.Random, problem: MicroProblem, thinking: bool, in_digits: bool = False
-) -> tuple[str, str]:
+def ranking_document(rng, problem: MicroProblem, thinking: bool, in_digits: bool = False) -> tuple[str, str]:
     """(prompt, answer): four candidates as a model might have written them; the accepted ones come first."""
     candidates = []
     for _ in range(4):
@@ -351,14 +344,13 @@ def make_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
 
 def load_init(folder: Path, tokenizer) -> Qwen3ForCausalLM:
     """The model to go on from. Raises BadInput if the folder does not load or has another tokenizer."""
-    if not (folder / "config.json").is_file():
-        raise BadInput(f"--init {folder}: not the folder of a model")
     try:
-        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+        known = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+        model = Qwen3ForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     except Exception as error:  # three libraries, each with exceptions of its own
-        raise BadInput(f"--init {folder} does not load: {str(error).splitlines()[0]}") from None
-    if vocabulary != tokenizer.get_vocab():
+        reason = str(error).split("\n")[0]
+        raise BadInput(f"--init {folder} does not load: {reason}") from None
+    if known != tokenizer.get_vocab():
         raise BadInput(f"--init {folder}: its tokenizer is not the micro-lab's")
     return model
 
@@ -385,14 +377,15 @@ def answer_loss(model, pairs: list[tuple[list, list]]) -> torch.Tensor:
     return F.cross_entropy(model.lm_head(hidden[live]), ids[:, 1:][live], reduction="sum")
 
 
-def pretrain(model, tokenizer, out: Path, *, base: str, seed: int, steps: int, batch: int, lr: float) -> None:
+def pretrain(model, tokenizer, out: Path, settings: dict) -> None:
     """AdamW with warm-up and cosine decay; saves every 250 steps and goes on from there when called again.
 
-    Raises BadInput if what is saved in out was trained otherwise: a finished other base would be taken for this one.
+    settings: base, init, seed, steps, batch (documents a step), lr. Raises BadInput if what is saved in out was
+    trained with others: a finished other base would be taken for this one.
     """
+    base, seed, steps, batch, lr = (settings[name] for name in ("base", "seed", "steps", "batch", "lr"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     saved, step = out / "pretraining.pt", 0
-    settings = {"base": base, "seed": seed, "steps": steps, "batch": batch, "lr": lr}
     if saved.exists():
         state = torch.load(saved)
         if state.get("settings") != settings:
@@ -467,15 +460,12 @@ def read_attempts(answer: str) -> list[Attempt]:
         if len(program) != 3 or not set(program) <= set(LINES):
             continue
         check = lines[-1].removeprefix(program[-1])
-        if found := IN_WORDS.fullmatch(check):
-            result, marks = found.groups()[0:6:2], found.groups()[1:6:2]
-        elif found := IN_DIGITS.fullmatch(check):
-            result, marks = found.groups()[0:3], found.groups()[3:6]
-        else:
+        if not (found := IN_WORDS.fullmatch(check) or IN_DIGITS.fullmatch(check)):
             continue
-        same, accepted = [mark in ("same", "1") for mark in marks], found[7] in ("yes", "1")
-        step_by_step, in_digits = lines[0] != program[0], found.re is IN_DIGITS
-        attempts.append(Attempt(program, tuple(map(int, result)), step_by_step, same, accepted, in_digits))
+        in_digits, (*signs, verdict) = found.re is IN_DIGITS, found.groups()
+        result, marks = (signs[:3], signs[3:]) if in_digits else (signs[::2], signs[1::2])
+        same, accepted = [mark in ("same", "1") for mark in marks], verdict in ("yes", "1")
+        attempts.append(Attempt(program, tuple(map(int, result)), lines[0] != program[0], same, accepted, in_digits))
     return attempts
 
 
@@ -594,21 +584,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", choices=BASES, default="plain", help="the shipped model, or a variant made from it")
     parser.add_argument("--init", type=Path, help="model folder to go on from (default: none; a variant's: data/tiny)")
-    parser.add_argument("--out", type=Path, help="default: data/tiny; with --init runs/bases/BASE")
-    parser.add_argument("--work", type=Path, help="where unfinished pretraining is kept (default: runs/...)")
+    parser.add_argument("--out", type=Path, default=DATA / "tiny", help="folder of the model (or runs/bases/BASE)")
+    parser.add_argument("--work", type=Path, default=Path("runs/make_tiny"), help="where unfinished training is kept")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help=f"default: {STEPS}; with --init {MORE_STEPS}")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"(default: {STEPS}; with --init {MORE_STEPS})")
     parser.add_argument("--batch", type=int, default=BATCH, help="documents a step")
-    parser.add_argument("--lr", type=float, help=f"default: {LR}; with --init {MORE_LR}")
+    parser.add_argument("--lr", type=float, default=LR, help=f"(default: {LR}; with --init {MORE_LR})")
     parser.add_argument("--problems", action="store_true", help="write the problem files and stop")
     args = parser.parse_args(arguments)
-    if args.base != "plain":
-        args.init = args.init or DATA / "tiny"
-    out, work, steps, lr = DATA / "tiny", Path("runs/make_tiny"), STEPS, LR
-    if args.init:
-        out, work, steps, lr = Path("runs/bases", args.base), Path(f"runs/bases/{args.base}-work"), MORE_STEPS, MORE_LR
-    args.out, args.work = args.out or out, args.work or work
-    args.steps, args.lr = args.steps or steps, args.lr or lr
+    if args.init or args.base != "plain":
+        out = Path("runs/bases", args.base)
+        work = out.with_name(f"{args.base}-work")
+        parser.set_defaults(init=DATA / "tiny", out=out, work=work, steps=MORE_STEPS, lr=MORE_LR)
+        args = parser.parse_args(arguments)
     if args.init and args.out.resolve() in (args.init.resolve(), (DATA / "tiny").resolve()):
         raise BadInput(f"--out {args.out} would overwrite the model that this one is made from, or the shipped one")
     return args
@@ -617,15 +605,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     try:
         args = parse_arguments()
-        if args.base == "plain":
+        if args.base == "plain" or args.problems:
             make_problems()
         if args.problems:
             return 0
         tokenizer = make_tokenizer()
         model = load_init(args.init, tokenizer) if args.init else make_model(tokenizer, args.seed)
         args.work.mkdir(parents=True, exist_ok=True)
-        how = {"base": args.base, "seed": args.seed, "steps": args.steps, "batch": args.batch, "lr": args.lr}
-        pretrain(model, tokenizer, args.work, **how)
+        settings = {"base": args.base, "init": str(args.init)}
+        settings |= {"seed": args.seed, "steps": args.steps, "batch": args.batch, "lr": args.lr}
+        pretrain(model, tokenizer, args.work, settings)
     except BadInput as error:
         print(f"make_tiny: {error}", file=sys.stderr)
         return 2
@@ -633,8 +622,7 @@ def main() -> int:
     figures = probe(model, tokenizer, problems=500)
     report(figures)
     wrong = missed(figures, args.base)
-    parameters = sum(p.numel() for p in model.parameters())
-    print("\n".join(wrong) or f"{args.out}: {parameters:,} parameters, as demanded")
+    print("\n".join(wrong) or f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, as demanded")
     return 1 if wrong else 0
 
 

@@ -1,0 +1,179 @@
+"""The variants of the micro-lab differ from the shipped base in what they say, and touch nothing that is shipped."""
+import hashlib
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from data import load_problems
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+sys.path.insert(0, str(DATA))
+import make_tiny  # noqa: E402
+from make_tiny import Attempt, read_attempts  # noqa: E402
+
+VARIANTS = ("notation", "clumsy")
+
+
+def test_the_plain_corpus_is_still_the_one_that_the_shipped_model_was_made_from():
+    """One more draw from the same stream, for a variant's sake, and nobody could make data/tiny again."""
+    digest = hashlib.sha256(repr(make_tiny.documents(0, 0, 64)).encode()).hexdigest()
+    assert digest == "bdad816a3fa48f094a9c08708e7bb2c5921b71e7102f600cfb84ec2205af4463"
+
+
+def test_both_notations_are_read_back_as_the_same_attempts():
+    """The probe measures the notation base by what it reads; a mark or verdict misread would be a skill misjudged."""
+    problems = make_tiny.draw_distinct(7, "pretraining", make_tiny.SEEN_ORDERS, 300)
+    kinds = set()
+    for seed, problem in enumerate(problems):
+        program = random.Random(seed).choice(problem.programs)
+        result = make_tiny.states(program, problem.given)[-1]
+        same = [ours == theirs for ours, theirs in zip(result, problem.expected)]
+        careful = random.Random(seed).random() < make_tiny.STEP_BY_STEP  # the first draw of a trace
+        for in_digits in (False, True):
+            text, accepted = make_tiny.trace(random.Random(seed), problem, program, in_digits)
+            written = Attempt(program, result, careful, same, accepted, in_digits)
+            assert read_attempts(f"<think>\nTry:{text}\nCandidate 2:{text}\n</think>") == [written, written]
+            kinds.add((careful, all(same), accepted, in_digits))
+    assert len(kinds) == 16
+
+
+def test_only_the_rankings_of_the_notation_base_are_in_digits():
+    for base in make_tiny.BASES:
+        for number, (prompt, answer, thinking) in enumerate(make_tiny.documents(0, 0, 200, base)):
+            attempts = read_attempts(answer)
+            assert len(attempts) == answer.count("\nTry:") + answer.count("\nCandidate")
+            assert bool(attempts) == thinking
+            assert all(a.in_digits == (base == "notation" and number % 2 == 1) for a in attempts)
+            if number % 2 and thinking:  # the ranking still follows from the verdicts, in every notation
+                yes = [a.accepted for a in attempts]
+                order = sorted(range(4), key=lambda i: not yes[i])
+                assert answer.endswith(f"\n\nRanking: {', '.join(str(i + 1) for i in order)}")
+
+
+def test_the_other_notation_needs_no_token_that_the_shipped_tokenizer_lacks():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny")
+    bytes_allowed = {tokenizer.convert_tokens_to_ids(symbol) for symbol in ",:"}
+    for _, answer, _ in make_tiny.documents(0, 0, 100, "notation"):
+        ids = tokenizer(answer, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == answer
+        assert all(i >= 256 or i in bytes_allowed for i in ids)
+
+
+def test_only_the_clumsy_base_miscopies_and_only_what_was_accepted():
+    copied = {base: [] for base in make_tiny.BASES}
+    for base in make_tiny.BASES:
+        stream = 0 if base == "plain" else f"{base}/0"
+        problems = make_tiny.draw_pretraining_problems(stream, 0, 2000)
+        for problem, (_, answer, thinking) in list(zip(problems, make_tiny.documents(0, 0, 2000, base)))[::2]:
+            program, attempts = make_tiny.read_program(answer), read_attempts(answer)
+            assert program in problem.programs
+            if attempts and attempts[-1].accepted:
+                copied[base].append(program == attempts[-1].program)
+            elif thinking:  # a guess, not tried yet
+                assert program not in [a.program for a in attempts]
+            else:
+                assert program == problem.truth
+    assert all(copied["plain"]) and all(copied["notation"]) and len(copied["clumsy"]) > 400
+    assert make_tiny.mean(copied["clumsy"]) == pytest.approx(1 - make_tiny.MISCOPY, abs=0.05)
+
+
+@pytest.mark.parametrize("base", VARIANTS)
+def test_no_evaluation_statement_is_trained_on_by_a_variant_either(base, monkeypatch):
+    """All that the default training draws, recorded where it is drawn; and it is not what the plain base has seen."""
+    drawn, draw = [], make_tiny.draw_problem
+    monkeypatch.setattr(make_tiny, "draw_problem", lambda *how: drawn.append(draw(*how)) or drawn[-1])
+    for chunk in range(-(-make_tiny.MORE_STEPS // 8)):
+        make_tiny.documents(0, chunk, 8 * make_tiny.BATCH, base)
+    seen = {problem.question for problem in drawn}
+    assert len(seen) > 5000
+    for name in ("micro-train", "micro-eval"):
+        assert not seen & {problem.question for problem in load_problems(name)}
+    plain = make_tiny.draw_pretraining_problems(0, 0, 512)
+    assert [p.question for p in plain] != [p.question for p in drawn[:512]]
+
+
+# ------------------------------------------------------------------------------------------------ making one of them
+
+
+def make(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", *map(str, arguments)])
+    return make_tiny.main()
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch) -> Path:
+    """A folder as data/ with the shipped model only, and a probe that finds what each base is asked for."""
+    shutil.copytree(DATA / "tiny", tmp_path / "data" / "tiny")
+    monkeypatch.setattr(make_tiny, "DATA", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(make_tiny, "probe", lambda *_, **__: {"copy": 0.7})
+    monkeypatch.setattr(make_tiny, "DEMANDS", {base: {"copy": (0.6, 0.8)} for base in make_tiny.BASES})
+    return tmp_path
+
+
+def contents(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("base", VARIANTS)
+def test_a_variant_is_a_model_of_its_own_and_nothing_shipped_is_written(lab, monkeypatch, base):
+    """Without --out a variant would have replaced data/tiny, and each would have rewritten the problem files."""
+    before, asked, documents = contents(lab / "data"), set(), make_tiny.documents
+    monkeypatch.setattr(make_tiny, "documents", lambda *how: asked.add(how[3:]) or documents(*how))
+    assert make(monkeypatch, "--base", base, "--steps", 1, "--batch", 2) == 0
+    assert asked == {(base,)}  # also where a training that was stopped goes on
+    assert contents(lab / "data") == before
+    made = make_tiny.load_init(lab / "runs" / "bases" / base, make_tiny.make_tokenizer()).state_dict()
+    shipped = make_tiny.load_init(lab / "data" / "tiny", make_tiny.make_tokenizer()).state_dict()
+    change = max((made[name] - shipped[name]).abs().max().item() for name in made)
+    assert 0 < change < 1e-4  # one step of the warm-up away from the shipped model: it went on from there
+
+
+def test_what_would_spoil_a_model_is_refused_in_one_line(lab, monkeypatch, capsys):
+    """A finished training of another base in --work would be saved as this one, at once and without a word."""
+    short = ("--steps", 1, "--batch", 2)
+    assert make(monkeypatch, "--base", "clumsy", *short, "--work", "work", "--out", "out") == 0
+    other = make_tiny.make_tokenizer()
+    other.add_tokens(["more"])
+    shutil.copytree("out", "longer")
+    other.save_pretrained("longer")
+    refused = {
+        "other settings": ("--base", "notation", *short, "--work", "work"),
+        "settings; delete it": ("--base", "clumsy", "--init", "out", *short, "--work", "work"),
+        "would overwrite": ("--base", "clumsy", *short, "--out", lab / "data" / "tiny"),
+        "made from": ("--init", "out", *short, "--out", "./out"),
+        "or the shipped one": ("--init", "out", *short, "--out", lab / "data" / "tiny"),
+        "--init nowhere does not load": ("--init", "nowhere", *short),
+        "not the micro-lab's": ("--init", "longer", *short),
+    }
+    before = contents(lab / "data" / "tiny") | contents(Path("out"))
+    capsys.readouterr()
+    for reason, arguments in refused.items():
+        assert make(monkeypatch, *arguments) == 2
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("make_tiny: ")]
+        assert len(error) == 1 and reason in error[0]
+    assert contents(lab / "data" / "tiny") | contents(Path("out")) == before
+
+
+def test_false_yes_counts_the_accepted_programs_that_do_not_fit():
+    """The model may believe a wrong result and say yes to it in good faith: it is the program that is judged."""
+    problem = make_tiny.MicroProblem(("flip", "turn", "grow"), (1, 2, 3), (2, 4, 3), ())
+    fits = "\nx = x[::-1]\nx = x[-1:] + x[:-1]\nx = [(v + 1) % 10 for v in x]"
+    fails = fits.replace("x[-1:] + x[:-1]", "x[1:] + x[:1]")
+    believed = " -> 2 same 4 same 3 same: "
+    tries = f"\nTry:{fails}{believed}yes\nTry:{fits}{believed}no\nTry:{fails}: 2 4 3, 1 1 1, 1\nTry:{fits}{believed}yes"
+    figures = make_tiny.skills([problem], [f"<think>{tries}\n</think>"])
+    assert figures["attempts"] == 4 and figures["in_digits"] == 1 / 4 and figures["yes_same"] == 3 / 4
+    assert figures["false_yes"] == 2 / 3
+
+
+def test_a_demand_is_missed_by_what_is_not_there():
+    figures = {name: low for name, (low, _) in make_tiny.DEMANDS["clumsy"].items()}
+    assert make_tiny.missed(figures, "clumsy") == []
+    assert [line.split()[0] for line in make_tiny.missed(figures | {"copy": float("nan")}, "clumsy")] == ["copy"]
+    assert [line.split()[0] for line in make_tiny.missed(figures | {"copy": 1.0}, "clumsy")] == ["copy"]
