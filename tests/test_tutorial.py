@@ -1,0 +1,389 @@
+"""The tutorial cannot rot: its code runs, its numbers are what the code gives, its excerpts are the source.
+
+Conventions of tutorial.md:
+- A ```python block runs, all of them in one namespace from top to bottom. A line that ends in `# -> VALUE` is an
+  expression with that value, rounded to the decimals that are written.
+- A ```python excerpt: MODULE.NAME block is a part of that source, word for word; a line "..." leaves some out.
+- `name()`, `module.name()` and `--option` exist.
+- In the sections CHECKED, a decimal number or a percentage in the text is a value or a number of some block, or the
+  default of an option.
+- What stands between <!-- results: NAME --> and <!-- end --> comes from data/results/NAME.md: `fill`. After a study,
+  `python tests/test_tutorial.py` writes it anew.
+"""
+import ast
+import importlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import dust  # noqa: E402
+
+TUTORIAL, RESULTS = ROOT / "tutorial.md", ROOT / "data" / "results"
+TEXT = TUTORIAL.read_text(encoding="utf-8")
+STUDIES = ("table2", "table3", "figure3", "figure4", "transfer")
+NOT_YET = "not yet measured"
+CHECKED = ("Section 2.2", "Section 2.3", "Section 2.4", "Section 2.1", "What goes wrong", "What it costs")
+MODULES = ["dust", "grpo", "prefix", "rank_prompt", "sandbox", "sandbox_server"]
+MODULES += sorted(f"data.{path.stem}" for path in (ROOT / "data").glob("*.py") if path.stem != "__init__")
+OF_THE_RELEASE = {"--clip-high", "--dual-clip", "--loss", "--weight-decay", "--warmup", "--labels", "--parser",
+                  "--no-shuffle", "--question"}
+
+# -------------------------------------------------------------------------------------------------------- reading it
+
+
+def fences(text: str, info: str) -> list[str]:
+    """The bodies of all fenced blocks whose first line is ```info."""
+    return re.findall(rf"^```{re.escape(info)}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def section(text: str, title: str) -> str:
+    """From a second-level heading that starts with title to the next one."""
+    return re.search(rf"^## {re.escape(title)}.*?(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)[0]
+
+
+def prose(text: str) -> str:
+    """The text without fenced blocks, results and references to sections of the paper (§2.2)."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"<!-- results.*?<!-- end -->", "", text, flags=re.DOTALL)
+    return re.sub(r"§\d(\.\d)?|^#.*", "", text, flags=re.MULTILINE)
+
+
+# ------------------------------------------------------------------------------------------------ the code that runs
+
+
+def plain(value):
+    """Tensors and tuples as lists, dicts as lists of pairs, all the way down."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    value = list(value.items()) if isinstance(value, dict) else value
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def agrees(value, stated: str) -> bool:
+    """Whether a value is the stated one: numbers to the decimals that are written, all else exactly."""
+    decimals = max((len(digits) for digits in re.findall(r"\.(\d+)", stated)), default=0)
+
+    def same(a, b) -> bool:
+        if isinstance(b, list):
+            return isinstance(a, list) and len(a) == len(b) and all(map(same, a, b))
+        if isinstance(b, (bool, str)) or b is None:
+            return type(a) is type(b) and a == b
+        return isinstance(a, (int, float)) and not isinstance(a, bool) and abs(a - b) <= 0.501 * 10**-decimals
+
+    return same(plain(value), plain(ast.literal_eval(stated)))
+
+
+def run_block(block: str, namespace: dict) -> list[str]:
+    """Runs a block; a line for each stated value that is another. A traceback has the lines of the tutorial."""
+    lines, wrong, above = block.splitlines(), [], TEXT[: max(TEXT.find(block), 0)].count("\n")
+    for node in ast.parse(block).body:
+        stated = lines[node.end_lineno - 1].partition("# -> ")[2].strip()
+        source = ast.get_source_segment(block, node)
+        if isinstance(node, ast.Expr) and stated:
+            value = eval(source, namespace)
+            if not agrees(value, stated):
+                wrong.append(f"{source}\n    is {plain(value)!r}\n    not {stated}")
+        else:
+            ast.increment_lineno(node, above)
+            exec(compile(ast.Module([node], []), str(TUTORIAL), "exec"), namespace)
+    assert block.count("# -> ") == sum(
+        isinstance(node, ast.Expr) and "# -> " in lines[node.end_lineno - 1] for node in ast.parse(block).body
+    ), f"a value is stated where no expression ends:\n{block}"
+    return wrong
+
+
+def test_every_code_block_runs_and_gives_what_it_states(monkeypatch):
+    """A reader who pastes a block and gets another number stops trusting all of them."""
+    monkeypatch.chdir(ROOT)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    blocks, namespace, wrong = fences(TEXT, "python"), {}, []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers is about to rename past_key_values
+            for block in blocks:
+                wrong += run_block(block, namespace)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(blocks) > 20 and TEXT.count("# -> ") > 60
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_wrong_number_is_seen():
+    for value, stated in ((0.7501, "0.75"), ([1, 2.0], "[1, 2]"), (torch.tensor([0.25, -1]), "[0.25, -1.00]"),
+                          ("a", "'a'"), (True, "True"), (None, "None"), ((1, 0), "(1, 0)"), (4, "4")):
+        assert agrees(value, stated), stated
+    for value, stated in ((0.756, "0.75"), ([1, 2], "[1, 3]"), ([1], "[1, 1]"), ("b", "'a'"), (1, "True"),
+                          (True, "1"), (0, "None"), (4, "5"), (-0.25, "0.25")):
+        assert not agrees(value, stated), stated
+    assert run_block("x = 2\nx + 1  # -> 3\n", {}) == [] and len(run_block("x = 2\nx + 1  # -> 4\n", {})) == 1
+    with pytest.raises(AssertionError, match="no expression"):
+        run_block("x = 2  # -> 2\n", {})
+
+
+def numbers_of_the_code(text: str) -> set[float]:
+    """Every number in a block that runs, stated or written; and the defaults of the options."""
+    found = {abs(value) for value in vars(dust.Args()).values() if isinstance(value, float)} | {0.28}  # the release's
+    for block in fences(text, "python"):
+        found |= {abs(float(number)) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?", block)}
+    return found | measured(text)
+
+
+def measured(text: str) -> set[float]:
+    """The numbers that the real run printed."""
+    return {float(number) for block in fences(text, "text quick run") for number in re.findall(r"\d+\.\d+", block)}
+
+
+def unknown_numbers(text: str, allowed: set[float]) -> list[str]:
+    text = prose(text)
+    decimals = [n for n in re.findall(r"(?<![\w.,])\d+\.\d+", text) if float(n) not in allowed]
+    shares = [n for n in re.findall(r"(\d+(?:\.\d+)?) %", text)
+              if float(n) not in allowed and round(float(n) / 100, 6) not in allowed]
+    return decimals + shares
+
+
+@pytest.mark.parametrize("title", CHECKED)
+def test_every_number_in_the_text_is_one_of_the_code(title):
+    """0.92 in a sentence has to be seen in a block beside it, or it stays there when the code has moved on."""
+    assert unknown_numbers(section(TEXT, title), numbers_of_the_code(TEXT)) == []
+
+
+def test_an_unknown_number_is_seen():
+    text = "## A\n§2.2 says 0.75, 98 % and\n\n```python\n1 - 0.25  # -> 0.75\n```\n\nthen 0.76 and 97 %.\n"
+    assert unknown_numbers(text, numbers_of_the_code(text) | {0.98}) == ["0.76", "97"]
+
+
+def test_measured_numbers_in_the_text_are_those_of_the_readme_or_of_the_quick_run():
+    sources = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "data/tiny/README.md"))
+    known = measured(TEXT) | {float(number) for number in re.findall(r"\d+\.\d+", sources)}
+    assert unknown_numbers(section(TEXT, "Why it works"), known) == []
+
+
+def test_the_settings_are_those_of_the_presets():
+    """The table of appendix B: a default that changes, changes there."""
+    rows = [row.split(" | ") for row in section(TEXT, "Appendix B").splitlines() if "`--" in row and row[0] == "|"]
+    settings = [dust.parse_args(["--preset", preset]) for preset in ("laptop", "paper")]
+    for _, options, *columns in rows:
+        names = [option.replace("-", "_") for option in re.findall(r"--([a-z-]+)", options)]
+        for args, column in zip(settings, columns):
+            stated = re.findall(r"\d[\d.e-]*", column)[: len(names)]
+            assert [float(getattr(args, name)) for name in names] == [float(value) for value in stated], options
+    assert len(rows) == 9
+
+
+# -------------------------------------------------------------------------------------------- excerpts and names
+
+
+def source_of(name: str) -> str:
+    """The source of MODULE.NAME, or of MODULE.CLASS.NAME."""
+    module, _, attribute = name.partition(".")
+    if module == "data":
+        inner, _, attribute = attribute.partition(".")
+        module = f"data.{inner}"
+    value = importlib.import_module(module)
+    for part in attribute.split("."):
+        value = getattr(value, part)
+    return inspect.getsource(value)
+
+
+def missing_from(source: str, excerpt: str) -> str:
+    """The first run of lines of an excerpt that does not stand in the source, after those before it; or ""."""
+    rest = source
+    for run in re.split(r"^ *\.\.\.\n", excerpt, flags=re.MULTILINE):
+        before, found, rest = rest.partition(run)
+        if not found or (before and not before.endswith("\n")):
+            return run
+    return ""
+
+
+def excerpts() -> list[tuple[str, str]]:
+    names = re.findall(r"^```python excerpt: (\S+)$", TEXT, flags=re.MULTILINE)
+    return [(name, body) for name in dict.fromkeys(names) for body in fences(TEXT, f"python excerpt: {name}")]
+
+
+def test_every_excerpt_is_the_source():
+    """Code in a page is read as the code; when the source changes, so has the page."""
+    assert len(excerpts()) >= 7
+    for name, body in excerpts():
+        gone = missing_from(source_of(name), body)
+        assert not gone, f"no longer in {name}:\n{gone}"
+
+
+def test_a_changed_excerpt_is_seen():
+    source = "def f(x):\n    y = x\n    y += 1\n    return y\n"
+    for same in (source, "    y = x\n...\n    return y\n", "def f(x):\n    ...\n    y += 1\n"):
+        assert missing_from(source, same) == "", same
+    for other in ("    y = 2 * x\n", "    return y\n...\n    y = x\n", "y = x\n", "    y = x\n    return y\n"):
+        assert missing_from(source, other), other
+
+
+def test_no_block_escapes_the_checks():
+    """A block with another first line is neither run nor compared."""
+    infos = re.findall(r"^```(\S.*)$", TEXT, flags=re.MULTILINE)
+    allowed = r"python|python excerpt: \S+|text|text quick run|sh"
+    assert [info for info in infos if not re.fullmatch(allowed, info)] == []
+    assert len(re.findall(r"^```", TEXT, flags=re.MULTILINE)) == 2 * len(infos)
+
+
+def known_names() -> set[str]:
+    """Every function, class and method of the project, with and without its module's name."""
+    names = set()
+    for module_name in MODULES:
+        module = importlib.import_module(module_name)
+        for name, value in vars(module).items():
+            if not callable(value):
+                continue
+            names |= {name, f"{module_name.rpartition('.')[2]}.{name}"}
+            if inspect.isclass(value):
+                names |= {f"{name}.{method}" for method in vars(value)}
+    return names
+
+
+def known_options(monkeypatch, capsys) -> set[str]:
+    """What --help of dust.py and of make_tiny.py lists."""
+    for module in ("dust", "data.make_tiny"):
+        monkeypatch.setattr(sys, "argv", [module, "--help"])
+        with pytest.raises(SystemExit):
+            importlib.import_module(module).main()
+    options = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    coming = OF_THE_RELEASE if "release" not in dust.Args.__dataclass_fields__["preset"].metadata["choices"] else set()
+    return options | coming
+
+
+def strange(text: str, names: set[str], options: set[str]) -> list[str]:
+    code = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    called = [match[1] for span in code if (match := re.fullmatch(r"([\w.]+)\(\)", span))]
+    given = [option for span in code for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", span)]
+    return [name for name in called if name not in names] + [option for option in given if option not in options]
+
+
+def test_every_function_and_option_named_exists(monkeypatch, capsys):
+    assert strange(TEXT, known_names(), known_options(monkeypatch, capsys)) == []
+
+
+def test_a_name_that_does_not_exist_is_seen():
+    text = "`grpo.update()` and `update()`, `--kl 0`; but `grpo.improve()` with `--klx 1`.\n"
+    assert strange(text, known_names(), {"--kl"}) == ["grpo.improve", "--klx"]
+
+
+def test_every_file_linked_is_there():
+    for target in re.findall(r"\]\(([^)#]+)\)", prose(TEXT)):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+# ------------------------------------------------------------------------------------------------- the studies' results
+
+
+def part_of(report: str, title: str) -> str:
+    """The body of a second-level section of a study's report; "" where it has none."""
+    found = re.search(rf"^## {re.escape(title)}\n+(.*?)(?=^## |\Z)", report, flags=re.MULTILINE | re.DOTALL)
+    return found[1].strip() if found else ""
+
+
+def block_of(name: str, results: Path) -> str:
+    """What stands in the tutorial about a study: its figure, its gains, its differences and its reading."""
+    if not (results / f"{name}.json").exists():
+        return NOT_YET
+    report = (results / f"{name}.md").read_text(encoding="utf-8")
+    titles = ("Gains over the base", "Variant minus the first", "Skills", "Reading")
+    parts = [f"![{name}: means and intervals of each variant](data/results/{name}.png)"]
+    return "\n\n".join(parts + [part for title in titles if (part := part_of(report, title))])
+
+
+def fill(text: str, results: Path) -> str:
+    """The tutorial with what data/results/ holds between the markers of each study."""
+    for name in STUDIES:
+        begin, end = f"<!-- results: {name} -->\n", "\n<!-- end -->"
+        before, found, rest = text.partition(begin)
+        assert found and end in rest, f"no place for {name}"
+        text = before + begin + block_of(name, results) + end + rest.partition(end)[2]
+    return text
+
+
+def cells_of(result: dict) -> dict[str, list[str]]:
+    """title of a variant -> its gains as a report writes them, from the JSON: pass@1, NDCG, NDCG mixed, Best-of-4."""
+
+    def cell(figure: dict) -> str:
+        return "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**figure) if figure["mean"] is not None else "-"
+
+    columns = (("both", "pass1"), ("both", "ndcg_all"), ("judge", "ndcg_mixed"), ("both", "best_of_4"))
+    return {result["titles"][name]: [cell(own["gains"][gain][metric]) for gain, metric in columns]
+            for name, own in result["variants"].items()}
+
+
+def test_results_stand_in_the_tutorial_as_the_studies_wrote_them():
+    """Without a result nothing but these three words may stand there: a number from memory would look measured."""
+    assert fill(TEXT, RESULTS) == TEXT, "python tests/test_tutorial.py writes them anew"
+    assert sum(f"\n<!-- results: {name} -->\n" in TEXT for name in STUDIES) == len(STUDIES)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_numbers_of_a_study_are_those_of_its_json(name):
+    check_study(name, TEXT, RESULTS)
+
+
+def check_study(name: str, text: str, results: Path) -> None:
+    block = text.partition(f"<!-- results: {name} -->\n")[2].partition("\n<!-- end -->")[0]
+    if not (results / f"{name}.json").exists():
+        assert block == NOT_YET
+        return
+    assert (results / f"{name}.png").exists()
+    for title, cells in cells_of(json.loads((results / f"{name}.json").read_text(encoding="utf-8"))).items():
+        assert f"| {title} | {' | '.join(cells)} |" in block
+
+
+def test_a_result_that_is_not_the_studys_is_seen(tmp_path):
+    figure = {"mean": 21.84, "low": 18.8, "high": 24.8}
+    metrics = dict.fromkeys(("pass1", "ndcg_all", "ndcg_mixed", "best_of_4"), figure)
+    gains = {"both": metrics, "judge": metrics}
+    result = {"titles": {"rank": "the method"}, "variants": {"rank": {"gains": gains}}}
+    row = "| the method | " + " | ".join(["+21.8 [+18.8, +24.8]"] * 4) + " |"
+    report = f"# T\n\n## Gains over the base\n\n{row}\n\n## Values\n\nno\n\n## Reading\n\nSo it is.\n"
+    (tmp_path / "table2.json").write_text(json.dumps(result))
+    (tmp_path / "table2.md").write_text(report)
+    (tmp_path / "table2.png").write_text("")
+    empty = "".join(f"<!-- results: {name} -->\n{NOT_YET}\n<!-- end -->\n" for name in STUDIES)
+    filled = fill(empty, tmp_path)
+    assert row in filled and "So it is." in filled and "no\n" not in filled and filled.count(NOT_YET) == 4
+    assert fill(filled, tmp_path) == filled
+    for name in STUDIES:
+        check_study(name, filled, tmp_path)
+    with pytest.raises(AssertionError):
+        check_study("table2", filled.replace("+21.8", "+22.8", 1), tmp_path)
+    with pytest.raises(AssertionError):
+        check_study("table3", filled.replace(NOT_YET, "about 22 points"), tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------- the real run
+
+
+@pytest.mark.skipif("DUST_SLOW" not in os.environ, reason="a minute; DUST_SLOW=1 runs it")
+def test_the_quick_run_prints_what_the_tutorial_says(tmp_path):
+    """The quoted lines of `python dust.py --quick`, without the times. On other hardware sums round in another way
+    and a sampled token may differ, so this is no part of the ordinary tests."""
+    command = [sys.executable, ROOT / "dust.py", "--quick", "--workers", "1", "--out", tmp_path / "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    said = output.stdout + output.stderr
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("reward", "constant", "zero_variance"):
+        said += f"\n{name:<13}" + "".join(f"{step[name]:6.2f}" for step in steps)
+    first = json.loads((tmp_path / "run" / "candidates.jsonl").read_text().splitlines()[0])["answer"]
+    assert all(block in first + "\n" for block in fences(TEXT, "text"))
+    quoted = [line for block in fences(TEXT, "text quick run") for line in block.splitlines() if line.strip()]
+    assert len(quoted) == 10 and [line for line in quoted if line.strip() not in said] == []
+
+
+if __name__ == "__main__":
+    TUTORIAL.write_text(fill(TEXT, RESULTS), encoding="utf-8")
