@@ -11,6 +11,7 @@ with optional "starter_code" and "difficulty". A test is {"input", "output"} for
 or {"fn_name", "args", "expected"} for a function (also a method of class Solution).
 """
 import json
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,18 @@ def load_problems(path_or_name: str | Path) -> list[Problem]:
     if not problems:
         raise BadInput(f"{path} holds no problems")
     return problems
+
+
+def normalised(statement: str) -> str:
+    """A statement without what can differ between copies of it: case, blanks, punctuation."""
+    return re.sub(r"[\W_]+", " ", statement.casefold()).strip() or statement
+
+
+def without_overlap(train: list[Problem], held_out: list[Problem]) -> tuple[list[Problem], int]:
+    """The training problems whose statements are in no held-out problem, and how many are: they would be leaked."""
+    seen = {normalised(problem.question) for problem in held_out}
+    kept = [problem for problem in train if normalised(problem.question) not in seen]
+    return kept, len(train) - len(kept)
 
 
 def read_problem(record) -> Problem:

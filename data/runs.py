@@ -88,9 +88,10 @@ def open_run(out: Path, before: dict, args, problems: list[Problem], held_out: l
     Raises BadInput where --resume would go on with other settings or problems than the run was started with.
     """
     settings = {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
-    changed = [name for name, value in settings.items() if before and before.get(name) != value]
+    before = before and asdict(type(args)()) | before  # a run of an older version lacks settings that are newer
+    changed = [name for name, value in settings.items() if before and before[name] != value]
     if changed:
-        values = ", ".join(f"{name} was {before.get(name)!r}" for name in changed)
+        values = ", ".join(f"{name} was {before[name]!r}" for name in changed)
         raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {values}")
     digests = {"train": derive(*problems), "eval": derive(*held_out)}
     for name in digests:

@@ -21,7 +21,7 @@ def steps_of(out: Path) -> list[dict]:
 
 
 def weights_of(model) -> float:
-    return float(sum(p.double().sum() for p in model.parameters()))
+    return float(sum(p.detach().double().sum() for p in model.parameters()))
 
 
 @pytest.fixture
