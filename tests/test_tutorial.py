@@ -298,7 +298,7 @@ def block_of(name: str, results: Path) -> str:
     report = (results / f"{name}.md").read_text(encoding="utf-8")
     titles = ("Gains over the base", "Variant minus the first", "Skills", "Reading")
     parts = [f"![{name}: means and intervals of each variant](data/results/{name}.png)"]
-    return "\n\n".join(parts + [part for title in titles if (part := part_of(report, title))])
+    return "\n\n".join(parts + [f"**{title}**\n\n{part}" for title in titles if (part := part_of(report, title))])
 
 
 def fill(text: str, results: Path) -> str:
@@ -355,7 +355,8 @@ def test_a_result_that_is_not_the_studys_is_seen(tmp_path):
     (tmp_path / "table2.png").write_text("")
     empty = "".join(f"<!-- results: {name} -->\n{NOT_YET}\n<!-- end -->\n" for name in STUDIES)
     filled = fill(empty, tmp_path)
-    assert row in filled and "So it is." in filled and "no\n" not in filled and filled.count(NOT_YET) == 4
+    assert f"**Gains over the base**\n\n{row}" in filled and "So it is." in filled
+    assert "no\n" not in filled and filled.count(NOT_YET) == 4
     assert fill(filled, tmp_path) == filled
     for name in STUDIES:
         check_study(name, filled, tmp_path)
