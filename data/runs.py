@@ -26,17 +26,17 @@ def problems_of(args) -> tuple[list[Problem], list[Problem]]:
     if args.eval_only:
         problems = []
     elif args.train == args.eval:
-        problems = load_problems(args.train)
+        problems = load_problems(args.train, args.limit)
         tqdm.write(f"--train and --eval are the same, {args.train}: what is measured was trained on")
     else:
-        problems, removed = without_overlap(load_problems(args.train), held_out)
+        problems, removed = without_overlap(load_problems(args.train, args.limit), held_out)
         if removed:
             tqdm.write(f"{removed} of {removed + len(problems)} problems of --train left out: they stand in --eval too")
         if not problems:
             raise BadInput(f"every problem of --train {args.train} stands in --eval {args.eval} too: use others")
     count = min(args.eval_limit or len(held_out), len(held_out))
     spread = [held_out[i * len(held_out) // count] for i in range(count)]
-    return problems[: args.limit or None], spread
+    return problems, spread
 
 
 def find_run(args) -> tuple[Path, dict]:
