@@ -25,8 +25,8 @@ Two variants, made when a study needs them by training the shipped model a littl
   is written.
 - clumsy: the accepted program is not always the one that a *generation* document then writes (MISCOPY). So a step
   that only generation has is not mastered.
-To compare them with the shipped model, train that one further too, on documents of its own kind that it has not
-seen (--base plain --init data/tiny --seed 1): more training alone teaches it something.
+Their control is the shipped model after as many --steps at the same --lr on unseen documents of its own kind
+(--base plain --init data/tiny --seed 1): more training alone teaches it something.
 
 Evaluation problems are kept apart by a hash of the statement (words and example): pretraining, training, validation
 and evaluation each draw from their own share. One fifth of the word orders occurs in evaluation only.
@@ -68,12 +68,11 @@ READINGS = {  # a word of the statement -> its two meanings
 LINES = [line for pair in READINGS.values() for line in pair]
 FIRST_LINE, LAST_LINE = "x = [int(v) for v in input().split()]", "print(*x)"
 STEPS, BATCH, LR = 2500, 64, 2e-3  # of the pretraining
-MORE_STEPS, MORE_LR = 300, 5e-4  # of the training that goes on from a finished model
+MORE = {"plain": (300, 5e-4), "notation": (800, 1e-3), "clumsy": (300, 5e-4)}  # (steps, lr) of a training that goes on
 ATTEMPTS = 6  # programs tried in a thinking part before it gives up and guesses
 YES_IF_SAME, YES_IF_OFF = 0.4, 0.12  # the careless verdict
 STEP_BY_STEP = 0.3  # the share of attempts that write the states between
-BASES = ("plain", "notation", "clumsy")
-MISCOPY = 0.5  # clumsy: the share of accepted programs in whose place another one is written; far fewer at T = 0.6
+MISCOPY = 0.4  # clumsy: the share of accepted programs in whose place another one is written; fewer at T = 0.6
 
 
 def execute(line: str, digits: tuple) -> tuple:
@@ -253,7 +252,7 @@ def draw_pretraining_problems(seed: int | str, chunk: int, count: int) -> list[M
 def documents(seed: int, chunk: int, count: int, base: str = "plain") -> list[tuple[str, str, bool]]:
     """(prompt, answer, thinking), half generation and half ranking, one in ten without a thinking part.
 
-    base: one of BASES. A variant draws other problems than the plain base, which has seen its own already.
+    A variant (base, a key of MORE) draws other problems than the plain base, which has seen its own already.
     """
     stream = seed if base == "plain" else f"{base}/{seed}"
     rng, result = random.Random(f"documents/{stream}/{chunk}"), []
@@ -582,20 +581,21 @@ def save(model, tokenizer, out: Path) -> None:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Raises BadInput where a finished model would be overwritten by one made from it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base", choices=BASES, default="plain", help="the shipped model, or a variant made from it")
+    parser.add_argument("--base", choices=MORE, default="plain", help="the shipped model, or a variant made from it")
     parser.add_argument("--init", type=Path, help="model folder to go on from (default: none; a variant's: data/tiny)")
     parser.add_argument("--out", type=Path, default=DATA / "tiny", help="folder of the model (or runs/bases/BASE)")
     parser.add_argument("--work", type=Path, default=Path("runs/make_tiny"), help="where unfinished training is kept")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"(default: {STEPS}; with --init {MORE_STEPS})")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"(default: {STEPS}, or as the base needs it)")
     parser.add_argument("--batch", type=int, default=BATCH, help="documents a step")
-    parser.add_argument("--lr", type=float, default=LR, help=f"(default: {LR}; with --init {MORE_LR})")
+    parser.add_argument("--lr", type=float, default=LR, help=f"(default: {LR}, or as the base needs it)")
     parser.add_argument("--problems", action="store_true", help="write the problem files and stop")
     args = parser.parse_args(arguments)
     if args.init or args.base != "plain":
         out = Path("runs/bases", args.base)
         work = out.with_name(f"{args.base}-work")
-        parser.set_defaults(init=DATA / "tiny", out=out, work=work, steps=MORE_STEPS, lr=MORE_LR)
+        steps, lr = MORE[args.base]
+        parser.set_defaults(init=DATA / "tiny", out=out, work=work, steps=steps, lr=lr)
         args = parser.parse_args(arguments)
     if args.init and args.out.resolve() in (args.init.resolve(), (DATA / "tiny").resolve()):
         raise BadInput(f"--out {args.out} would overwrite the model that this one is made from, or the shipped one")

@@ -41,7 +41,7 @@ def test_both_notations_are_read_back_as_the_same_attempts():
 
 
 def test_only_the_rankings_of_the_notation_base_are_in_digits():
-    for base in make_tiny.BASES:
+    for base in make_tiny.MORE:
         for number, (prompt, answer, thinking) in enumerate(make_tiny.documents(0, 0, 200, base)):
             attempts = read_attempts(answer)
             assert len(attempts) == answer.count("\nTry:") + answer.count("\nCandidate")
@@ -65,8 +65,8 @@ def test_the_other_notation_needs_no_token_that_the_shipped_tokenizer_lacks():
 
 
 def test_only_the_clumsy_base_miscopies_and_only_what_was_accepted():
-    copied = {base: [] for base in make_tiny.BASES}
-    for base in make_tiny.BASES:
+    copied = {base: [] for base in make_tiny.MORE}
+    for base in make_tiny.MORE:
         stream = 0 if base == "plain" else f"{base}/0"
         problems = make_tiny.draw_pretraining_problems(stream, 0, 2000)
         for problem, (_, answer, thinking) in list(zip(problems, make_tiny.documents(0, 0, 2000, base)))[::2]:
@@ -84,17 +84,19 @@ def test_only_the_clumsy_base_miscopies_and_only_what_was_accepted():
 
 @pytest.mark.parametrize("base", VARIANTS)
 def test_no_evaluation_statement_is_trained_on_by_a_variant_either(base, monkeypatch):
-    """All that the default training draws, recorded where it is drawn; and it is not what the plain base has seen."""
+    """The first chunk shows which stream its documents draw from (not the plain one's); then the whole stream."""
     drawn, draw = [], make_tiny.draw_problem
     monkeypatch.setattr(make_tiny, "draw_problem", lambda *how: drawn.append(draw(*how)) or drawn[-1])
-    for chunk in range(-(-make_tiny.MORE_STEPS // 8)):
-        make_tiny.documents(0, chunk, 8 * make_tiny.BATCH, base)
-    seen = {problem.question for problem in drawn}
+    make_tiny.documents(0, 0, 512, base)
+    first = list(drawn)
+    assert first != make_tiny.draw_pretraining_problems(0, 0, 512)
+    assert first == make_tiny.draw_pretraining_problems(f"{base}/0", 0, 512)
+    for chunk in range(1, -(-make_tiny.MORE[base][0] // 8)):
+        first += make_tiny.draw_pretraining_problems(f"{base}/0", chunk, 8 * make_tiny.BATCH)
+    seen = {problem.question for problem in first}
     assert len(seen) > 5000
     for name in ("micro-train", "micro-eval"):
         assert not seen & {problem.question for problem in load_problems(name)}
-    plain = make_tiny.draw_pretraining_problems(0, 0, 512)
-    assert [p.question for p in plain] != [p.question for p in drawn[:512]]
 
 
 # ------------------------------------------------------------------------------------------------ making one of them
@@ -112,7 +114,7 @@ def lab(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(make_tiny, "DATA", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(make_tiny, "probe", lambda *_, **__: {"copy": 0.7})
-    monkeypatch.setattr(make_tiny, "DEMANDS", {base: {"copy": (0.6, 0.8)} for base in make_tiny.BASES})
+    monkeypatch.setattr(make_tiny, "DEMANDS", {base: {"copy": (0.6, 0.8)} for base in make_tiny.MORE})
     return tmp_path
 
 
