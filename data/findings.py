@@ -121,6 +121,7 @@ PAPER_MODELS = {  # table 2, each row: base; trained judge on the base's candida
     "GPT-OSS-20B": ((62.7, 70.7, 65.2), (63.5, 72.0, 68.6), (65.0, 72.0, 69.4)),
     "Qwen3-4B-Thinking": ((45.8, 60.5, 55.0), (47.0, 63.1, 58.8), (49.1, 63.0, 59.4)),
 }
+PAPER_BASE = 65.4  # pass@1 of the model that the other figures are about
 PAPER = {  # Qwen3-30B-Thinking; None: not given, or only in a curve
     "table3": {"rank": (68.3, 76.3, 72.6), "rank-onpolicy": (67.2, 75.3, 72.1), "generate": (67.1, 74.6, 71.4),
                "iterative": (66.9, 72.4, 71.4)},
@@ -201,6 +202,10 @@ def reading(result: dict) -> str:
                 verdicts.append(verdict(own["both"][metric], theirs))
                 said.append(f"{result['titles'][name]} minus the method, {SHOWN[metric]}: "
                             f"{report.cell(own['both'][metric], '+')}, the paper {theirs:+.1f}: {verdicts[-1]}.")
+        if (theirs := PAPER[study][name][0]) is not None:  # what it does to the generator, whatever the method does
+            said.append(f"{result['titles'][name]}, pass@1 over the base: "
+                        f"{report.cell(result['variants'][name]['gains']['both']['pass1'], '+')}, the paper "
+                        f"{theirs - PAPER_BASE:+.1f}.")
     counts = [f"{verdicts.count(kind)} {words}" for kind, words in (
         ("the same direction", "go the paper's way"), ("different", "do not"), ("within noise", "are within noise"))]
     return f"Of {len(verdicts)} comparisons with a figure of the paper, {', '.join(counts)}. " + " ".join(said)
