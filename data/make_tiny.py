@@ -22,7 +22,7 @@ copy the accepted program) is mastered, and the order of a ranking follows from 
 Two variants, made when a study needs them by training the shipped model a little further, each differ in one thing:
 - notation: the thinking of *ranking* documents writes the same checks in another notation ("x = x[::-1]: 4 9 0,
   1 0 1, 0": the result, same or off for each digit, the verdict). So the two tasks share what is done, not how it
-  is written. (All three marks are right for three in four candidates only, against all of them in the shipped model.)
+  is written.
 - clumsy: the accepted program is not always the one that a *generation* document then writes (MISCOPY). So a step
   that only generation has is not mastered.
 Their control is the shipped model after as many --steps at the same --lr on unseen documents of its own kind
@@ -552,8 +552,8 @@ SHIPPED = {
 VARIANT = SHIPPED | {"gen/jump": (0.48, 0.68), "gen/in_digits": (0.0, 0.0)}
 DEMANDS = {
     "plain": SHIPPED,
-    "notation": VARIANT | {  # marks that stand apart from their digits take longer: two trainings reached 0.71 and 0.76
-        "rank/in_digits": (0.98, 1.0), "rank/marks": (0.7, 1.0), "rank/yes_same": (0.2, 0.55), "pass1": (0.29, 0.42)
+    "notation": VARIANT | {
+        "rank/in_digits": (0.98, 1.0), "rank/marks": (0.95, 1.0), "rank/yes_same": (0.2, 0.55), "pass1": (0.29, 0.42)
     },
     "clumsy": VARIANT | {"rank/in_digits": (0.0, 0.0), "copy": (0.55, 0.85)},
 }
