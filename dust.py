@@ -35,9 +35,10 @@ import grpo
 import rank_prompt
 import sandbox
 from data import BadInput, Problem, derive, memory, ranks, write_whole
-from data.chat import decode, encode, show_first
-from data.model import (SHORT_NAMES, add_lora, checkpoint_layers, eos_ids, full_name, gathered, load_checkpoint,
-                        load_config, load_model, make_optimizer, merge_lora, save_checkpoint, save_model, warm_up)
+from data.chat import decode, encode, show_first, writes_one_form
+from data.model import (SHORT_NAMES, adapters_off, add_lora, checkpoint_layers, eos_ids, full_name, gathered,
+                        load_checkpoint, load_config, load_model, make_optimizer, merge_lora, model_folder,
+                        save_checkpoint, save_model, warm_up)
 from data.presets import DATA, PRESETS, QUICK
 from data.progress import Clock, Journal
 from data.report import EVAL_CANDIDATES, write_report
@@ -155,7 +156,8 @@ def parse_args(argv: list[str] | None) -> Args:
     shipped = Path(given.get("model", Args.model)).resolve() == Path(Args.model)
     preset = given.get("preset") or ("laptop" if shipped else "paper")
     settings = ({} if shipped or preset == "laptop" else DATA) | PRESETS[preset] | (QUICK if given.get("quick") else {}) | given
-    names = {option: full_name(settings.get(option, "")) for option in ("model", "init", "teacher", "rank_with")}
+    options = ("model", "init", "teacher", "rank_with")
+    names = {option: model_folder(full_name(settings.get(option, ""))) for option in options}
     return check_args(Args(**settings | {"preset": preset} | {option: name for option, name in names.items() if name}))
 
 
@@ -188,6 +190,10 @@ def check_args(args: Args) -> Args:
     if args.rank_with and not args.eval_only:
         raise BadInput("--rank-with only measures another judge: add --eval-only, or learn from one with --mode sft "
                        "--teacher")
+    for option, use, given in (("--init", "without --eval-only", args.init and args.eval_only),
+                               ("--teacher", "with --mode sft", args.teacher and args.mode != "sft")):
+        if given:
+            raise BadInput(f"{option} works only {use}; to measure a run's model: --eval-only --model FOLDER")
     if args.lora and not find_spec("peft"):
         raise BadInput("--lora needs the package peft: pip install peft")
     if args.shard and (args.lora or not torch.distributed.is_initialized()):
@@ -433,18 +439,12 @@ def base_groups(model, tokenizer, problems: list[Problem], args: Args, clock: Cl
 # ------------------------------------------------------------------------------------------------------ the training
 
 
-def model_folder(run_or_model: str) -> str:
-    """The model of a run's folder; anything else names a model itself."""
-    inside = Path(run_or_model) / "model"
-    return str(inside) if inside.is_dir() else run_or_model
-
-
 def frozen_copy(model, args: Args):
     """The model before training, for the KL term; with LoRA that is the model itself with its adapters off."""
     if args.lora:
         return model
     if args.shard:  # what is sharded cannot be copied, but it can be read again
-        model, _ = load_model(model_folder(args.init or args.model), optimizer=args.optimizer, shard=True,
+        model, _ = load_model(args.init or args.model, optimizer=args.optimizer, shard=True,
                               device=args.device)
         with gathered(model):
             grpo.shares_prompts(model)
@@ -573,11 +573,19 @@ def running_sandbox(args: Args):
 def frozen_teacher(model, tokenizer, args: Args):
     """Whose rankings --mode sft learns: a function (groups, the model's own prompts, generator) -> rollouts.
 
-    Another model is asked through its own chat template, and what it says is written in the model's own tokens.
+    Another model is asked through its own chat template, and what it says is written in the model's own tokens. Raises
+    BadInput where those mark the thinking part in another way than rank_prompt.py reads it.
     """
     if not args.teacher:
         frozen = frozen_copy(model, args)
-        return lambda groups, prompts, generator: draw_answers(frozen, tokenizer, prompts, args.answers, args, generator)
+
+        def repeat(groups, prompts, generator):
+            with adapters_off(frozen):  # with LoRA it is the model itself
+                return draw_answers(frozen, tokenizer, prompts, args.answers, args, generator)
+
+        return repeat
+    if not writes_one_form(tokenizer):
+        raise BadInput(f"--teacher: {args.model} marks its thinking part in a way of its own; leave --teacher out")
     frozen, own = load_model(args.teacher, optimizer=args.optimizer, shard=args.shard, device=args.device)
 
     def teach(groups, prompts, generator):
@@ -586,6 +594,8 @@ def frozen_teacher(model, tokenizer, args: Args):
         end = torch.tensor([tokenizer.eos_token_id])
         for rollout, prompt in zip(rollouts, prompts):
             texts = [decode(own, rollout.prompt, answer) for answer in rollout.answers]
+            opening = decode(tokenizer, prompt, prompt[:0])  # what the student's own template has written already
+            texts = [text.removeprefix(opening) for text in texts]
             rollout.answers = [torch.cat([torch.tensor(tokenizer(text, add_special_tokens=False).input_ids), end])
                                for text in texts]
             rollout.prompt, rollout.logps = prompt, [torch.zeros(len(answer)) for answer in rollout.answers]
@@ -739,7 +749,7 @@ def run(args: Args) -> None:
     """The method, stage by stage. Each stage keeps a journal below out/, so each goes on where it was stopped."""
     for option in ("model", "init", "teacher", "rank_with"):
         if getattr(args, option):
-            load_config(model_folder(getattr(args, option)), f"--{option.replace('_', '-')}")
+            load_config(getattr(args, option), f"--{option.replace('_', '-')}")
     problems, held_out = problems_of(args)
     out, before = ranks.on_first(lambda: find_run(args))
     optimizer, checkpointing, needs = fit(args, before, problems + held_out)
@@ -757,12 +767,18 @@ def run(args: Args) -> None:
         problems = without_long_ones(model, tokenizer, problems, args)
     drawn = draw(model, tokenizer, held_out, args, clock, name="base", out=out)
     if args.rank_with:
-        model, tokenizer = load_model(model_folder(args.rank_with), **loading, effort=args.reasoning_effort)
+        del model  # two do not always fit
+        model, tokenizer = load_model(args.rank_with, **loading, effort=args.reasoning_effort)
     rows, finals = {}, {}
     rows["base"], finals["base"] = judge_all(model, tokenizer, drawn, args, clock, name="base", out=out)
     if not args.eval_only:
         if args.init:
-            model, _ = load_model(model_folder(args.init), **loading)
+            del model  # two do not always fit
+            model, own = load_model(args.init, **loading)
+            if own.get_vocab() != tokenizer.get_vocab():
+                raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
+            if checkpointing:
+                checkpoint_layers(model)
         train(model, tokenizer, problems, groups, args, clock, out)
         rows["trained_judge"], finals["trained_judge"] = judge_all(
             model, tokenizer, drawn, args, clock, name="judge", out=out

@@ -397,7 +397,9 @@ def run_asserts(code: types.CodeType, entry_point: str, wire: BinaryIO) -> str:
         answer, *text = decode(json.loads(line))
         if not text:
             return answer
-        raise next(vars(builtins)[kind] for kind in answer if kind in EXCEPTIONS)(*text)
+        kind = next(kind for kind in answer if kind in EXCEPTIONS)
+        # in a map or a loop of the asserts it would be the end of the values, and what follows unchecked (PEP 479)
+        raise RuntimeError(*text) if kind.startswith("Stop") else vars(builtins)[kind](*text)
     main = sys.modules["__main__"]
     for name in {entry_point} | names_in(code) & set(ask("")) - vars(main).keys() - vars(builtins).keys():
         setattr(main, name, functools.partial(ask, name))

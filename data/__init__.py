@@ -121,7 +121,8 @@ def read_problem(record) -> Problem:
     question = record.get("question")
     if not isinstance(question, str) or not question.strip():
         raise ValueError('"question" is missing or empty')
-    question.encode()  # a lone surrogate is no text; UnicodeEncodeError is a ValueError
+    for text in (question, str(record["id"]), str(record.get("starter_code", ""))):
+        text.encode()  # a lone surrogate is no text; UnicodeEncodeError is a ValueError
     tests = record.get("tests")
     if not isinstance(tests, list) or not tests:
         raise ValueError('"tests" is missing or empty; every problem needs at least one test')

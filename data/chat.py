@@ -71,6 +71,12 @@ def decode(tokenizer, prompt: torch.Tensor, answer: torch.Tensor) -> str:
     return (OPEN + "\n" if opened else "") + text
 
 
+def writes_one_form(tokenizer) -> bool:
+    """Whether a model's own tokens mark the thinking part as rank_prompt.py reads it, or not at all."""
+    template = str(tokenizer.chat_template)
+    return CHANNEL not in template and not any(mark in template for mark in SAME)
+
+
 def one_name(text: str) -> str:
     for other, mark in SAME.items():
         text = text.replace(other, mark)

@@ -139,7 +139,7 @@ def paper_difference(study: str, name: str, metric: str) -> float | None:
 
 def verdict(figure: dict, paper: float) -> str:
     if is_noise(figure):
-        return "within noise"
+        return "within noise" if paper else "the same direction"  # the paper sees no difference either
     return "the same direction" if figure["mean"] * paper > 0 else "different"
 
 

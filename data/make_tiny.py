@@ -20,9 +20,9 @@ That is the headroom that DuST finds, and it is put there by this file, in the o
 copy the accepted program) is mastered, and the order of a ranking follows from its verdicts.
 
 Two variants, made when a study needs them by training the shipped model a little further, each differ in one thing:
-- notation: the thinking of *ranking* documents writes the same checks in another notation ("x = x[::-1]: 4 9 0,
-  1 0 1, 0": the result, same or off for each digit, the verdict). So the two tasks share what is done, not how it
-  is written.
+- notation: the thinking of *ranking* documents writes the same checks in another notation ("x = x[::-1]: 4 1, 9 0,
+  0 1, 0": each digit of the result, the same or not, and the verdict). So the two tasks share what is done, not how
+  it is written.
 - clumsy: the accepted program is not always the one that a *generation* document then writes (MISCOPY). So a step
   that only generation has is not mastered.
 Their control is the shipped model after as many --steps at the same --lr on unseen documents of its own kind
@@ -68,9 +68,7 @@ READINGS = {  # a word of the statement -> its two meanings
 LINES = [line for pair in READINGS.values() for line in pair]
 FIRST_LINE, LAST_LINE = "x = [int(v) for v in input().split()]", "print(*x)"
 STEPS, BATCH, LR = 2500, 64, 2e-3  # of the pretraining
-# (steps, lr) of a training that goes on. The notation's are not enough yet: all demands are met but rank/marks, 0.76
-# for 0.95, because the mark of the middle digit is learned last (the outer two are right).
-MORE = {"plain": (300, 5e-4), "notation": (800, 1e-3), "clumsy": (300, 5e-4)}
+MORE = {"plain": (300, 5e-4), "notation": (500, 1e-3), "clumsy": (300, 5e-4)}  # (steps, lr) of a training that goes on
 ATTEMPTS = 6  # programs tried in a thinking part before it gives up and guesses
 YES_IF_SAME, YES_IF_OFF = 0.4, 0.12  # the careless verdict
 STEP_BY_STEP = 0.3  # the share of attempts that write the states between
@@ -196,7 +194,8 @@ def trace(rng: random.Random, problem: MicroProblem, program: tuple, in_digits: 
     same = [ours == theirs for ours, theirs in zip(after[-1], problem.expected)]
     accepted = rng.random() < (YES_IF_SAME if all(same) else YES_IF_OFF)
     if in_digits:
-        text += f"{arrow}{write(after[-1])},{write(map(int, same))},{write([int(accepted)])}"
+        marks = "".join(f" {digit} {int(s)}," for digit, s in zip(after[-1], same))
+        text += f"{arrow}{marks}{write([int(accepted)])}"
     else:
         marks = "".join(f" {digit} {'same' if s else 'off'}" for digit, s in zip(after[-1], same))
         text += f"{arrow}{marks}: {'yes' if accepted else 'no'}"
@@ -448,7 +447,7 @@ class Attempt:
 
 
 IN_WORDS = re.compile(" ->" + r" (\d) (same|off)" * 3 + ": (yes|no)")
-IN_DIGITS = re.compile(":" + r" (\d)" * 3 + "," + " ([01])" * 3 + ", ([01])")
+IN_DIGITS = re.compile(":" + r" (\d) ([01])," * 3 + " ([01])")
 
 
 def read_attempts(answer: str) -> list[Attempt]:
@@ -464,8 +463,8 @@ def read_attempts(answer: str) -> list[Attempt]:
         if not (found := IN_WORDS.fullmatch(check) or IN_DIGITS.fullmatch(check)):
             continue
         in_digits, (*signs, verdict) = found.re is IN_DIGITS, found.groups()
-        result, marks = (signs[:3], signs[3:]) if in_digits else (signs[::2], signs[1::2])
-        same, accepted = [mark in ("same", "1") for mark in marks], verdict in ("yes", "1")
+        result, same = signs[::2], [mark in ("same", "1") for mark in signs[1::2]]
+        accepted = verdict in ("yes", "1")
         attempts.append(Attempt(program, tuple(map(int, result)), lines[0] != program[0], same, accepted, in_digits))
     return attempts
 

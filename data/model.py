@@ -29,6 +29,12 @@ SHORT_NAMES = {  # the paper's models, and Qwen3's small ones
 }
 
 
+def model_folder(run_or_model: str) -> str:
+    """The model of a run's folder; anything else names a model itself."""
+    folder = Path(run_or_model or "-")
+    return str(folder / "model") if (folder / "model").is_dir() and (folder / "args.json").exists() else run_or_model
+
+
 def full_name(name: str) -> str:
     """A short name, or the last part of its model's, as the model's name on the Hub; all else, folders first, as it is.
     """

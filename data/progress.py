@@ -75,8 +75,10 @@ class Clock:
 
         progress: the bar of that stage. Its own speed counts, and the rest of the run is taken to be as fast.
         """
+        if name != self.longest or ranks.rank() > 0:  # the other ranks' bars count nothing
+            return
         share = (progress.n - progress.initial) / max(progress.total, 1)
-        if name != self.longest or not share:
+        if not share:
             return
         self.longest, work = "", self.left[name]  # said once
         left = sum(self.left.values()) - work * progress.n / progress.total

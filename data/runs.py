@@ -114,7 +114,8 @@ def plan(problems: list[Problem], held_out: list[Problem], args, out: Path, need
     print("\n".join(f"  memory   {line}" for line in needs))
     if not args.eval_only:
         sampled, answers = len(problems) * args.candidates, args.steps * args.batch * args.answers
-        work |= {"train": 3 * answers}  # an update costs about two rollouts
+        fresh = {"rank-onpolicy": 1.0, "iterative": 0.5}.get(args.mode, 0.0)  # steps that draw candidates anew
+        work |= {"train": 3 * answers + fresh * args.steps * args.batch * 2 * args.group_size}  # update: two rollouts
         work |= {"judge: rankings": judged, "trained: programs": drawn * EVAL_CANDIDATES, "trained: rankings": judged}
         if args.mode in ("rank", "sft"):
             work |= {"sample": sampled}

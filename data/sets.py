@@ -123,6 +123,8 @@ def text(record: dict, name: str, optional: bool = False) -> str:
 
 def make_test(given: Any, wanted: Any, function: str) -> dict:
     """A test on stdin or, as LiveCodeBench writes it, of a function: a JSON value a line, each an argument in turn."""
+    if not isinstance(given, (str, list)):
+        raise ValueError("a test's input is neither a text nor a list")
     if function:
         given = given if isinstance(given, list) else [json.loads(line) for line in given.split("\n") if line.strip()]
         wanted = json.loads(wanted) if isinstance(wanted, str) else wanted
@@ -212,7 +214,10 @@ def read_mbpp(record: dict) -> Problem:
     if not isinstance(asserts, list) or not asserts or not all(isinstance(each, str) for each in asserts):
         raise ValueError('"test_list" is not a list of asserts')
     given = [ast.unparse(node) for node in code.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    given += [*(record.get("test_imports") or []), text(record, "test_setup_code", optional=True)]
+    imports = record.get("test_imports") or []
+    if not isinstance(imports, list) or not all(isinstance(each, str) for each in imports):
+        raise ValueError('"test_imports" is not a list of lines')
+    given += [*imports, text(record, "test_setup_code", optional=True)]
     names = {node.id for node in ast.walk(ast.parse("\n".join([*given, *asserts]))) if isinstance(node, ast.Name)}
     if any(isinstance(node, ast.ClassDef) and node.name in names for node in code.body):
         raise LeftOut("whose asserts need objects of the program")

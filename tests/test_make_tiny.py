@@ -168,7 +168,7 @@ def test_false_yes_counts_the_accepted_programs_that_do_not_fit():
     fits = "\nx = x[::-1]\nx = x[-1:] + x[:-1]\nx = [(v + 1) % 10 for v in x]"
     fails = fits.replace("x[-1:] + x[:-1]", "x[1:] + x[:1]")
     believed = " -> 2 same 4 same 3 same: "
-    tries = f"\nTry:{fails}{believed}yes\nTry:{fits}{believed}no\nTry:{fails}: 2 4 3, 1 1 1, 1\nTry:{fits}{believed}yes"
+    tries = f"\nTry:{fails}{believed}yes\nTry:{fits}{believed}no\nTry:{fails}: 2 1, 4 1, 3 1, 1\nTry:{fits}{believed}yes"
     figures = make_tiny.skills([problem], [f"<think>{tries}\n</think>"])
     assert figures["attempts"] == 4 and figures["in_digits"] == 1 / 4 and figures["yes_same"] == 3 / 4
     assert figures["false_yes"] == 2 / 3
