@@ -6,6 +6,7 @@ files that travel over a socket; expected values never leave this process.
 Covered on every system:
 - The verdict is made here, from what was printed or returned and the exit status that the kernel reports. Patched
   builtins, os._exit(0), a fake ==, bytes in the result channel: nothing turns a wrong answer into a right one.
+- Asserts run in a process of their own, which calls the program's functions in another one.
 - Limits on wall clock, CPU, memory, output, file size and open files; an own folder, a bare environment, no inherited
   descriptors. Ctrl-C or the death of the caller ends what runs.
 - Each test sees a fresh state: a process of its own, or one that served a test before where the program is made of
@@ -102,8 +103,8 @@ def why_wrong(test: dict, result: Result, answer: bytes) -> str:
     """Why a run does not pass its test, or ""."""
     if result.status != "ok":
         return result.status
-    if "fn_name" in test:
-        return "" if same_value(test["expected"], answer) else "the function did not return what it should"
+    if "fn_name" in test or "asserts" in test:
+        return "" if same_value(test.get("expected", True), answer) else "the function did not return what it should"
     return difference(test["output"], result.stdout)
 
 
@@ -118,7 +119,8 @@ def run(code: str, stdin: str = "", *, timeout: float = 10.0, memory_mb: int = 1
 def judge(code: str, tests: "list[dict]", *, timeout: float = 10.0, memory_mb: int = 1024) -> Verdict:
     """Does the program pass every test? The timeout is for each; the first that fails is the last that is run.
 
-    A test is {"input": ..., "output": ...} or {"fn_name": ..., "args": [...], "expected": ...}.
+    A test is {"input": ..., "output": ...}, {"fn_name": ..., "args": [...], "expected": ...} or {"asserts": Python that
+    calls the program's functions, "entry_point": the name of the one that counts, or ""}.
     """
     return _judge(_shared, code, tests, timeout, memory_mb)
 
@@ -131,7 +133,7 @@ def _judge(pool: "Pool", code: str, tests: "list[dict]", timeout: float, memory_
         program = _program(stack, code)
         if isinstance(program, Result):
             return Verdict(False, [program], 0, f"test 0: {program.stderr}")
-        sharing = True
+        sharing = not any("asserts" in test for test in tests)
         while len(results) < len(tests):
             left = tests[len(results) :] if sharing else tests[len(results) :][:1]
             sharing, runs = _runs(pool, program, left, timeout, memory_mb)
@@ -175,10 +177,34 @@ def _program(stack: "contextlib.ExitStack", code: str) -> "int | Result":
     return Result("refused", "", why, None, 0.0) if why else _memory_file(stack, b"s" + source)
 
 
-def _runs(pool: "Pool", program: int, tests: "list[dict]", timeout: float, memory_mb: int) -> "tuple[bool, list]":
+def _run_asserts(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: int) -> "tuple[Result, bytes]":
+    """Run the asserts in one worker, and in another the program whose functions they call through a socket.
+
+    So an exit, patched builtins or an object that equals everything do not touch the asserts. Only plain values and
+    exceptions pass; what a function changes in its arguments is not seen.
+    """
+    def side(program: int, test: dict, end: socket.socket) -> "tuple[Result, bytes]":
+        with end:  # the last of its copies: the other side learns that this one has ended
+            return _runs(pool, program, [test], timeout, memory_mb, end.fileno())[1][0]
+
+    with contextlib.ExitStack() as stack:
+        asserts = _memory_file(stack, b"s" + test["asserts"].encode())
+        for _ in range(2):  # as in _runs, but both sides anew: they would not find into the other's talk
+            ours, theirs = socket.socketpair()
+            with contextlib.suppress(_WorkerDied), ThreadPoolExecutor(1) as beside:
+                answering = beside.submit(side, program, {"input": ""}, theirs)
+                judged, answer = side(asserts, {"fn_name": test.get("entry_point", ""), "args": []}, ours)
+                answered, _ = answering.result()
+                return judged if answer or answered.status == "ok" else answered, answer
+    return Result("error", "", "", -signal.SIGKILL, 0.0), b""
+
+
+def _runs(pool: "Pool", program: int, tests: list, timeout: float, memory_mb: int, *wire: int) -> "tuple[bool, list]":
     """Run the first test, or as many as can share a process. Returns whether they did; a Result and an answer each."""
     if not (0 < timeout < 1e6 and memory_mb >= 1):
         raise ValueError("sandbox: timeout is a number of seconds above 0, memory_mb at least 1")
+    if "asserts" in tests[0]:
+        return False, [_run_asserts(pool, program, tests[0], timeout, memory_mb)]
     inputs, total = [], 0
     for test in tests:
         call = "fn_name" in test
@@ -192,12 +218,14 @@ def _runs(pool: "Pool", program: int, tests: "list[dict]", timeout: float, memor
     ledger = marshal.dumps((key, inputs if inputs[1:] or not stdin else [b""]))
     for _ in range(2):  # twice, as a worker can also die by an accident
         with contextlib.ExitStack() as stack:
-            files = [program, *(_memory_file(stack, data) for data in (stdin, b"", b"", ledger))]
+            files = [program, *(_memory_file(stack, data) for data in (stdin, b"", b"", ledger)), *wire]
             try:
                 how, code, seconds = pool._play(files, timeout, memory_mb)
             except _WorkerDied:
+                if wire:
+                    raise
                 how, code, seconds = b"k", -signal.SIGKILL, 0.0  # both times: the program does it
-            outputs = [os.pread(fd, OUTPUT_CAP, 0) for fd in files[2:]]
+            outputs = [os.pread(fd, OUTPUT_CAP, 0) for fd in files[2:5]]
         if how != b"k":
             break
     if inputs[1:] and os.pread(program, 1, 0) == b"s":  # see load() in sandbox_server.py

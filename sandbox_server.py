@@ -5,13 +5,15 @@ secrets, and each run is a fork of it. It never learns an expected value, so not
 verdict. From top to bottom: the room (namespaces, Landlock, limits), the life of a child, the server's loop.
 
 A request is a timeout, a memory limit and five memory files: the program, its stdin, stdout and stderr, and a ledger
-that brings the tests' inputs and takes back, a line each, what was returned or printed.
+that brings the tests' inputs and takes back, a line each, what was returned or printed. Where asserts judge, a sixth
+is a socket between two workers' children: one runs the asserts, the other the program that they call.
 """
 import ast
 import atexit
 import builtins
 import collections
 import ctypes
+import functools
 import gc
 import io
 import json
@@ -27,7 +29,7 @@ import struct
 import sys
 import time
 import types
-from typing import Any
+from typing import Any, BinaryIO, Iterator
 
 LINUX = sys.platform == "linux"
 OUTPUT_CAP = 16 << 20  # bytes of stdout, of stderr, of the ledger and of any one file
@@ -38,19 +40,40 @@ REQUEST = struct.Struct("<d Q")  # timeout, memory in bytes
 REPLY = struct.Struct("<c i d 200s")  # x exit, t timeout, m memory, ! failure; exit code; seconds; what failed
 
 
-def encode(value: Any) -> Any:
-    """A value as a JSON tree: tuples are lists, numpy scalars numbers; dicts and long ints keep their meaning."""
+KINDS = {"tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes, "iter": Iterator}  # besides JSON's own
+EXCEPTIONS = {name for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+MAKERS = {**KINDS, "iter": iter, "dict": dict, "complex": complex, "int": lambda digits: int(digits, 16)}
+
+
+def encode(value: Any, exact: bool = False) -> Any:
+    """A value as a JSON tree: tuples are lists, numpy scalars numbers; dicts and long ints keep their meaning.
+    If exact, decode() makes each part anew, of its own kind; what derives from a kind is that kind.
+    """
     if getattr(value, "shape", None) == ():
         value = value.item()
-    if isinstance(value, (list, tuple)):
-        return [encode(item) for item in value]
+    if isinstance(value, list) or isinstance(value, tuple) and not exact:
+        return [encode(item, exact) for item in value]
     if isinstance(value, dict):
-        return {"dict": sorted(([encode(key), encode(item)] for key, item in value.items()), key=json.dumps)}
+        items = [[encode(key, exact), encode(item, exact)] for key, item in value.items()]
+        return {"dict": items if exact else sorted(items, key=json.dumps)}
+    if exact and isinstance(value, complex):
+        return {"complex": str(value)}
+    for name, kind in KINDS.items() if exact else ():
+        if isinstance(value, kind):
+            return {name: [encode(item, exact) for item in value]}
     if isinstance(value, int) and value.bit_length() > 1000:
         return {"int": hex(value)}  # as a decimal it takes quadratic time, and Python refuses
     if value is None or isinstance(value, (int, float, str)):
         return value
     raise TypeError(f"a {type(value).__name__} is not a plain value")
+
+
+def decode(tree: Any) -> Any:
+    """The value of an exact tree. It may come from a candidate: nothing but plain values and exceptions can result."""
+    if isinstance(tree, dict):
+        [(kind, parts)] = tree.items()
+        return MAKERS[kind](decode(parts))
+    return [decode(part) for part in tree] if isinstance(tree, list) else tree
 
 
 # ----------------------------------------------------------------------------------------------------- the room
@@ -322,33 +345,71 @@ def load(program: int, room: types.SimpleNamespace, more: bool) -> "tuple[types.
     return code, plain
 
 
-def execute(code: types.CodeType, prelude: "dict[str, str]", call: "tuple | None") -> str:
-    """Run a program as __main__; call its function, if one is asked for. Returns the JSON of what that returned."""
+def execute(code: types.CodeType, prelude: "dict[str, str]", call: "tuple | None", wire: "BinaryIO | None") -> str:
+    """Run a program as __main__; call its function, if one is asked for. Returns the JSON of what that returned.
+
+    With a wire: answer run_asserts(). What is no answer (an exit, no plain value) ends this process, and so the test.
+    """
     main = sys.modules["__main__"]
     for name in names_in(code) & prelude.keys():
         module = __import__(prelude[name])
         setattr(main, name, module if name == prelude[name] else getattr(module, name))
-    if call:
+    if call or wire:
         main.__name__ = "solution"  # what stands under `if __name__ == "__main__"` is no part of a function's test
         sys.modules["solution"] = main
     try:
         exec(code, vars(main))
     except SystemExit as error:
-        if call or error.code is not None and not (type(error.code) is int and error.code == 0):
+        if call or wire or error.code is not None and not (type(error.code) is int and error.code == 0):
             raise
-    if not call:
-        return ""
-    name, arguments = call
     solution = getattr(main, "Solution", None)
-    function = getattr(solution(), name) if hasattr(solution, name) else getattr(main, name)
-    return json.dumps(encode(function(*arguments)), separators=(",", ":"))
+    find = lambda name: getattr(solution(), name) if hasattr(solution, name) else getattr(main, name)
+    if call:
+        return json.dumps(encode(find(call[0])(*call[1])), separators=(",", ":"))
+    functions = [key for key, item in vars(main).items() if wire and callable(item)]
+    while question := wire and wire.readline():
+        name, arguments, named = decode(json.loads(question))
+        try:
+            answer = [find(name)(*arguments, **named) if name else functions]
+        except Exception as error:
+            answer = [kind.__name__ for kind in type(error).__mro__], str(error)
+        wire.write(json.dumps(encode(answer, exact=True)).encode() + b"\n")
+        wire.flush()
+    return ""
+
+
+def run_asserts(code: types.CodeType, entry_point: str, wire: BinaryIO) -> str:
+    """Run asserts with a stand-in for each function of the program, which asks the process where the program is.
+
+    A name that is a builtin's, or that the asserts bind themselves, is never the program's; and there is no prelude, or
+    gcd(4, 6) would be right without a program.
+    """
+    def ask(name: str, *arguments: Any, **named: Any) -> Any:
+        try:
+            wire.write(json.dumps(encode((name, arguments, named), exact=True)).encode() + b"\n")
+            wire.flush()
+            line = wire.readline()
+        except OSError:
+            line = b""
+        if not line:
+            print("the program ended before it had answered", file=sys.stderr, flush=True)
+            os._exit(1)  # as asserts could catch an exception
+        answer, *text = decode(json.loads(line))
+        if not text:
+            return answer
+        raise next(vars(builtins)[kind] for kind in answer if kind in EXCEPTIONS)(*text)
+    main = sys.modules["__main__"]
+    for name in {entry_point} | names_in(code) & set(ask("")) - vars(main).keys() - vars(builtins).keys():
+        setattr(main, name, functools.partial(ask, name))
+    exec(code, vars(main))
+    return "true"
 
 
 def play(room: types.SimpleNamespace, files: "list[int]", timeout: float, memory: int, complain: int) -> None:
     """A child's whole life. Nothing here is trusted once the code of a candidate has begun that is not plain."""
     status, leave, say = 1, os._exit, os.write
     try:
-        program, *streams, ledger = files
+        program, *streams, ledger = files[:5]
         try:
             enter(room, streams, timeout, memory)
         except BaseException as error:
@@ -365,7 +426,8 @@ def play(room: types.SimpleNamespace, files: "list[int]", timeout: float, memory
             call = tests[0] if isinstance(tests[0], tuple) else None
             if not call:
                 os.close(ledger)
-            answer = execute(code, room.prelude, call)
+            wire = socket.socket(fileno=files[5]).makefile("rwb") if files[5:] else None
+            answer = run_asserts(code, call[0], wire) if wire and call else execute(code, room.prelude, call, wire)
             if call:
                 os.pwrite(ledger, key + answer.encode(), 0)
             status = 0
@@ -404,7 +466,7 @@ def play_all(room: types.SimpleNamespace, code: types.CodeType, tests: list, led
             sys.setrecursionlimit(RECURSION)
             out, err = io.BytesIO(), io.BytesIO()
             open_streams(io.BytesIO(b"" if call else test), out, err)
-            answer = execute(code, room.prelude, call)
+            answer = execute(code, room.prelude, call, None)
             flush()
             outputs = (stream.getvalue().decode("utf-8", "replace") for stream in (out, err))
             os.write(ledger, json.dumps([time.monotonic() - start, *outputs, answer]).encode() + b"\n")
@@ -450,7 +512,7 @@ def serve(control: socket.socket, room: types.SimpleNamespace) -> None:
     which = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
     limits = [resource.getrlimit(each) for each in which]
     while [resource.getrlimit(each) for each in which] == limits:
-        request, files, _, _ = socket.recv_fds(control, REQUEST.size, 5, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+        request, files, _, _ = socket.recv_fds(control, REQUEST.size, 6, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
         if not request:
             return
         try:

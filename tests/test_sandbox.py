@@ -61,6 +61,128 @@ def test_wrong_program_is_not_paid(name, tmp_path):
     assert not verdict and verdict.failed_test == 0 and verdict.reason and not verdict.passed
 
 
+# ------------------------------------------------------------------------------------------------------------- asserts
+
+
+def asserts(source, entry_point="f"):
+    return [{"asserts": source, "entry_point": entry_point}]
+
+
+FORGED_ASSERTS = {name: (code, f"assert f(3) == {tests[0]['expected']}")
+                  for name, (code, tests) in hostile.FORGERIES.items() if "fn_name" in tests[0]} | {
+    "a_patched_builtin": ("import builtins\nbuiltins.abs = lambda x: 0\ndef f(x): return 7", "assert abs(f(3) - 1) < 1e-6"),
+    "a_builtin_of_its_own": ("def abs(x): return 0\ndef f(x): return 7", "assert abs(f(3) - 1) < 1e-6"),
+    "a_patched_module": ("import math\nmath.isclose = lambda *a: True\ndef f(x): return 7",
+                         "import math\nassert math.isclose(f(3), 1)"),
+    "its_callers_names": ("import sys\ndef f(x):\n sys._getframe(1).f_globals['abs'] = lambda x: 0\n return 7",
+                          "got = f(3)\nassert abs(got - 1) < 1e-6"),
+    "an_exit_where_an_error_is_due": ("import os\ndef f(x): os._exit(0)",
+                                      "try:\n f(3)\n assert 0\nexcept BaseException as e: assert type(e) is ValueError"),
+    "an_exit_in_the_last_call": ("import os\ndef f(x): os._exit(0)", "try: f(3)\nexcept BaseException: pass"),
+    "a_system_exit_in_a_caught_call": ("def f(x): raise SystemExit", "try: f(3)\nexcept BaseException: pass"),
+    "an_object_where_any_error_is_due": ("def f(x): return {f: 1}", "try: f(3)\nexcept Exception: pass"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED_ASSERTS)
+def test_wrong_program_does_not_get_past_asserts(name, tmp_path):
+    """Asserts that run beside the program are the program's to skip: the way HumanEval and MBPP are mostly judged."""
+    code, source = FORGED_ASSERTS[name]
+    path = tmp_path / "solution.py"
+    path.write_text(f"{code}\n{source}\n")
+    naive = subprocess.run([sys.executable, path], cwd=tmp_path, timeout=20, capture_output=True)
+    assert naive.returncode == 0, f"the naive runner holds it: {naive.stderr}"
+    verdict = sandbox.judge(code, asserts(source), timeout=3)
+    assert not verdict and verdict.failed_test == 0 and verdict.results[0].status != "ok", verdict
+
+
+@pytest.mark.parametrize("act", [
+    "key = inspect_key()\nfor fd in range(64):\n try: os.pwrite(fd, key + b'true', 0)\n except OSError: pass",
+    "for fd in range(3, 64):\n try: os.write(fd, b'[true]\\n' * 99)\n except OSError: pass",
+    "for fd in range(3, 64):\n try: socket.socket(fileno=fd).shutdown(2)\n except OSError: pass",
+    "for fd in range(3, 64):\n try: os.write(fd, b'[' * 99999 + b'\\n{\"int\": [1]}\\n{\"eval\": \"1\"}\\n')\n except OSError: pass",
+    "for fd in range(3, 64):\n try: os.write(fd, b'{\"tuple\": [[\"SystemExit\", \"KeyboardInterrupt\"], \"\"]}\\n')\n except OSError: pass",
+    "for fd in range(3, 64):\n try:\n  while True: os.write(fd, b'x' * 65536)\n except OSError: pass",
+], ids=itertools.count())
+def test_nothing_said_on_the_wire_is_a_verdict(act):
+    """The program's process holds one end of a socket, and may write whatever it likes into it."""
+    code = ("import os, socket, sys\ndef inspect_key():\n frame = sys._getframe()\n while frame:\n"
+            "  for value in frame.f_locals.values():\n   if type(value) is bytes and len(value) == 16: return value\n"
+            "  frame = frame.f_back\n return b''\n")
+    for place in (act, "def f(x):\n " + act.replace("\n", "\n ") + "\n return x"):
+        verdict = sandbox.judge(code + place + "\n", asserts("assert f(3) == 1234567\nassert f(4) == 7654321"), timeout=3)
+        assert not verdict and verdict.results[0].status != "ok", verdict
+
+
+@pytest.mark.parametrize("code, source", [
+    ("def f(x, y=1): return x + y", "assert f(1) == 2 and f(1, 2) == 3 and f(y=5, x=1) == 6"),
+    ("class Solution:\n def f(self, x): return x", "assert f(1) == 1"), ("f = lambda: print('noise', flush=True)", "assert f() is None"),
+    ("def f(x): return 0.1 + 0.2", "assert abs(f(1) - .3) < 1e-6"), ("from math import gcd as f", "assert f(4, 6) == 2"),
+    ("def f(x):\n if x < 0: raise ValueError('no')\n return x", "assert f(1) == 1\ntry: f(-1)\nexcept ValueError as e: assert str(e) == 'no'\nelse: assert 0"),
+    ("class E(KeyError): pass\ndef f(): raise E", "try: f()\nexcept KeyError: pass\nelse: assert 0"),
+    ("from collections import *\ndef f(): return Counter('a'), OrderedDict(b=1), namedtuple('N', 'x')(2)", "assert f() == ({'a': 1}, {'b': 1}, (2,))"),
+    ("def f(): yield from (1, 2)", "assert list(f()) == [1, 2] != f()"), ("n = 0\ndef f():\n global n\n n += 1\n return n", "assert f() + f() == 3"),
+    ("def g(x): return -x\ndef f(x): return g(x)", "assert g(f(3)) == 3"), ("def f(): return sum(range(10))\nif __name__ == '__main__': input()", "assert f() == 45"),
+    ("def f(x): return f(x - 1) + 1 if x else 0", "assert f(40000) == 40000"), ("def f(x): return x", "from copy import deepcopy\nassert f([[]]) == deepcopy([[]])"),
+], ids=itertools.count())
+def test_honest_program_passes_its_asserts(code, source):
+    verdict = sandbox.judge(code, asserts(source), timeout=20)
+    assert verdict, (verdict.reason, verdict.results[-1].stderr)
+
+
+def test_values_keep_their_kind_on_the_way_to_the_asserts_and_back():
+    """JSON alone makes a tuple a list and loses bytes, sets and keys that are no strings: right answers failed."""
+    value = "[(1, [2]), {3}, frozenset([4]), {(1, 2): b'x', 0: None}, 1j, float('inf'), True, 10 ** 400, '\\ud800é', (), set(), {}, ''] "
+    source = f"v = {value}\nassert f(v) == v and repr(f(v)) == repr(v)\nimport math\nassert math.isnan(f(math.nan))"
+    assert sandbox.judge("def f(x): return x", asserts(source))
+    assert not sandbox.judge("def f(x): return list(x)", asserts("assert f((1, 2)) == (1, 2)"))
+
+
+def test_a_name_of_the_prelude_does_not_stand_in_for_the_program():
+    """gcd(4, 6) is 2 in any process of ours, whether or not the program has a gcd."""
+    for entry_point in ("gcd", ""):
+        assert not sandbox.judge("x = 1", asserts("assert gcd(4, 6) == 2", entry_point))
+        assert not sandbox.judge("def gcd(a, b): return 1", asserts("assert gcd(4, 6) == 2", entry_point))
+        assert sandbox.judge("def gcd(a, b): return 2", asserts("assert gcd(4, 6) == 2", entry_point))
+
+
+def test_limits_hold_for_programs_behind_asserts():
+    start = time.monotonic()
+    for code in ("while True: pass", "def f(x):\n while True: pass"):
+        assert sandbox.judge(code, asserts("f(1)"), timeout=0.5).results[0].status == "timeout"
+    assert sandbox.judge("def f(x): return x", asserts("while True: f(1)"), timeout=0.5).results[0].status == "timeout"
+    assert time.monotonic() - start < 6
+    big = "def f(x):\n l = []\n while True: l.append(bytes(1 << 20))"
+    assert not sandbox.judge(big, asserts("f(1)"), memory_mb=256)
+    assert sandbox.judge("\0", asserts("f(1)")).results[0].status == "refused"
+
+
+def test_both_sides_of_asserts_start_again_when_a_worker_dies():
+    """The side that is left has heard half of a talk that a new worker would begin anew."""
+    def kill():
+        wait_until(lambda: len(sandbox._shared._busy) == 2)
+        time.sleep(0.3)
+        os.killpg(next(iter(sandbox._shared._busy)).process.pid, signal.SIGKILL)
+
+    for _ in range(2):
+        killer = threading.Thread(target=kill)
+        killer.start()
+        assert sandbox.judge("import time\ndef f(x):\n time.sleep(.4)\n return x", asserts("assert f(1) == 1 and f(2) == 2"))
+        killer.join()
+
+
+def test_problems_of_all_kinds_share_a_pool():
+    right, wrong = "def f(x): return x + 1\nif __name__ == '__main__': print(7)", "def f(x): return x"
+    tests = [*asserts("assert f(1) == 2"), {"fn_name": "f", "args": [1], "expected": 2}, {"input": "", "output": "7"}]
+    with sandbox.Pool(2) as pool:
+        assert pool.label([(right, tests), (wrong, tests), (right, tests[::-1]), (wrong, tests[1:])] * 5) == [True, False] * 10
+        verdicts = {verdict.job: verdict for verdict in pool.judge([(right, tests * 2), (wrong, tests)])}
+    assert len(verdicts[0].results) == 6 and verdicts[1].failed_test == 0
+
+
+# ------------------------------------------------------------------------------------------------- from test to test
+
+
 @pytest.mark.parametrize("name", hostile.MEMORIES)
 def test_nothing_is_remembered_from_test_to_test(name, tmp_path):
     """What one test left on the disk, in shared memory or in a living process was there for the next."""
@@ -650,13 +772,14 @@ def test_promises_hold_for_an_ordinary_user_and_without_namespaces(rule, user, t
                  "import os, time\\nwhile 1:\\n try: os.fork()\\n except OSError: time.sleep(9)",
                  "import os, signal\\nos.setsid() if os.fork() == 0 else 0\\nos.kill(os.getpid(), 9)",
                  "x = bytearray(1 << 30)\\ndef f(x): return 2", "def f(x): return 2"]
+        a = [{{"asserts": "assert f(1) == 2", "entry_point": "f"}}]
         with sandbox.Pool(1, timeout=2, memory_mb=256) as pool:
-            print(json.dumps([pool.label([(c, t) for c in codes]),
+            print(json.dumps([pool.label([(c, t) for c in codes] + [(c, a) for c in codes[:3]]),
                               sandbox.run("import os\\nos.makedirs('/'.join('d' * 400)); os.chmod('d', 0)").status,
                               sandbox.run("import os; print(os.listdir())").stdout]))
     """
     done = subprocess.run([python, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=90, cwd="/")
     shutil.rmtree(folder)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [[True, False, False, False, False, False, True], "ok", "[]\n"], done
+    assert json.loads(done.stdout) == [[True, False, False, False, False, False, True, True, False, False], "ok", "[]\n"], done
     assert not [name for name in os.listdir("/tmp") if name.startswith("dust-box-")], "a folder was left behind"
