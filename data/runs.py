@@ -29,14 +29,15 @@ def problems_of(args) -> tuple[list[Problem], list[Problem]]:
         problems = load_problems(args.train, args.limit)
         tqdm.write(f"--train and --eval are the same, {args.train}: what is measured was trained on")
     else:
-        problems, removed = without_overlap(load_problems(args.train, args.limit), held_out)
+        enough = args.limit and args.limit + len(held_out)  # a public set can be long, and few of it are wanted
+        problems, removed = without_overlap(load_problems(args.train, enough), held_out)
         if removed:
             tqdm.write(f"{removed} of {removed + len(problems)} problems of --train left out: they stand in --eval too")
         if not problems:
             raise BadInput(f"every problem of --train {args.train} stands in --eval {args.eval} too: use others")
     count = min(args.eval_limit or len(held_out), len(held_out))
     spread = [held_out[i * len(held_out) // count] for i in range(count)]
-    return problems, spread
+    return problems[: args.limit or None], spread
 
 
 def find_run(args) -> tuple[Path, dict]:

@@ -189,7 +189,7 @@ def test_a_short_name_is_the_hubs_and_a_folder_of_that_name_wins(tmp_path, monke
     assert full_name("qwen3-4b") == "Qwen/Qwen3-4B" and full_name("GPT-OSS-20B") == "openai/gpt-oss-20b"
     assert full_name("Qwen3-4B-Thinking") == full_name("Qwen3-4B-Thinking-2507") == "Qwen/Qwen3-4B-Thinking-2507"
     assert full_name("some/model") == "some/model" and full_name("") == ""
-    args = dust.parse_args(["--model", "Qwen3-4B", "--teacher", "Qwen3-30B-Instruct"])
+    args = dust.parse_args(["--model", "Qwen3-4B", "--mode", "sft", "--teacher", "Qwen3-30B-Instruct"])
     assert (args.model, args.teacher) == ("Qwen/Qwen3-4B", "Qwen/Qwen3-30B-A3B-Instruct-2507")
     (tmp_path / "Qwen3-4B").mkdir()
     assert dust.parse_args(["--model", "Qwen3-4B"]).model == "Qwen3-4B"

@@ -70,6 +70,7 @@ def asserts(source, entry_point="f"):
 
 FORGED_ASSERTS = {name: (code, f"assert f(3) == {tests[0]['expected']}")
                   for name, (code, tests) in hostile.FORGERIES.items() if "fn_name" in tests[0]} | {
+    "an_end_of_the_values": ("def f(x): raise StopIteration", "assert all(map(f, [1, 2]))"),
     "a_patched_builtin": ("import builtins\nbuiltins.abs = lambda x: 0\ndef f(x): return 7", "assert abs(f(3) - 1) < 1e-6"),
     "a_builtin_of_its_own": ("def abs(x): return 0\ndef f(x): return 7", "assert abs(f(3) - 1) < 1e-6"),
     "a_patched_module": ("import math\nmath.isclose = lambda *a: True\ndef f(x): return 7",

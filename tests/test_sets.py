@@ -1,10 +1,12 @@
-"""Public problem sets in small files of their shape: read rightly, judged rightly, and never executed by the reader."""
+"""Public problem sets are read as they are written, and a file from the net is data: small files of the same shapes."""
 import base64
 import builtins
 import json
 import os
 import pickle
+import sys
 import zlib
+from pathlib import Path
 
 import pytest
 
@@ -12,59 +14,48 @@ import sandbox
 from data import BadInput, Problem, load_problems, sets, without_overlap
 
 
-def write(path, *records):
+def write(path: Path, *records) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
-def packed(text, protocol=4) -> str:
-    return base64.b64encode(zlib.compress(pickle.dumps(text, protocol))).decode()
+def pack(value) -> str:
+    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
 
 
-def case(given, wanted, kind="stdin"):
-    return {"input": given, "output": wanted, "testtype": kind}
+def live(number: int = 1, **fields) -> dict:
+    case = {"input": "1 2\n", "output": "3\n", "testtype": "stdin"}
+    return {"question_title": "Sum", "question_content": f"Add, {number}.", "platform": "atcoder", "contest_id": "c",
+            "question_id": f"q{number}", "contest_date": "2025-02-08T00:00:00", "starter_code": "",
+            "difficulty": "easy",
+            "public_test_cases": json.dumps([case]), "private_test_cases": pack(json.dumps([case])),
+            "metadata": "{}"} | fields
 
 
-def live(name="a", **fields):
-    """One LiveCodeBench record; its fields are strings that hold JSON."""
-    return {
-        "question_title": "t", "question_content": f"Print {name}.", "platform": "atcoder", "question_id": name,
-        "contest_id": "c", "contest_date": "2025-02-08T00:00:00", "starter_code": "", "difficulty": "easy",
-        "public_test_cases": json.dumps([case("1\n", "2\n")]), "private_test_cases": json.dumps([case("3\n", "4\n")]),
-        "metadata": "{}",
-    } | fields
-
-
-def verdicts(problem: Problem, *programs: str) -> list[bool]:
-    return [bool(sandbox.judge(program, problem.tests, timeout=10)) for program in programs]
+def seed(number: int = 1, **fields) -> dict:
+    return {"question_id": f"seed_{number}", "question": f"Add, {number}.", "starter_code": "",
+            "inputs": '["1 2\\n"]', "outputs": '["3\\n"]', "is_synthesized": "[0]", "test_case_type": "",
+            "func_name": "", "class_name": ""} | fields
 
 
 # ------------------------------------------------------------------------------------------------------ LiveCodeBench
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-def test_livecodebench_has_public_and_private_tests(tmp_path, protocol):
-    """The public ones alone are the examples of the statement: a program that prints them would pass."""
-    private = packed(json.dumps([case("5\n", "6\n")]), protocol)
-    path = write(tmp_path / "a.jsonl", live("a"), live("b", private_test_cases=private, difficulty="hard"))
-    first, second = load_problems(path)
-    assert [test["input"] for test in first.tests] == ["1\n", "3\n"] and first.difficulty == "easy"
-    assert [test["output"] for test in second.tests] == ["2\n", "6\n"] and second.difficulty == "hard"
-    assert verdicts(second, "print(int(input()) + 1)", "print(2 if input() == '1' else 0)") == [True, False]
-
-
-def test_livecodebench_functions_take_a_json_value_a_line(tmp_path):
-    tests = json.dumps([case("[1, 2]\n3", "[4, 5]", "functional")])
-    starter = "class Solution:\n    def add(self, nums, k):\n        "
-    path = write(tmp_path / "a.jsonl", live(starter_code=starter, public_test_cases=tests, private_test_cases="[]",
-                                            metadata='{"func_name": "add"}'))
-    [problem] = load_problems(path)
-    assert problem.tests == [{"fn_name": "add", "args": [[1, 2], 3], "expected": [4, 5]}]
-    right = "class Solution:\n def add(self, nums, k): return tuple(n + k for n in nums)"  # a tuple counts as a list
-    assert verdicts(problem, right, right.replace("+", "-")) == [True, False]
+def test_livecodebench_rows_keep_all_tests_of_both_kinds(tmp_path):
+    """The private tests are most of them; without them nearly every program passes."""
+    calls = [{"input": '[1, 2]\n"a"', "output": "[3, null]", "testtype": "functional"}]
+    function = live(2, starter_code="class Solution:", difficulty="hard", public_test_cases=json.dumps(calls),
+                    private_test_cases=json.dumps(calls), metadata='{"func_name": "go"}')
+    stdin, functional = load_problems(write(tmp_path / "x.jsonl", live(), function))
+    assert stdin == Problem("q1", "Add, 1.", [{"input": "1 2\n", "output": "3\n"}] * 2, "", "easy")
+    assert functional.tests == [{"fn_name": "go", "args": [[1, 2], "a"], "expected": [3, None]}] * 2
+    assert (functional.starter_code, functional.difficulty) == ("class Solution:", "hard")
+    assert sandbox.judge("class Solution:\n def go(self, a, b): return (3, None)", functional.tests)
 
 
 class Touch:
+    """Unpickled, it makes a file."""
+
     def __init__(self, path):
         self.path = str(path)
 
@@ -72,137 +63,264 @@ class Touch:
         return os.mkdir, (self.path,)
 
 
-def test_a_hostile_pickle_executes_nothing(tmp_path):
-    """pickle.loads of a downloaded file runs whatever its author liked."""
-    mark = tmp_path / "touched"
-    pickle.loads(pickle.dumps(Touch(mark)))
-    assert mark.exists()  # so the control is one
-    mark.rmdir()
-    for value in (Touch(mark), [json.dumps([case("1", "2")])], b"[]"):
-        path = write(tmp_path / "a.jsonl", live(private_test_cases=packed(value)))
-        with pytest.raises(BadInput, match="line 1: .*private_test_cases"):
-            load_problems(path)
-    assert not mark.exists()
+@pytest.mark.parametrize("make", [
+    lambda path: Touch(path), lambda path: ["[]", Touch(path)], lambda path: {Touch(path): 1},
+])
+def test_a_hostile_pickle_executes_nothing(tmp_path, make):
+    """Private tests come pickled, and a bare pickle.loads runs whatever the file says."""
+    packed = pack(make(tmp_path / "made"))
+    with pytest.raises(BadInput) as error:
+        load_problems(write(tmp_path / "x.jsonl", live(), live(2, private_test_cases=packed)))
+    assert str(error.value).startswith(f"{tmp_path / 'x.jsonl'} line 2: ") and "\n" not in str(error.value)
+    assert "private_test_cases" in str(error.value) and not (tmp_path / "made").exists()
+    pickle.loads(zlib.decompress(base64.b64decode(packed)))
+    assert (tmp_path / "made").exists(), "this pickle does no harm to a bare loads either"
 
 
-@pytest.mark.parametrize("private", ["!", base64.b64encode(b"no zlib").decode(), packed("not json")])
-def test_private_tests_that_cannot_be_read_are_one_line(tmp_path, private):
-    with pytest.raises(BadInput, match="line 1: "):
-        load_problems(write(tmp_path / "a.jsonl", live(private_test_cases=private)))
+@pytest.mark.parametrize("packed, reason", [
+    ("%%%", "neither JSON nor packed"), (base64.b64encode(b"abc").decode(), "neither JSON nor packed"),
+    (pack(b"[]"), "no plain text"), (pack(builtins.eval), "pickle that is no"), (pack(["[]"]), "no plain text"),
+    (base64.b64encode(zlib.compress(b"\x80\x04.")).decode(), "not one text"), (pack("[{"), "line 1: "),
+    (base64.b64encode(zlib.compress(b"r\xff\xff\xff\x7f")).decode(), "line 1: "),
+    (pack("x" * (3 << 20)), "more than 1 MB"),
+    (pack('[{"input": "1"}]'), "of another form"),
+])
+def test_broken_private_tests_are_one_clear_line(tmp_path, monkeypatch, packed, reason):
+    monkeypatch.setattr(sets, "UNPACKED", 1 << 20)
+    with pytest.raises(BadInput, match=reason) as error:
+        load_problems(write(tmp_path / "x.jsonl", live(private_test_cases=packed)))
+    assert str(error.value).startswith(f"{tmp_path / 'x.jsonl'} line 1: ") and "\n" not in str(error.value)
 
 
-def test_packed_tests_do_not_unpack_without_a_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(sets, "UNPACKED", 1 << 16)
-    path = write(tmp_path / "a.jsonl", live(private_test_cases=packed(" " * (1 << 20))))
-    with pytest.raises(BadInput, match="unpacks to more than"):
+# --------------------------------------------------------------------------------------------------------- rStar-Coder
+
+
+def test_rstar_is_deduplicated_capped_and_counted(tmp_path, capsys):
+    """The release has a row for each version of a problem, up to a gigabyte of tests in one, and some broken ones."""
+    many = json.dumps([str(i) for i in range(200)])
+    large = json.dumps(["x" * (sets.KEPT_CHARACTERS + 1), "1"])
+    function = seed(3, func_name="add", class_name="Solution", inputs="[[1, 2]]", outputs="[3]")
+    path = write(
+        tmp_path / "x.jsonl", seed(1, inputs=many, outputs=many), seed(9, question=" add 1"), seed(1, question="Other"),
+        seed(2, inputs='["1'), seed(2, inputs='["1", "2"]'), seed(2, inputs='"12"', outputs='"12"'),
+        seed(2, inputs="[1]"), function, seed(4, inputs=large, outputs='["1", "1"]'),
+        seed(5, inputs=json.dumps([json.loads(large)[0]])),
+        seed(6, func_name="f", class_name="Other", inputs="[[1]]", outputs="[1]"))
+    first, second, third = load_problems(path)
+    assert (first.id, second.id, third.id) == ("seed_1", "seed_3", "seed_4")
+    assert [test["input"] for test in first.tests] == [str(i) for i in range(50)]
+    assert second.tests == [{"fn_name": "add", "args": [1, 2], "expected": 3}] and "def add(" in second.starter_code
+    assert third.tests == [{"input": "1", "output": "1"}]
+    said = capsys.readouterr().err.splitlines()
+    assert sorted(said) == sorted(f"{path}: left out {text}" for text in (
+        "2 problems that stand there already", "4 problems with broken tests",
+        "1 problems without a test that is small enough", "1 problems with a class that is not named Solution"))
+    with pytest.raises(BadInput, match="that can be used"):
+        load_problems(write(path, seed(2, inputs="[")))
+    path.write_text(json.dumps(seed()) + '\n{"question_id')  # such a line is not the release's: somebody broke it
+    with pytest.raises(BadInput, match="line 2: broken JSON"):
         load_problems(path)
 
 
-def test_a_version_is_a_window_of_contest_dates(tmp_path, monkeypatch, capsys):
-    """v6 is February to April 2025: a file that holds more must not make the evaluation another one."""
-    dates = ("2025-01-31T23:59:59", "2025-02-01T00:00:00", "2025-04-30T23:59:59", "2025-05-01T00:00:00")
-    path = write(tmp_path / "test6.jsonl", *(live(date, contest_date=date) for date in dates))
-    monkeypatch.setattr(sets, "download", lambda name, chosen: [str(path)])
-    assert [problem.id for problem in load_problems("livecodebench-v6")] == list(dates[1:3])
-    assert "131" in str(sum(sets.PAPER["livecodebench-v6"].values())) and "in the paper" in capsys.readouterr().err
-
-
-# -------------------------------------------------------------------------------------------------------- rStar-Coder
-
-
-def rstar(name, question, inputs=("1\n",), outputs=("2\n",), **fields):
-    return {"question_id": name, "question": question, "starter_code": "", "inputs": json.dumps(inputs),
-            "outputs": json.dumps(outputs), "func_name": "", "class_name": ""} | fields
-
-
-def test_rstar_keeps_one_of_each_statement_and_a_bounded_number_of_tests(tmp_path, capsys):
-    many = [f"{i}\n" for i in range(80)]
-    path = write(tmp_path / "a.jsonl", rstar("a", "Add one.", many, many), rstar("b", "add  ONE"),
-                 rstar("c", "Broken.", outputs=()), rstar("d", "Broken.", inputs="{"), rstar("e", "Other."))
+def test_parquet_is_read_a_few_rows_at_a_time(tmp_path):
+    """A file of gigabytes was read whole for its first problems: here its later rows are broken, and nobody looks."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "x.parquet"
+    rows = [seed(i, starter_code=None) for i in range(400)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=40, compression="gzip")
     problems = load_problems(path)
-    assert [problem.id for problem in problems] == ["a", "e"] and len(problems[0].tests) == sets.KEPT_TESTS
-    said = capsys.readouterr().err
-    assert "1 problems that stand there already" in said and "2 problems with broken tests" in said
-    assert [problem.id for problem in load_problems(path, limit=1)] == ["a"]
-
-
-def test_parquet_is_read_or_its_package_named_in_one_line(tmp_path, monkeypatch):
-    path = tmp_path / "a.parquet"
-    path.write_bytes(b"PAR1")
-    real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", lambda name, *rest: (_ for _ in ()).throw(ImportError(name))
-                        if name.startswith("pyarrow") else real(name, *rest))
-    with pytest.raises(BadInput, match="pip install pyarrow"):
+    assert len(problems) == 400 and problems[3] == Problem("seed_3", "Add, 3.", [{"input": "1 2\n", "output": "3\n"}])
+    assert len(load_problems(path, limit=7)) == 7
+    start = parquet.ParquetFile(path).metadata.row_group(2).column(0).dictionary_page_offset
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(b"\xff" * 200)
+    assert load_problems(path, limit=80) == problems[:80]
+    with pytest.raises(BadInput, match="^cannot read .* after row [0-9]+: [^\n]+$"):
         load_problems(path)
-    monkeypatch.undo()
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.Table.from_pylist([rstar("a", "One."), rstar("b", "Two.")]), path)
-    assert [problem.id for problem in load_problems(path)] == ["a", "b"]
+    path.write_bytes(b"no Parquet")
+    with pytest.raises(BadInput, match="^cannot read .* after row 0: [^\n]+$"):
+        load_problems(path)
 
 
-def test_without_the_network_there_is_a_way_out(monkeypatch):
+# ------------------------------------------------------------------------------------- HumanEval, MBPP: asserts judge
+
+HUMANEVAL = [
+    {"task_id": "T/0", "entry_point": "mean_gap",
+     "prompt": "from typing import List\nimport math\n\n\ndef mean_gap(xs: List[float]) -> float:\n"
+               '    """ Mean distance of neighbours.\n    >>> mean_gap([1.0, 2.5])\n    1.5\n    """\n',
+     "canonical_solution": "    if len(xs) < 2:\n        raise ValueError('too few')\n"
+                           "    return sum(abs(a - b) for a, b in zip(xs, xs[1:])) / (len(xs) - 1)\n",
+     "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert abs(candidate([0.0, 0.1, 0.3]) - 0.15) < 1e-6\n"
+             "    assert math.isclose(candidate([1.0, 2.5]), 1.5)\n    try:\n        candidate([1.0])\n"
+             "    except ValueError:\n        pass\n    else:\n        assert False\n\n"},
+    {"task_id": "T/1", "entry_point": "unroll",
+     "prompt": "def roll(s: str):\n    \"\"\"\n    The last letter first.\n    \"\"\"\n    return s[-1:] + s[:-1]\n\n\n"
+               "def unroll(s: str):\n    import math\n    \"\"\"\n    Undoes roll.\n    \"\"\"\n",
+     "canonical_solution": "    return s[1:] + s[:1]\n",
+     "test": "def check(candidate):\n    for text in ('abc', '', 'xy'):\n"
+             "        assert candidate(roll(text)) == text\n"},
+]
+MBPP = [
+    {"task_id": 7, "text": "Write a function to find the pairs of two lists.", "test_setup_code": "",
+     "code": "import math\ndef sum(a, b=()):\n    return tuple(zip(a, b)), math.inf", "challenge_test_list": [],
+     "test_list": ["assert sum([1, 2], 'ab') == (((1, 'a'), (2, 'b')), math.inf)",
+                   "assert sum([]) == ((), math.inf)"]},
+    {"task_id": 8, "prompt": "Write a function for the gcd.", "test_imports": ["import random"],
+     "code": "def gcd(a, b):\n    return gcd(b, a % b) if b else a\ndef half(x):\n    return x / 2",
+     "test_list": ["assert gcd(4, 6) == 2", "assert gcd(0, random.choice([5])) == 5", "assert half(gcd(9, 6)) == 1.5"]},
+]
+
+
+def test_canonical_solutions_pass_and_mutated_ones_fail(tmp_path):
+    files = write(tmp_path / "h.jsonl", *HUMANEVAL), write(tmp_path / "m.jsonl", *MBPP)
+    problems = [problem for path in files for problem in load_problems(path)]
+    codes = [row["prompt"] + row["canonical_solution"] for row in HUMANEVAL] + [row["code"] for row in MBPP]
+    wrong = [codes[0].replace("raise ValueError", "return ValueError"), codes[0].replace("abs(a", "(a"),
+             codes[1].replace("s[1:] + s[:1]", "s[:1] + s[1:]"), codes[2].replace("tuple", "list"),
+             codes[3].replace("else a", "else 1"), codes[3].replace("gcd", "other")]
+    with sandbox.Pool(2) as pool:
+        assert pool.label([(code, problem.tests) for code, problem in zip(codes, problems)]) == [True] * 4
+        tests = [problems[i].tests for i in (0, 0, 1, 2, 3, 3)]
+        assert pool.label(list(zip(wrong, tests))) == [False] * 6
+        exits = [("import os\nos._exit(0)", problem.tests) for problem in problems]
+        cheat = "def roll(s): return ''\ndef unroll(s): return next(t)\nt = iter(('abc', '', 'xx'))"
+        assert pool.label([*exits, (cheat, problems[1].tests)]) == [False] * 5
+
+
+def test_what_the_model_reads_of_assert_style_problems(tmp_path):
+    """The judge reads the question alone, so the task is in there; the generator needs the name that is called."""
+    first, second = load_problems(write(tmp_path / "h.jsonl", *HUMANEVAL))
+    assert first.question.startswith("Write the Python function mean_gap.\n\nMean distance of neighbours.\n>>> mean")
+    assert first.starter_code.endswith("import math\n\n\ndef mean_gap(xs: List[float]) -> float:")
+    assert second.question.endswith("\n\nUndoes roll.")
+    assert second.starter_code.endswith("unroll(s: str):\n    import math")
+    first, second = load_problems(write(tmp_path / "m.jsonl", *MBPP))
+    assert (first.id, first.starter_code) == ("mbpp/7", "def sum(a, b=()):")
+    assert first.question.endswith(f"lists.\nFor example: {MBPP[0]['test_list'][0]}")
+    assert "for the gcd" in second.question
+
+
+def test_mbpp_problems_on_objects_are_left_out_and_counted(tmp_path, capsys):
+    """Only plain values pass between the asserts and the program: a class of the program's would never be passed."""
+    objects = MBPP[0] | {"code": "class P:\n    pass\ndef f(p):\n    return 1", "test_list": ["assert f(P()) == 1"]}
+    path = write(tmp_path / "m.jsonl", objects, MBPP[1])
+    assert [problem.id for problem in load_problems(path)] == ["mbpp/8"]
+    assert capsys.readouterr().err == f"{path}: left out 1 problems whose asserts need objects of the program\n"
+
+
+@pytest.mark.parametrize("record, reason", [
+    (HUMANEVAL[0] | {"prompt": "def mean_gap(:"}, "line 1: invalid syntax"),
+    (HUMANEVAL[0] | {"entry_point": "other"}, "has no function other"),
+    (HUMANEVAL[0] | {"test": None}, '"test" is missing'), (HUMANEVAL[0] | {"test": "assert ("}, "no Python"),
+    (MBPP[0] | {"test_list": []}, "not a list of asserts"),
+    (MBPP[0] | {"test_imports": "import math"}, "test_imports"),  # as a list it would be a line for each letter
+    (MBPP[0] | {"code": "def g(): pass"}, 'no function of "code"'),
+    (live(question_id=""), '"question_id" is missing'), (live(metadata="[]"), "of another form"),
+    ({"id": "a", "question": "Q", "tests": [{"asserts": "assert f(", "entry_point": "f"}]}, "no Python"),
+    ({"id": "a", "question": "Q", "tests": [{"asserts": 3}]}, 'needs "asserts"'),
+])
+def test_a_broken_record_of_a_known_format_is_one_line(tmp_path, record, reason):
+    with pytest.raises(BadInput, match=reason) as error:
+        load_problems(write(tmp_path / "x.jsonl", record))
+    assert str(error.value).startswith(f"{tmp_path / 'x.jsonl'} line 1: ") and "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------- sets by name
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub of files in a folder. Returns the folder and the names that were asked for."""
     import huggingface_hub
 
-    def fail(*_, **__):
-        raise ConnectionError("no route\nto host")
+    asked = []
+
+    def fetch(repository, file, repo_type):
+        asked.append(file)
+        return str(tmp_path / repository / file)
+
+    def listed(self, repository, repo_type):
+        files = [str(path.relative_to(tmp_path / repository)) for path in (tmp_path / repository).rglob("*.*")]
+        return sorted(files, reverse=True)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listed)
+    return tmp_path, asked
+
+
+def test_livecodebench_windows_begin_with_their_first_day(hub, capsys):
+    """v6 counts 131 problems only without those of January 2025 that its file has too."""
+    folder, asked = hub
+    (folder / sets.LIVE).mkdir(parents=True)
+    dates = ("2024-07-31", "2024-08-01", "2025-01-31", "2025-02-01", "2025-04-30", "2025-05-01")
+    for number, name in enumerate(("test3.jsonl", "test4.jsonl", "test5.jsonl", "test6.jsonl")):
+        rows = [live(10 * number + i, contest_date=f"{date}T00:00:00") for i, date in enumerate(dates)]
+        write(folder / sets.LIVE / name, *rows)
+    assert [problem.id for problem in load_problems("livecodebench-v6")] == ["q33", "q34"] and asked == ["test6.jsonl"]
+    assert "'easy': 31, 'medium': 39, 'hard': 61} in the paper" in capsys.readouterr().err
+    asked.clear()
+    assert [problem.id for problem in load_problems("livecodebench-v5")] == ["q1", "q2", "q11", "q12", "q21", "q22"]
+    assert asked == ["test3.jsonl", "test4.jsonl", "test5.jsonl"]
+    asked.clear()
+    assert len(load_problems("livecodebench-v5", limit=1)) == 1 and asked == ["test3.jsonl"]
+
+
+def test_the_papers_count_is_said_only_where_it_is_not_met(hub, capsys):
+    folder, _ = hub
+    levels = ["easy"] * 31 + ["medium"] * 39 + ["hard"] * 61
+    (folder / sets.LIVE).mkdir(parents=True)
+    write(folder / sets.LIVE / "test6.jsonl", *(live(i, difficulty=level) for i, level in enumerate(levels)))
+    assert len(load_problems("livecodebench-v6")) == 131 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name, file, rows", [
+    ("rstar-coder", "seed_testcase/data-0000{}-of-00002.parquet", [seed(1), seed(2)]),
+    ("humaneval", "openai_humaneval/test-0000{}-of-00002.parquet", HUMANEVAL),
+    ("mbpp", "full/test-0000{}-of-00002.parquet", MBPP),
+])
+def test_sets_in_parquet_come_file_after_file(hub, name, file, rows):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder, asked = hub
+    for number, row in enumerate(rows):
+        path = folder / sets.HUB[name].repository / file.format(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+        write(path.parent.parent / "README.md")
+    assert len(load_problems(name)) == 2 and asked == [file.format(0), file.format(1)]
+
+
+def test_without_network_or_package_it_is_one_line_with_a_way_out(monkeypatch):
+    import huggingface_hub
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("no route to host\nand much more")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(BadInput) as caught:
-        load_problems("livecodebench-v6")
-    message = str(caught.value)
-    assert "no route" in message and '"tests"' in message and "\n" not in message
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+    monkeypatch.setattr(sets, "parquet_reader", lambda what: None)
+    for name in sets.HUB:
+        with pytest.raises(BadInput) as error:
+            load_problems(name)
+        assert str(error.value) == (f'cannot load {name} from the Hub (no route to host); or bring your own: a JSONL '
+                                    'file whose lines have "id", "question" and "tests"')
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    for name in ("rstar-coder", "some/file.parquet"):  # said before anything is fetched
+        with pytest.raises(BadInput, match=f"^{name} is in Parquet, .*: pip install pyarrow$"):
+            load_problems(name)
+    with pytest.raises(BadInput, match="or one of micro-train, micro-eval, rstar-coder, livecodebench-v5, .*mbpp"):
+        load_problems("livecodebench-v7")
 
 
-# -------------------------------------------------------------------------------------------------- HumanEval and MBPP
-
-TWICE = {
-    "task_id": "HE/0", "entry_point": "twice", "canonical_solution": "    return helper(x) + x\n",
-    "prompt": "from math import inf\n\ndef helper(x):\n    return x\n\ndef twice(x: float) -> float:\n"
-              '    """Twice x; of a negative number ValueError.\n    >>> twice(2)\n    4\n    """\n',
-    "test": "def check(candidate):\n    assert abs(candidate(0.1) - 0.2) < 1e-9\n    assert candidate(inf) == inf\n"
-            "    assert candidate([1]) == [1, 1]\n",
-}
-EVENS = {
-    "task_id": 7, "text": "Write a function to keep the even numbers.", "test_setup_code": "",
-    "code": "import math\ndef evens(xs):\n    return tuple(x for x in xs if x % 2 == 0)",
-    "test_list": ["assert evens([1, 2, 4]) == (2, 4)", "assert evens([]) == ()"],
-}
+# ------------------------------------------------------------------------------------------------------------- overlap
 
 
-def test_humaneval_and_mbpp_take_the_canonical_solution_and_refuse_a_mutated_one(tmp_path):
-    first, second = load_problems(write(tmp_path / "h.jsonl", TWICE)) + load_problems(write(tmp_path / "m.jsonl", EVENS))
-    whole = TWICE["prompt"] + TWICE["canonical_solution"]
-    assert verdicts(first, whole, whole.replace("+ x", "+ x + x"), whole.replace("+ x", "* 2.0")) == [True, False, False]
-    assert verdicts(second, EVENS["code"], EVENS["code"].replace("== 0", "== 1")) == [True, False]
-    assert "Twice x" in first.question and first.starter_code.endswith("def twice(x: float) -> float:")
-    assert "evens([1, 2, 4])" in second.question and second.starter_code == "def evens(xs):"
-
-
-@pytest.mark.parametrize("program", ["import os\nos._exit(0)", "raise SystemExit(0)", "def twice(x):\n import os\n os._exit(0)",
-                                     "def evens(x):\n import sys\n sys.exit(0)", ""])
-def test_an_early_exit_passes_no_asserts(tmp_path, program):
-    for record in (TWICE, EVENS):
-        [problem] = load_problems(write(tmp_path / "a.jsonl", record))
-        assert verdicts(problem, program) == [False]
-
-
-# --------------------------------------------------------------------------------------------------------- all of them
-
-
-def test_a_broken_record_names_file_line_and_reason(tmp_path):
-    """The user's own line is an error, not a problem fewer."""
-    for record, reason in ((live(question_content=""), "question_content"), (TWICE | {"prompt": "def f("}, "line 2"),
-                           (EVENS | {"test_list": []}, "test_list"), (live(public_test_cases="{"), "line 2")):
-        path = write(tmp_path / "a.jsonl", live("first"), record)
-        with pytest.raises(BadInput, match=reason) as caught:
-            load_problems(path)
-        assert "a.jsonl line 2" in str(caught.value)
-
-
-def test_what_stands_in_the_evaluation_is_not_trained_on():
-    """Copies differ in case, blanks and punctuation; two problems do not become one because both are all symbols."""
-    train = [Problem(str(i), text, []) for i, text in enumerate(("Add  one!", "add two", "+-", "*/"))]
-    kept, removed = without_overlap(train, [Problem("x", "ADD ONE.", []), Problem("y", "+-", [])])
-    assert [problem.id for problem in kept] == ["1", "3"] and removed == 2
+def test_training_problems_that_are_evaluated_are_removed():
+    """A statement that differs in case, blanks or punctuation is the same problem, and a leak."""
+    texts = "Add, twice.", "add\n  TWICE!", "Add thrice", "+", "-"
+    train = [Problem(str(i), text, []) for i, text in enumerate(texts)]
+    kept, removed = without_overlap(train, [Problem("e", "Add twice", []), Problem("f", "+", [])])
+    assert [problem.id for problem in kept] == ["2", "4"] and removed == 3
+    assert without_overlap(train, []) == (train, 0)
