@@ -383,10 +383,11 @@ def is_micro(code: str) -> bool:
 
 def play_here(code: str, stdin: str) -> str:
     """Run a program of the micro-world in this process; returns what it printed. A debugger can step into its lines."""
+    program = compile(code, "<candidate>", "exec")
     linecache.cache["<candidate>"] = (len(code), None, code.splitlines(keepends=True), "<candidate>")
     printed = io.StringIO()
     names = {"input": lambda: stdin, "print": functools.partial(print, file=printed)}  # the streams are the debugger's
-    exec(compile(code, "<candidate>", "exec"), names)
+    exec(program, names)
     return printed.getvalue()
 
 
