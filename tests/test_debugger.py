@@ -78,32 +78,6 @@ def test_it_takes_the_shipped_problems_only(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture(scope="module")
-def twice(tmp_path_factory) -> list[Path]:
-    """Two runs with --workers 0, without a worker process, and the stations that the second one reached."""
-    folder, threads = tmp_path_factory.mktemp("debugger"), torch.get_num_threads()
-    torch.set_num_threads(2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox._Worker, "__init__", lambda self: pytest.fail("a sandbox process"))
-        for name in "ab":
-            assert dust.main([*SMALL, "--out", str(folder / name)]) == 0
-            assert torch.get_num_threads() == 1
-    torch.set_num_threads(threads)
-    return [folder / name for name in "ab"]
-
-
-def test_two_runs_are_the_same(twice):
-    """Whoever stops at a token wants to find it there again."""
-    def steps(out: Path) -> list[dict]:
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
-
-    first, second = twice
-    assert steps(first) == steps(second) and len(steps(first)) == 1
-    for name in ("candidates.jsonl", "judged.jsonl", "journal/trained-samples.jsonl"):
-        assert (first / name).read_text() == (second / name).read_text()
-
-
 # ----------------------------------------------------------------------------------------------------------- the tour
 
 TOUR = (ROOT / "tutorial.md").read_text(encoding="utf-8").partition("\n## Debugger tour\n")[2].partition("\n## ")[0]
@@ -131,15 +105,40 @@ class Tourist:
                 self.codes.pop(0)
 
 
-def test_every_station_is_reached_in_the_order_of_the_tour(tmp_path):
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory) -> tuple[list[Path], list[str]]:
+    """Two runs with --workers 0, without a worker process, and the stations that were reached in the second one."""
+    folder, threads, tourist = tmp_path_factory.mktemp("debugger"), torch.get_num_threads(), Tourist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox._Worker, "__init__", lambda self: pytest.fail("a sandbox process"))
+        for name, profiler in (("a", None), ("b", tourist)):
+            torch.set_num_threads(2)
+            sys.setprofile(profiler)
+            try:
+                assert dust.main([*SMALL, "--out", str(folder / name)]) == 0
+            finally:
+                sys.setprofile(None)
+            assert torch.get_num_threads() == 1
+    torch.set_num_threads(threads)
+    return [folder / name for name in "ab"], tourist.reached
+
+
+def test_two_runs_are_the_same(twice):
+    """Whoever stops at a token wants to find it there again."""
+
+    def steps(out: Path) -> list[dict]:
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+    (first, second), _ = twice
+    assert steps(first) == steps(second) and len(steps(first)) == 1
+    for name in ("candidates.jsonl", "judged.jsonl", "journal/trained-samples.jsonl"):
+        assert (first / name).read_text() == (second / name).read_text()
+
+
+def test_every_station_is_reached_in_the_order_of_the_tour(twice):
     """A breakpoint that is never hit sends a reader home. Eight of them, the conditions included."""
-    tourist = Tourist()
-    sys.setprofile(tourist)
-    try:
-        assert dust.main([*SMALL, "--out", str(tmp_path / "run")]) == 0
-    finally:
-        sys.setprofile(None)
-    assert tourist.reached == [name for name, _ in STATIONS] and len(STATIONS) == 8
+    assert twice[1] == [name for name, _ in STATIONS] and len(STATIONS) == 8
 
 
 def test_the_tokens_of_the_tour_are_those_of_the_shipped_tokenizer():
@@ -152,8 +151,8 @@ def test_the_tokens_of_the_tour_are_those_of_the_shipped_tokenizer():
 def test_pdb_stops_there_and_steps_into_a_candidate(tmp_path):
     """With the commands of the page, in the debugger that everybody has; its streams are not the candidate's."""
     commands = ["tbreak sandbox.play_here", "c", *"nnnns", "n", "n", "p ('x is', x)", "q"]
-    done = subprocess.run([sys.executable, "-m", "pdb", "dust.py", *SMALL, "--out", tmp_path / "run"], cwd=ROOT, text=True,
-                          input="\n".join(commands) + "\n", capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "pdb", "dust.py", *SMALL, "--limit", "2", "--out", tmp_path / "run"],
+                          cwd=ROOT, text=True, input="\n".join(commands) + "\n", capture_output=True)
     assert "> <candidate>(1)<module>()" in done.stdout and "('x is', [2, 0, 0])" in done.stdout, done.stdout[-2000:]
 
 
@@ -163,4 +162,4 @@ def test_the_launch_settings_start_what_is_there():
     assert programs == ["dust.py", "data/study.py"] and [one["module"] for one in settings if "module" in one] == ["pytest"]
     assert dust.parse_args(settings[0]["args"]).workers == 0
     study = importlib.import_module("data.study")
-    assert study.parse_arguments(settings[2]["args"]).quick
+    assert study.parse_args(settings[2]["args"]).quick
