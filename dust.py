@@ -74,8 +74,8 @@ class Args:
     resume: bool = arg(False, "go on with the run in --out where it was stopped")
     seed: int = arg(0, "seed of everything random")
     device: str = arg("", "cpu, cuda, mps; without it cuda where there is one, else cpu")
-    workers: int = arg(os.cpu_count() or 1, "sandbox processes; 0: none, for a debugger: all in this process and in one\n"
-                       "thread, the shipped problems' programs included, which then run without isolation")
+    workers: int = arg(os.cpu_count() or 1, "sandbox processes; 0: none, for a debugger: all in this process and one "
+                       "thread,\nthe shipped problems' programs included, which then run without isolation")
     # what is trained on (paper, table 3 and figure 3)
     mode: str = arg("rank", "rank: rankings of the base's candidates; rank-onpolicy: of candidates drawn anew for each "
                     "step;\ngenerate: programs, for pass or fail; iterative: blocks of steps of the last two in turn; "
@@ -361,19 +361,20 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, n
             for units in ranks.in_rounds(parts(waiting, 32 * pool.workers), run_chunk):
                 journal.add(units)
                 progress.update(len(units))
-    if args.workers == 0 and pool.foreign:
-        tqdm.write(f"  {pool.foreign} programs are none of the micro-world: not run, and labelled wrong")
     set_labels(candidates, {program: journal.done[key] for program, key in keys.items()}, args)
     share = sum(c.correct for c in candidates) / max(len(candidates), 1)
     tqdm.write(f"  {len(programs)} different programs; {share:.1%} of the answers are correct")
 
 
-def open_sandbox(args: Args) -> sandbox.Pool:
-    """The sandbox of a stage: this process's share of --workers, or, with 0 of them, one to step through."""
-    if args.workers == 0:
-        return sandbox.InThisProcess()
+@contextlib.contextmanager
+def open_sandbox(args: Args):
+    """A pool for one stage: this process's share of --workers; with 0 of them, one that a debugger can step into."""
     workers = max(1, args.workers // ranks.on_this_machine())
-    return sandbox.Pool(workers=workers, timeout=args.timeout, memory_mb=args.memory_mb)
+    limits = dict(timeout=args.timeout, memory_mb=args.memory_mb)
+    with sandbox.Pool(workers=workers, **limits) if args.workers else sandbox.InThisProcess() as pool:
+        yield pool
+    if not args.workers and pool.foreign:
+        tqdm.write(f"  {pool.foreign} programs are none of the micro-world: not run, and labelled wrong")
 
 
 def run_tests(pool, programs: list[tuple[str, str]], tests: dict[str, list], args: Args) -> list[float]:

@@ -374,7 +374,7 @@ atexit.register(lambda: [worker.close() for worker in list(_Worker.alive)])
 
 
 def is_micro(code: str) -> bool:
-    """Is this a program of the micro-world, which does no harm anywhere? Its first line, any of its twelve, its last."""
+    """Is it a program of the micro-world, which does no harm anywhere? Its first line, any of its twelve, its last."""
     from data.make_tiny import FIRST_LINE, LAST_LINE, LINES  # only here: it needs torch
 
     first, *lines, last = code.split("\n") if "\n" in code else ("", "")
@@ -392,13 +392,13 @@ def play_here(code: str, stdin: str) -> str:
 
 
 class InThisProcess(Pool):
-    """A Pool without processes, isolation and limits, for a debugger. What is not of the micro-world is wrong, not run."""
+    """A Pool without processes, isolation and limits, for a debugger. It runs programs of the micro-world only."""
 
     said = False  # that isolation is off: once
 
     def __init__(self):
         super().__init__(1)
-        self.foreign = 0  # programs that were not run
+        self.foreign = 0  # programs that were not run, and count as wrong
         if not InThisProcess.said:
             InThisProcess.said = True
             print("sandbox: isolation is off, programs of the micro-world run in this process", file=sys.stderr)
@@ -412,4 +412,7 @@ class InThisProcess(Pool):
             results = [Result("ok", play_here(code, test["input"]), "", 0, 0.0) for test in tests]
             wrong = [why_wrong(test, result, b"") for test, result in zip(tests, results)]
             failed = next((i for i, why in enumerate(wrong) if why), None)
-            yield Verdict(failed is None, results, failed, "" if failed is None else f"test {failed}: {wrong[failed]}", job)
+            if failed is None:
+                yield Verdict(True, results, None, "", job)
+            else:
+                yield Verdict(False, results[: failed + 1], failed, f"test {failed}: {wrong[failed]}", job)
