@@ -34,7 +34,7 @@ from tqdm import tqdm
 import grpo
 import rank_prompt
 import sandbox
-from data import BadInput, Problem, derive, memory, ranks, write_whole
+from data import NAMES, BadInput, Problem, derive, memory, ranks, write_whole
 from data.chat import decode, encode, show_first, writes_one_form
 from data.model import (SHORT_NAMES, adapters_off, add_lora, checkpoint_layers, eos_ids, full_name, gathered,
                         load_checkpoint, load_config, load_model, make_optimizer, merge_lora, model_folder,
@@ -75,7 +75,8 @@ class Args:
     resume: bool = arg(False, "go on with the run in --out where it was stopped")
     seed: int = arg(0, "seed of everything random")
     device: str = arg("", "cpu, cuda, mps; without it cuda where there is one, else cpu")
-    workers: int = arg(os.cpu_count() or 1, "sandbox processes")
+    workers: int = arg(os.cpu_count() or 1, "sandbox processes; 0: none, for a debugger: all in this process and one "
+                       "thread,\nthe shipped problems' programs included, which then run without isolation")
     # what is trained on (paper, table 3 and figure 3)
     mode: str = arg("rank", "rank: rankings of the base's candidates; rank-onpolicy: of candidates drawn anew for each "
                     "step;\ngenerate: programs, for pass or fail; iterative: blocks of steps of the last two in turn; "
@@ -164,9 +165,9 @@ def parse_args(argv: list[str] | None) -> Args:
 def check_args(args: Args) -> Args:
     """Refuses what cannot work before anything starts."""
     counts = ("candidates", "batch", "mini_batch", "ppo_epochs", "max_new_tokens", "repeats", "save_every", "rows",
-              "micro_tokens", "workers", "memory_mb", "block")
+              "micro_tokens", "memory_mb", "block")
     from_zero = ("limit", "eval_limit", "steps", "clip", "clip_high", "dual_clip", "kl", "weight_decay", "warmup",
-                 "lora", "top_k", "eval_temperature")
+                 "lora", "top_k", "eval_temperature", "workers")
     at_least = dict.fromkeys(counts, 1) | dict.fromkeys(from_zero, 0)
     above = dict.fromkeys(("timeout", "lr", "temperature", "top_p"), 0)
     for bounds, words in ((at_least, "at least"), (above, "above")):
@@ -194,6 +195,9 @@ def check_args(args: Args) -> Args:
                                ("--teacher", "with --mode sft", args.teacher and args.mode != "sft")):
         if given:
             raise BadInput(f"{option} works only {use}; to measure a run's model: --eval-only --model FOLDER")
+    if args.workers == 0 and not {args.train, args.eval} <= NAMES.keys():
+        raise BadInput("--workers 0 runs programs without isolation, and only those of the shipped problems: it goes "
+                       "with --train micro-train --eval micro-eval")
     if args.lora and not find_spec("peft"):
         raise BadInput("--lora needs the package peft: pip install peft")
     if args.shard and (args.lora or not torch.distributed.is_initialized()):
@@ -354,19 +358,29 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, n
     programs = list(dict.fromkeys((c.problem_id, c.code) for c in candidates if c.code is not None))
     keys = {program: f"{program[0]}/{derive(program[1])}/{len(program[1])}" for program in programs}
     waiting = [program for program in programs if keys[program] not in journal.done]
-    workers = max(1, args.workers // ranks.on_this_machine())
     with clock.stage(name, len(programs), len(programs) - len(waiting)) as progress:
-        with sandbox.Pool(workers=workers, timeout=args.timeout, memory_mb=args.memory_mb) as pool:
+        with open_sandbox(args) as pool:
 
             def run_chunk(chunk: list[tuple[str, str]]) -> dict[str, float]:
                 return dict(zip(map(keys.get, chunk), run_tests(pool, chunk, tests, args)))
 
-            for units in ranks.in_rounds(parts(waiting, 32 * workers), run_chunk):
+            for units in ranks.in_rounds(parts(waiting, 32 * pool.workers), run_chunk):
                 journal.add(units)
                 progress.update(len(units))
     set_labels(candidates, {program: journal.done[key] for program, key in keys.items()}, args)
     share = sum(c.correct for c in candidates) / max(len(candidates), 1)
     tqdm.write(f"  {len(programs)} different programs; {share:.1%} of the answers are correct")
+
+
+@contextlib.contextmanager
+def open_sandbox(args: Args):
+    """A pool for one stage: this process's share of --workers; with 0 of them, one that a debugger can step into."""
+    workers = max(1, args.workers // ranks.on_this_machine())
+    limits = dict(timeout=args.timeout, memory_mb=args.memory_mb)
+    with sandbox.Pool(workers=workers, **limits) if args.workers else sandbox.InThisProcess() as pool:
+        yield pool
+    if not args.workers and pool.foreign:
+        tqdm.write(f"  {pool.foreign} programs are none of the micro-world: not run, and labelled wrong")
 
 
 def run_tests(pool, programs: list[tuple[str, str]], tests: dict[str, list], args: Args) -> list[float]:
@@ -565,8 +579,7 @@ def running_sandbox(args: Args):
     if args.mode in ("rank", "sft"):
         yield None
         return
-    workers = max(1, args.workers // ranks.on_this_machine())
-    with sandbox.Pool(workers=workers, timeout=args.timeout, memory_mb=args.memory_mb) as pool:
+    with open_sandbox(args) as pool:
         yield pool
 
 
@@ -747,6 +760,8 @@ def judge_all(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *
 
 def run(args: Args) -> None:
     """The method, stage by stage. Each stage keeps a journal below out/, so each goes on where it was stopped."""
+    if args.workers == 0:
+        torch.set_num_threads(1)
     for option in ("model", "init", "teacher", "rank_with"):
         if getattr(args, option):
             load_config(getattr(args, option), f"--{option.replace('_', '-')}")

@@ -122,7 +122,7 @@ def plan(problems: list[Problem], held_out: list[Problem], args, out: Path, need
             work |= {"sample": sampled}
             groups = len(problems) * (args.candidates // args.group_size)
             print(f"  sample   {len(problems)} problems x {args.candidates} candidates = {sampled} answers")
-            print(f"  label    up to {sampled} programs on all their tests, {args.workers} at a time")
+            print(f"  label    up to {sampled} programs on all their tests, {max(args.workers, 1)} at a time")
             print(f"  group    up to {groups} groups of {args.group_size}, mixed ones kept")
         prompts = "problems" if args.mode == "generate" else "groups"
         print(f"  train    {args.mode}: {args.steps} steps x {args.batch} {prompts} x {args.answers} = {answers} answers")
