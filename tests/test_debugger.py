@@ -17,7 +17,7 @@ from data.make_tiny import LINES
 
 ROOT = Path(dust.__file__).resolve().parent
 SMALL = ["--workers", "0", "--limit", "6", "--eval-limit", "2", "--repeats", "1", "--candidates", "8", "--steps", "1",
-         "--batch", "4", "--answers", "4"]
+         "--batch", "12", "--answers", "4"]  # twelve: every group there is
 FIRST, LAST = "x = [int(v) for v in input().split()]", "print(*x)"
 torch.set_num_threads(1)
 
