@@ -163,3 +163,51 @@ def test_the_final_of_eight_holds_the_better_half_of_each_group():
     finals = dust.final_groups(judged, 3)
     assert [final.problem.id for final in finals] == ["a", "b"]
     assert [c.answer for c in finals[1].candidates] == ["00", "01", "10", "11"]
+
+
+def test_a_teacher_under_adapters_is_the_base(llama, tmp_path, monkeypatch):
+    """With LoRA the frozen copy is the model itself: with its adapters on, the student would learn its own answers."""
+    pytest.importorskip("peft")
+    from data.model import lora_layers
+
+    off, draw_answers = [], dust.draw_answers
+
+    def spy(model, *arguments):
+        off.append([layer.disable_adapters for _, layer in lora_layers(model)])
+        return draw_answers(model, *arguments)
+
+    monkeypatch.setattr(dust, "draw_answers", spy)
+    assert run_dust(*llama["arguments"], "--mode", "sft", "--lora", "2", "--out", tmp_path / "run") == 0
+    assert len(off) == 2 and all(layers and all(layers) for layers in off)
+
+
+def test_a_thinking_part_that_both_templates_open_is_opened_once(monkeypatch):
+    """Qwen3-4B-Thinking taught by Qwen3-30B-Thinking learned to begin with a second <think>."""
+    student, teacher = (AutoTokenizer.from_pretrained(ROOT / "data" / "tiny") for _ in range(2))
+    student.chat_template = teacher.chat_template = teacher.chat_template + "{{ '<think>\n' }}"
+    said = "\nTry:\n</think>\n\nRanking: 1, 2, 3, 4"
+
+    def draw(model, tokenizer, prompts, *_):
+        ids = torch.tensor(tokenizer(said, add_special_tokens=False).input_ids)
+        return [dust.grpo.Rollout(prompt, [ids], [torch.zeros(len(ids))], [True]) for prompt in prompts]
+
+    monkeypatch.setattr(dust, "load_model", lambda *_, **__: (None, teacher))
+    monkeypatch.setattr(dust, "draw_answers", draw)
+    args = dust.parse_args(["--mode", "sft", "--teacher", "other"])
+    group = Group(Problem("p", "Read.", []), [Candidate("p", "", "print(1)")] * 4)
+    prompt = dust.ranking_ids(student, group, args)
+    [rollout] = dust.frozen_teacher(None, student, args)([group], [prompt], None)
+    whole = student.decode(torch.cat([rollout.prompt, rollout.answers[0]]))
+    assert whole.count("<think>") == 1 and whole.endswith("Ranking: 1, 2, 3, 4<|im_end|>")
+    student.chat_template = "<|channel|>"
+    with pytest.raises(dust.BadInput, match="in a way of its own"):
+        dust.frozen_teacher(None, student, args)
+
+
+@pytest.mark.parametrize("arguments, reason", [
+    (["--eval-only", "--init", "x"], "--init works only without --eval-only"),
+    (["--teacher", "x"], "--teacher works only with --mode sft"),
+    (["--init", ROOT / "data" / "tiny"], "has other tokens than --model"),
+])
+def test_an_option_that_would_do_nothing_or_nonsense_is_refused(llama, tmp_path, capsys, arguments, reason):
+    assert reason in error_of(capsys, *llama["arguments"], *arguments, "--out", tmp_path / "run")
