@@ -156,7 +156,8 @@ def parse_args(argv: list[str] | None) -> Args:
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     shipped = Path(given.get("model", Args.model)).resolve() == Path(Args.model)
     preset = given.get("preset") or ("laptop" if shipped else "paper")
-    settings = ({} if shipped or preset == "laptop" else DATA) | PRESETS[preset] | (QUICK if given.get("quick") else {}) | given
+    settings = ({} if shipped or preset == "laptop" else DATA) | PRESETS[preset]
+    settings |= (QUICK if given.get("quick") else {}) | given
     options = ("model", "init", "teacher", "rank_with")
     names = {option: model_folder(full_name(settings.get(option, ""))) for option in options}
     return check_args(Args(**settings | {"preset": preset} | {option: name for option, name in names.items() if name}))
@@ -352,7 +353,7 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, n
     """Runs every program and sets `correct` (paper 2.2): y = 1 only when every test passes; and `share` where labels
     are fractional.
 
-    The same program for the same problem runs once. Programs run in sandbox.py, never in this process.
+    The same program for the same problem runs once. Programs run in sandbox.py; in this process with --workers 0 alone.
     """
     tests = {p.id: p.tests for p in problems}
     programs = list(dict.fromkeys((c.problem_id, c.code) for c in candidates if c.code is not None))
@@ -533,7 +534,8 @@ def experience(model, tokenizer, problems, groups, step: int, args: Args, genera
         chosen = pick(problems, step, args)
         _, candidates = draw_programs(model, tokenizer, chosen, 2 * args.group_size, args, generator, pool)
         batch = make_groups(chosen, sum(candidates, []), args.group_size)
-        batch = [group for group in batch if leaves_room(model, ranking_ids(tokenizer, group, args), args)][: args.batch]
+        batch = [group for group in batch if leaves_room(model, ranking_ids(tokenizer, group, args), args)]
+        batch = batch[: args.batch]
     else:
         batch = pick(groups, step, args)
     if args.shuffle:

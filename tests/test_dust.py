@@ -442,6 +442,8 @@ def test_the_same_program_runs_once_and_only_for_its_own_problem(tmp_path, monke
     ran = []
 
     class Pool:
+        workers = 1
+
         def __init__(self, **settings): ...
         def __enter__(self): return self
         def __exit__(self, *error): ...
