@@ -12,7 +12,7 @@ from transformers import (AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTr
 
 import dust
 import rank_prompt
-from conftest import SMALL
+from conftest import SMALL, bytes_kept
 from data import BadInput, Problem, chat, memory, progress
 from data.model import SHORT_NAMES, SmallStepAdam, full_name, load_config, load_model, make_optimizer, warm_up
 from data.presets import PAPER
@@ -232,18 +232,9 @@ def test_the_arithmetic_of_experts_is_near_what_a_backward_pass_keeps(family):
         "vocab_size": 37, "num_experts_per_tok": 4, "hidden_size": 64, "eos_token_id": 2, "layer_types": None})
     model = AutoModelForCausalLM.from_config(config)
     dust.grpo.shares_prompts(model)
-    own, kept, parts = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
-
-    def keep(tensor):
-        parts.append(tensor)  # a storage that is freed would be counted again
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes() * (storage.data_ptr() not in own)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        dust.grpo.logprobs(model, [(torch.arange(100) % 37, [torch.arange(40) % 37] * 8)], 1.0)
+    kept = bytes_kept(model, lambda: dust.grpo.logprobs(model, [(torch.arange(100) % 37, [torch.arange(40) % 37] * 8)], 1.0))
     shape = memory.shape_of(config)
-    assert sum(kept.values()) == pytest.approx(memory.activations(shape, 100 + 8 * 39, 4, False), rel=0.25)
+    assert kept == pytest.approx(memory.activations(shape, 100 + 8 * 39, 4, False), rel=0.25)
     pytest.importorskip("peft")
     dust.add_lora(model, 3, 0)
     assert 3 * shape.adapted == sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import dust
 import grpo
+from conftest import bytes_kept
 from data import BadInput, memory
 from data.model import (SmallStepAdam, adapters_off, add_lora, checkpoint_layers, load_checkpoint, make_optimizer,
                         merge_lora, save_checkpoint)
@@ -239,22 +240,13 @@ def test_the_arithmetic_of_activations_is_near_what_a_backward_pass_keeps(checkp
     if checkpointing:
         checkpoint_layers(model)
         model.train()
-    own, kept, parts = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
-
-    def keep(tensor):
-        parts.append(tensor)  # a storage that is freed would be counted again
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes() * (storage.data_ptr() not in own)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        grpo.logprobs(model, [(torch.arange(300) % 37, [torch.arange(40) % 37] * 8)], 1.0)
+    kept = bytes_kept(model, lambda: grpo.logprobs(model, [(torch.arange(300) % 37, [torch.arange(40) % 37] * 8)], 1.0))
     shape, tokens = memory.shape_of(model.config), 300 + 8 * 39
     guess = memory.activations(shape, tokens, 4, checkpointing)
     if checkpointing:
         a_layer = memory.activations(shape, tokens, 4, False) - tokens * shape.vocab * 12
         guess -= a_layer / shape.layers
-    assert sum(kept.values()) == pytest.approx(guess, rel=0.33)
+    assert kept == pytest.approx(guess, rel=0.33)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
 
 
