@@ -223,6 +223,19 @@ def test_log_probs_at_sampling_are_those_of_training_at_the_same_temperature(mak
             torch.testing.assert_close(logp, full_logps(model, r.prompt, answer, 0.7), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("make", [*SHARING, mamba])
+def test_what_a_rollout_returns_and_leaves_in_the_model_can_meet_a_backward_pass(make):
+    """Decoding runs in inference mode; a tensor made there raises wherever autograd would have to keep it, be it an
+    answer, a kept log-prob or something that the model's layers hold on to between calls."""
+    model = make()
+    r = grpo.rollout(model, ids(5), answers=3, max_new_tokens=10, eos_ids=[EOS])[0]
+    for answer, logp in zip(r.answers, r.logps):
+        embedded = model.get_input_embeddings()(answer)  # keeps the ids
+        (embedded.mean(-1) * logp).sum().backward()  # keeps the log-probs
+    torch.cat(grpo.answer_logprobs(model, r.prompt, r.answers)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_bf16_logits_are_tempered_in_fp32_at_sampling_and_in_training():
     """Divided in bf16 in one of the two, they are rounded once more there: a gap of 0.02 nats a token at the logits of
     a larger model, which looks like a policy that has moved."""
