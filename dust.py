@@ -11,19 +11,15 @@ training is in grpo.py, the prompts and rewards are in rank_prompt.py, the progr
     python dust.py --quick              # the same in about a minute
     python dust.py --model Qwen3-4B     # a real model on real problems, with the paper's settings
 """
-import argparse
 import contextlib
 import copy
-import errno
 import json
-import math
 import os
 import random
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,21 +32,22 @@ import rank_prompt
 import sandbox
 from data import NAMES, BadInput, Problem, derive, memory, ranks, write_whole
 from data.chat import decode, encode, show_first, writes_one_form
-from data.model import (SHORT_NAMES, adapters_off, add_lora, checkpoint_layers, eos_ids, full_name, gathered,
-                        load_checkpoint, load_config, load_model, make_optimizer, merge_lora, model_folder,
+from data.model import (SHORT_NAMES, adapters_off, add_lora, checkpoint_layers, eos_ids, gathered,
+                        load_checkpoint, load_config, load_model, make_optimizer, merge_lora,
                         save_checkpoint, save_model, warm_up)
-from data.presets import DATA, PRESETS, QUICK
+from data.presets import DATA, PRESETS, command_line
 from data.progress import Clock, Journal
 from data.report import EVAL_CANDIDATES, write_report
-from data.runs import find_run, fit, open_run, plan, problems_of
+from data.runs import check_args, find_run, fit, open_run, plan, problems_of, what_to_put_right
 
 HERE = Path(__file__).resolve().parent
 
 # ------------------------------------------------------------------------------------------------------ arguments
 
 
-def arg(default, text: str, **extra):
-    return field(default=default, metadata={"help": text, **extra})
+def arg(default, text: str, *, section: str = "", choices: list[str] | None = None):
+    """One field of Args: what --help says of it, and the heading that it stands below with those that follow."""
+    return field(default=default, metadata={"help": text, "section": section, "choices": choices})
 
 
 @dataclass
@@ -60,8 +57,8 @@ class Args:
     Where the paper and its authors' release disagree there is one field, with the paper's value as its default.
     """
 
-    # what to run
-    model: str = arg(str(HERE / "data" / "tiny"), "model folder, name on the Hub, or one of\n" + ", ".join(SHORT_NAMES))
+    model: str = arg(str(HERE / "data" / "tiny"), "model folder, name on the Hub, or one of\n" + ", ".join(SHORT_NAMES),
+                     section="what to run")
     train: str = arg("micro-train", f"training problems: a file or a known set [for any other model: {DATA['train']}]")
     eval: str = arg("micro-eval", f"evaluation problems: likewise [for any other model: {DATA['eval']}]")
     out: str = arg("", "folder of the run; without it a new one below runs/ (with --resume: the newest there)")
@@ -77,16 +74,18 @@ class Args:
     device: str = arg("", "cpu, cuda, mps; without it cuda where there is one, else cpu")
     workers: int = arg(os.cpu_count() or 1, "sandbox processes; 0: none, for a debugger: all in this process and one "
                        "thread,\nthe shipped problems' programs included, which then run without isolation")
-    # what is trained on (paper, table 3 and figure 3)
+
     mode: str = arg("rank", "rank: rankings of the base's candidates; rank-onpolicy: of candidates drawn anew for each "
                     "step;\ngenerate: programs, for pass or fail; iterative: blocks of steps of the last two in turn; "
                     "sft: no\nreward, the teacher's own rankings where each pair is right",
-                    choices=["rank", "rank-onpolicy", "generate", "iterative", "sft"])
+                    choices=["rank", "rank-onpolicy", "generate", "iterative", "sft"],
+                    section="what is trained on (paper, table 3 and figure 3)")
     block: int = arg(50, "steps in a block of --mode iterative")
     teacher: str = arg("", "the model whose rankings --mode sft learns; without it the model itself, before training")
     init: str = arg("", "start training from the model of another run (its folder), or from another model folder")
-    # candidates and groups (paper 2.2)
-    limit: int = arg(0, "use only the first so many training problems; 0: all")
+
+    limit: int = arg(0, "use only the first so many training problems; 0: all",
+                     section="problems, candidates and groups (paper 2.2)")
     eval_limit: int = arg(0, "use only so many evaluation problems, evenly spread over the file; 0: all")
     candidates: int = arg(16, "M, programs sampled for each training problem [64]")
     group_size: int = arg(4, "K, candidates in a ranking group")
@@ -94,8 +93,9 @@ class Args:
                       choices=["binary", "fractional"])
     timeout: float = arg(10.0, "seconds a program may take for one test")
     memory_mb: int = arg(1024, "memory a program may take")
-    # judging (paper 2.3)
-    reward: str = arg("pairacc", "what a ranking is paid for", choices=list(rank_prompt.REWARDS))
+
+    reward: str = arg("pairacc", "what a ranking is paid for", choices=list(rank_prompt.REWARDS),
+                      section="judging (paper 2.3)")
     thinking: str = arg("both", "which answers have a thinking part (the chat template's enable_thinking)",
                         choices=["both", "programs", "rankings", "none"])
     reasoning_effort: str = arg("", "how long a model thinks whose template asks for it, as GPT-OSS's does",
@@ -105,8 +105,8 @@ class Args:
     shuffle: bool = arg(True, "show a group's candidates in a new order at each training step")
     parser: str = arg("strict", "how rankings are read; lenient takes the first numbers it finds",
                       choices=list(rank_prompt.READERS))
-    # GRPO (paper 2.4, table 4)
-    answers: int = arg(8, "G, rankings sampled for each prompt")
+
+    answers: int = arg(8, "G, rankings sampled for each prompt", section="GRPO (paper 2.4, table 4)")
     batch: int = arg(16, "prompts a step [64]")
     mini_batch: int = arg(16, "prompts an optimiser step")
     ppo_epochs: int = arg(1, "passes over each batch [3]")
@@ -130,86 +130,16 @@ class Args:
     shard: bool = arg(False, "spread weights, gradients and optimiser over torchrun's processes (FSDP2)")
     save_every: int = arg(1, "steps between checkpoints")
     rows: int = arg(256, "answers that are decoded at a time: bounds the memory")
-    # evaluation (section 3.1): temperature 0.6, top-p 0.95, top-k 20
-    repeats: int = arg(2, "R, evaluation groups drawn for each problem [10]")
+
+    repeats: int = arg(2, "R, evaluation groups drawn for each problem [10]", section="evaluation (paper 3.1)")
     eval_temperature: float = arg(0.6, "temperature of the evaluation, for programs and rankings")
     top_p: float = arg(0.95, "nucleus of the evaluation")
     top_k: int = arg(20, "top-k of the evaluation")
 
 
 def parse_args(argv: list[str] | None) -> Args:
-    """Command line -> Args. What is given wins over --quick, which wins over the preset."""
-    parser = argparse.ArgumentParser(
-        prog="dust.py", description=__doc__.split("\n\n")[0], formatter_class=argparse.RawTextHelpFormatter
-    )
-    for f in fields(Args):
-        extra = {key: value for key, value in f.metadata.items() if key != "help"}
-        if isinstance(f.default, bool):
-            action = argparse.BooleanOptionalAction if f.default else "store_true"
-            parser.add_argument(f"--{f.name.replace('_', '-')}", action=action, default=None, help=f.metadata["help"])
-        else:
-            default = "" if f.default in ("", MISSING) else f" (default: {f.default})"
-            parser.add_argument(
-                f"--{f.name.replace('_', '-')}", type=type(f.default), help=f.metadata["help"] + default,
-                **({"metavar": f.name.upper()} | extra if "choices" not in extra else extra),
-            )
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    shipped = Path(given.get("model", Args.model)).resolve() == Path(Args.model)
-    preset = given.get("preset") or ("laptop" if shipped else "paper")
-    settings = ({} if shipped or preset == "laptop" else DATA) | PRESETS[preset]
-    settings |= (QUICK if given.get("quick") else {}) | given
-    options = ("model", "init", "teacher", "rank_with")
-    names = {option: model_folder(full_name(settings.get(option, ""))) for option in options}
-    return check_args(Args(**settings | {"preset": preset} | {option: name for option, name in names.items() if name}))
-
-
-def check_args(args: Args) -> Args:
-    """Refuses what cannot work before anything starts."""
-    counts = ("candidates", "batch", "mini_batch", "ppo_epochs", "max_new_tokens", "repeats", "save_every", "rows",
-              "micro_tokens", "memory_mb", "block")
-    from_zero = ("limit", "eval_limit", "steps", "clip", "clip_high", "dual_clip", "kl", "weight_decay", "warmup",
-                 "lora", "top_k", "eval_temperature", "workers")
-    at_least = dict.fromkeys(counts, 1) | dict.fromkeys(from_zero, 0)
-    above = dict.fromkeys(("timeout", "lr", "temperature", "top_p"), 0)
-    for bounds, words in ((at_least, "at least"), (above, "above")):
-        for name, bound in bounds.items():
-            value = getattr(args, name)
-            if not math.isfinite(value) or value < bound or (value == bound and bounds is above):
-                raise BadInput(f"--{name.replace('_', '-')} is {value}; it has to be {words} {bound}")
-    if args.timeout >= 1e6:
-        raise BadInput(f"--timeout is {args.timeout}; it has to be below 1000000 seconds")
-    if args.group_size < 2:
-        raise BadInput(f"--group-size is {args.group_size}; a ranking needs at least 2 candidates")
-    if args.group_size > args.candidates:
-        raise BadInput(
-            f"--group-size {args.group_size} is larger than --candidates {args.candidates}; "
-            "sample at least as many candidates as stand in a group"
-        )
-    if args.answers < 2:
-        raise BadInput(f"--answers is {args.answers}; GRPO compares the answers to one prompt and needs at least 2")
-    if 0 < args.dual_clip <= 1:
-        raise BadInput(f"--dual-clip is {args.dual_clip}; it has to be above 1, the ratio of an unchanged model, or 0")
-    if args.rank_with and not args.eval_only:
-        raise BadInput("--rank-with only measures another judge: add --eval-only, or learn from one with --mode sft "
-                       "--teacher")
-    for option, use, given in (("--init", "without --eval-only", args.init and args.eval_only),
-                               ("--teacher", "with --mode sft", args.teacher and args.mode != "sft")):
-        if given:
-            raise BadInput(f"{option} works only {use}; to measure a run's model: --eval-only --model FOLDER")
-    if args.workers == 0 and not {args.train, args.eval} <= NAMES.keys():
-        raise BadInput("--workers 0 runs programs without isolation, and only those of the shipped problems: it goes "
-                       "with --train micro-train --eval micro-eval")
-    if args.lora and not find_spec("peft"):
-        raise BadInput("--lora needs the package peft: pip install peft")
-    if args.shard and (args.lora or not torch.distributed.is_initialized()):
-        raise BadInput("--shard spreads all weights over torchrun's processes: start it with torchrun, without --lora")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = ranks.device(device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
-        raise BadInput(f"--device {device} does not work here: {str(error).splitlines()[0]}") from None
-    return replace(args, device=device)
+    """Command line -> Args, checked. What is given wins over --quick, which wins over the preset."""
+    return check_args(Args(**command_line(Args, argv, __doc__.split("\n\n")[0])))
 
 
 # ---------------------------------------------------------------------------------------- what flows, and what stays
@@ -819,17 +749,7 @@ def main(argv: list[str] | None = None) -> int:
     except (BadInput, sandbox.SandboxError) as error:
         ranks.say_once(f"dust: {error}")
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have exceptions of their own
-        text = str(error).splitlines()[0]
-        full = ("No space left", "StreamWriter failed", "inline_container")  # the two words torch has for it
-        if getattr(error, "errno", None) == errno.ENOSPC or any(words in text for words in full):
-            text = "the disk is full: make room"
-        elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-            text = "out of memory: lower --rows (sampling) or --micro-tokens (training)"
-        elif ranks.is_lost(error):
-            text = "another process of this run has ended"
-        elif isinstance(error, OSError):
-            text = f"{error.filename or 'a file'}: {error.strerror or text}: put that right"
-        else:
+        if not (text := what_to_put_right(error)):
             raise
         ranks.say_once(f"dust: {text}; then the same command with --resume goes on")
     return 2

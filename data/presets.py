@@ -1,4 +1,9 @@
-"""Settings that go together, by name: what --preset and --quick set beside the defaults of dust.Args."""
+"""Settings that go together, by name, and the command line: what --preset, --quick and the options make of dust.Args."""
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from data.model import full_name, model_folder
 
 PAPER = dict(  # section 3.1, appendix B, table 4
     candidates=64, batch=64, ppo_epochs=3, steps=180, lr=1e-6, max_new_tokens=32768, repeats=10, save_every=10
@@ -17,3 +22,30 @@ QUICK_REAL = dict(  # a real model on one GPU of 24 GB: adapters, which want a l
 PRESETS = {"laptop": {}, "quick": QUICK_REAL, "paper": PAPER, "release": RELEASE}
 DATA = dict(train="rstar-coder", eval="livecodebench-v6")  # the paper's problems: for any model but the shipped one
 QUICK = dict(limit=60, eval_limit=60, candidates=8, steps=10, repeats=1)  # the flag, over any preset
+
+
+def command_line(Args, argv: list[str] | None, description: str) -> dict:
+    """Options -> the values of Args that they set. What is given wins over --quick, which wins over the preset.
+
+    Args: a dataclass whose fields hold in their metadata their help, their choices and the heading they stand below.
+    """
+    parser = argparse.ArgumentParser(
+        prog="dust.py", description=description, formatter_class=argparse.RawTextHelpFormatter, usage="%(prog)s [options]"
+    )
+    for f in fields(Args):
+        name, text, choices = f"--{f.name.replace('_', '-')}", f.metadata["help"], f.metadata["choices"]
+        section = parser.add_argument_group(f.metadata["section"]) if f.metadata["section"] else section
+        if isinstance(f.default, bool):
+            action = argparse.BooleanOptionalAction if f.default else "store_true"
+            section.add_argument(name, action=action, default=None, help=text)
+        else:
+            text += "" if f.default == "" else f" (default: {f.default})"
+            metavar = None if choices else f.name.upper()
+            section.add_argument(name, type=type(f.default), choices=choices, metavar=metavar, help=text)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    shipped = Path(given.get("model", Args.model)).resolve() == Path(Args.model).resolve()
+    preset = given.get("preset") or ("laptop" if shipped else "paper")
+    settings = ({} if shipped or preset == "laptop" else DATA) | PRESETS[preset]
+    settings |= (QUICK if given.get("quick") else {}) | given | {"preset": preset}
+    names = {option: settings.get(option, "") for option in ("model", "init", "teacher", "rank_with")}
+    return settings | {option: model_folder(full_name(name)) for option, name in names.items() if name}

@@ -1,19 +1,73 @@
-"""Before a run computes anything: its folder, whether it is the run that --resume means, its memory and its plan.
+"""Before a run computes anything: its settings, its folder, whether it is the run that --resume means, its memory and
+its plan; and what a user is told when it breaks off.
 
 args is dust.Args throughout.
 """
+import errno
 import json
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from data import BadInput, Problem, derive, load_problems, memory, ranks, without_overlap, write_whole
+from data import NAMES, BadInput, Problem, derive, load_problems, memory, ranks, without_overlap, write_whole
 from data.model import load_config
 from data.progress import Clock
 from data.report import EVAL_CANDIDATES
 
 NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick"}
+
+
+def check_args(args):
+    """The same settings, with the device chosen. Raises BadInput for what cannot work, before anything starts."""
+    counts = ("candidates", "batch", "mini_batch", "ppo_epochs", "max_new_tokens", "repeats", "save_every", "rows",
+              "micro_tokens", "memory_mb", "block")
+    from_zero = ("limit", "eval_limit", "steps", "clip", "clip_high", "dual_clip", "kl", "weight_decay", "warmup",
+                 "lora", "top_k", "eval_temperature", "workers")
+    at_least = dict.fromkeys(counts, 1) | dict.fromkeys(from_zero, 0)
+    above = dict.fromkeys(("timeout", "lr", "temperature", "top_p"), 0)
+    for bounds, words in ((at_least, "at least"), (above, "above")):
+        for name, bound in bounds.items():
+            value = getattr(args, name)
+            if not math.isfinite(value) or value < bound or (value == bound and bounds is above):
+                raise BadInput(f"--{name.replace('_', '-')} is {value}; it has to be {words} {bound}")
+    if args.timeout >= 1e6:
+        raise BadInput(f"--timeout is {args.timeout}; it has to be below 1000000 seconds")
+    if args.group_size < 2:
+        raise BadInput(f"--group-size is {args.group_size}; a ranking needs at least 2 candidates")
+    if args.group_size > args.candidates:
+        raise BadInput(
+            f"--group-size {args.group_size} is larger than --candidates {args.candidates}; "
+            "sample at least as many candidates as stand in a group"
+        )
+    if args.answers < 2:
+        raise BadInput(f"--answers is {args.answers}; GRPO compares the answers to one prompt and needs at least 2")
+    if 0 < args.dual_clip <= 1:
+        raise BadInput(f"--dual-clip is {args.dual_clip}; it has to be above 1, the ratio of an unchanged model, or 0")
+    if args.rank_with and not args.eval_only:
+        raise BadInput("--rank-with only measures another judge: add --eval-only, or learn from one with --mode sft "
+                       "--teacher")
+    for option, use, given in (("--init", "without --eval-only", args.init and args.eval_only),
+                               ("--teacher", "with --mode sft", args.teacher and args.mode != "sft")):
+        if given:
+            raise BadInput(f"{option} works only {use}; to measure a run's model: --eval-only --model FOLDER")
+    if args.workers == 0 and not {args.train, args.eval} <= NAMES.keys():
+        raise BadInput("--workers 0 runs programs without isolation, and only those of the shipped problems: it goes "
+                       "with --train micro-train --eval micro-eval")
+    if args.lora and not find_spec("peft"):
+        raise BadInput("--lora needs the package peft: pip install peft")
+    if args.shard and (args.lora or not torch.distributed.is_initialized()):
+        raise BadInput("--shard spreads all weights over torchrun's processes: start it with torchrun, without --lora")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = ranks.device(device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
+        raise BadInput(f"--device {device} does not work here: {str(error).splitlines()[0]}") from None
+    return replace(args, device=device)
 
 
 def problems_of(args) -> tuple[list[Problem], list[Problem]]:
@@ -135,3 +189,18 @@ def plan(problems: list[Problem], held_out: list[Problem], args, out: Path, need
     smaller = {"sample": {"--limit": len(problems), "--candidates": args.candidates} | longest,
                "train": {"--steps": args.steps, "--batch": args.batch} | longest}
     return Clock(work, {name: smaller.get(name, evaluation) for name in work})
+
+
+def what_to_put_right(error: Exception) -> str:
+    """In a few words what a user can do about an error from below Python; empty where it is none of theirs."""
+    text = str(error).splitlines()[0]
+    full = ("No space left", "StreamWriter failed", "inline_container")  # the two words torch has for it
+    if getattr(error, "errno", None) == errno.ENOSPC or any(words in text for words in full):
+        return "the disk is full: make room"
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "out of memory: lower --rows (sampling) or --micro-tokens (training)"
+    if ranks.is_lost(error):
+        return "another process of this run has ended"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or text}: put that right"
+    return ""
