@@ -166,8 +166,10 @@ def plain_decode(model, batch, max_new_tokens, eos_ids, sampling, progress) -> l
                 )[:, len(prompt) :].cpu()  # [G, R]
             ended = [torch.isin(row, torch.tensor(eos_ids)).nonzero() for row in rows]
             answers = [row[: int(ends[0]) + 1] if len(ends) else row for row, ends in zip(rows, ended)]
-            logps, _ = plain_logprobs(model, prompt, answers, temperature or 1.0)
-            results += zip(answers, logps.cpu().split([len(a) for a in answers]), [len(ends) > 0 for ends in ended])
+            sizes = [len(a) for a in answers]
+            blocks = cut(sizes, HEAD_BLOCK // model.config.get_text_config().vocab_size)  # not all [G, R, V] at a time
+            logps = [plain_logprobs(model, prompt, answers[block], temperature or 1.0)[0] for block in blocks]
+            results += zip(answers, torch.cat(logps).cpu().split(sizes), [len(ends) > 0 for ends in ended])
             progress(len(answers))
     finally:
         model.generation_config = own

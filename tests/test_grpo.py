@@ -407,6 +407,19 @@ def test_the_plain_form_asks_for_logits_of_answers_only(make):
     torch.testing.assert_close(logp, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_plain_form_scores_what_it_sampled_a_block_at_a_time(monkeypatch):
+    """Eight long answers at once are [8, R, V] logits: 20 GB at 8,192 tokens and a vocabulary of 150,000."""
+    model, rows = mamba(), []
+    grpo.shares_prompts(model)
+    monkeypatch.setattr(grpo, "HEAD_BLOCK", 20 * 37)
+    score = grpo.plain_logprobs
+    monkeypatch.setattr(grpo, "plain_logprobs", lambda m, p, own, t: rows.append(sum(map(len, own))) or score(m, p, own, t))
+    r = grpo.rollout(model, ids(6), answers=5, max_new_tokens=8, eos_ids=[EOS], temperature=0.7)[0]
+    assert len(rows) > 1 and max(rows) <= 20 and sum(rows) == sum(map(len, r.answers))
+    for answer, logp in zip(r.answers, r.logps):
+        torch.testing.assert_close(logp, full_logps(model, r.prompt, answer, 0.7), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("make", [qwen3, gpt_oss])
 def test_no_mask_of_a_long_answer_is_answer_by_row(make, monkeypatch):
     """[R, L + R] numbers, for each answer of another length, and with sinks in each layer: 16 GB for 32,000 tokens."""
