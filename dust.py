@@ -2,9 +2,9 @@
 
 "Primal Generation, Dual Judgment: Self-Training from Test-Time Scaling" (arXiv 2605.11299), from top to bottom:
 
-    problems -> sample -> label -> make_groups -> train (rollout -> score -> update) -> evaluate -> report
+    problems -> sample -> label -> make_groups -> train (rollout -> score -> update) -> draw -> judge -> write_report
 
-`main` at the end of this file is the method; each stage is a function from one list to the next. The model's side of
+`run` near the end of this file is the method; each stage is a function from one list to the next. The model's side of
 training is in grpo.py, the prompts and rewards are in rank_prompt.py, the programs run in sandbox.py.
 
     python dust.py                      # the whole method on the shipped model, about five minutes on a laptop
@@ -22,7 +22,6 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -30,10 +29,10 @@ from tqdm import tqdm
 import grpo
 import rank_prompt
 import sandbox
-from data import NAMES, BadInput, Problem, derive, memory, ranks, write_whole
+from data import BadInput, Problem, derive, memory, ranks, write_whole
 from data.chat import decode, encode, show_first, writes_one_form
 from data.model import (SHORT_NAMES, adapters_off, add_lora, checkpoint_layers, eos_ids, gathered,
-                        load_checkpoint, load_config, load_model, make_optimizer, merge_lora,
+                        load_checkpoint, load_config, load_model, make_optimizer,
                         save_checkpoint, save_model, warm_up)
 from data.presets import DATA, PRESETS, command_line
 from data.progress import Clock, Journal
@@ -89,13 +88,13 @@ class Args:
     eval_limit: int = arg(0, "use only so many evaluation problems, evenly spread over the file; 0: all")
     candidates: int = arg(16, "M, programs sampled for each training problem [64]")
     group_size: int = arg(4, "K, candidates in a ranking group")
-    labels: str = arg("binary", "a program's label: 1 if all tests pass, else 0; or the share of them that pass",
-                      choices=["binary", "fractional"])
+    labels: str = arg("binary", "a program's label: 1 if all tests pass, else 0; or the share of them that pass;\n"
+                      "the evaluation is always binary", choices=["binary", "fractional"])
     timeout: float = arg(10.0, "seconds a program may take for one test")
     memory_mb: int = arg(1024, "memory a program may take")
 
-    reward: str = arg("pairacc", "what a ranking is paid for", choices=list(rank_prompt.REWARDS),
-                      section="judging (paper 2.3)")
+    reward: str = arg("pairacc", "what a ranking is paid for, in the modes that reward rankings",
+                      choices=list(rank_prompt.REWARDS), section="judging (paper 2.3)")
     thinking: str = arg("both", "which answers have a thinking part (the chat template's enable_thinking)",
                         choices=["both", "programs", "rankings", "none"])
     reasoning_effort: str = arg("", "how long a model thinks whose template asks for it, as GPT-OSS's does",
@@ -106,11 +105,12 @@ class Args:
     parser: str = arg("strict", "how rankings are read; lenient takes the first numbers it finds",
                       choices=list(rank_prompt.READERS))
 
-    answers: int = arg(8, "G, rankings sampled for each prompt", section="GRPO (paper 2.4, table 4)")
+    answers: int = arg(8, "G, answers sampled for each prompt: rankings, or programs with --mode generate",
+                       section="GRPO (paper 2.4, table 4)")
     batch: int = arg(16, "prompts a step [64]")
     mini_batch: int = arg(16, "prompts an optimiser step")
     ppo_epochs: int = arg(1, "passes over each batch [3]")
-    steps: int = arg(60, "steps in all, over as many passes through the groups as they need")
+    steps: int = arg(60, "steps in all, over as many passes through the groups as they need [180]")
     lr: float = arg(1e-4, "learning rate of AdamW, constant [1e-6; a model of 1 M parameters needs a larger one]")
     weight_decay: float = arg(0.0, "weight decay of AdamW")
     warmup: int = arg(0, "steps in which the learning rate grows to --lr")
@@ -119,7 +119,7 @@ class Args:
     clip: float = arg(0.2, "clip range of the ratio, both ways")
     clip_high: float = arg(0.0, "clip range upwards; 0: the same as --clip")
     dual_clip: float = arg(0.0, "bound of the ratio where an answer did worse than its siblings; 0: none")
-    kl: float = arg(0.001, "weight of the KL term to the frozen base model; 0: none")
+    kl: float = arg(0.001, "weight of the KL term to the frozen model that training starts from; 0: none")
     temperature: float = arg(1.0, "temperature of candidates and training answers")
     max_new_tokens: int = arg(192, "longest answer, thinking included [32768]")
     micro_tokens: int = arg(16384, "tokens in one training forward, padding included: bounds the memory")
@@ -160,6 +160,7 @@ class Candidate:
 
     @property
     def label(self) -> float:
+        """y (paper 2.2): 1 or 0; where labels are fractional the share of the tests that it passes."""
         return int(self.correct) if self.share is None else self.share
 
 
@@ -172,14 +173,16 @@ class Group:
 
     @property
     def labels(self) -> list[float]:
+        """y of each candidate, in the order shown."""
         return [c.label for c in self.candidates]
 
     @property
     def mixed(self) -> bool:
+        """Whether there is a pair to put in order (paper 2.2)."""
         return len(set(self.labels)) > 1
 
     def shuffled(self, *seed) -> "Group":
-        """The same group in another order: a judge must not be able to learn positions (it would: see paper.md)."""
+        """The same group in another order, for a judge must not learn positions (it would: trap 3 in tutorial.md)."""
         return Group(self.problem, random.Random(derive(*seed)).sample(self.candidates, len(self.candidates)))
 
 
@@ -194,6 +197,7 @@ class Judged:
 
     @property
     def ranked(self) -> list[int]:
+        """1 for a correct program, 0 for a wrong one, the best-ranked first."""
         return [int(c.correct) for c in self.ordered]
 
 
@@ -206,13 +210,13 @@ def parts(work, size: int) -> list:
 
 
 def program_ids(tokenizer, problem: Problem, args: Args) -> torch.Tensor:
-    """The prompt that asks for a program."""
+    """The prompt that asks for a program, as token ids [L]."""
     prompt = rank_prompt.generation_prompt(problem.question, problem.starter_code)
     return encode(tokenizer, prompt, args.thinking in ("both", "programs"), args.reasoning_effort)
 
 
 def ranking_ids(tokenizer, group: Group, args: Args) -> torch.Tensor:
-    """The prompt that asks for a ranking."""
+    """The prompt that asks for a ranking (paper 2.3), as token ids [L]."""
     question, starter_code = group.problem.question, group.problem.starter_code
     if args.question == "prompt":
         question = rank_prompt.generation_prompt(question, starter_code)
@@ -284,6 +288,7 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, n
     are fractional.
 
     The same program for the same problem runs once. Programs run in sandbox.py; in this process with --workers 0 alone.
+    Raises SandboxError where the sandbox itself fails.
     """
     tests = {p.id: p.tests for p in problems}
     programs = list(dict.fromkeys((c.problem_id, c.code) for c in candidates if c.code is not None))
@@ -291,11 +296,12 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, n
     waiting = [program for program in programs if keys[program] not in journal.done]
     with clock.stage(name, len(programs), len(programs) - len(waiting)) as progress:
         with open_sandbox(args) as pool:
+            size = 32 * min(ranks.every(pool.workers))  # the same on each rank, whose machines may differ
 
             def run_chunk(chunk: list[tuple[str, str]]) -> dict[str, float]:
                 return dict(zip(map(keys.get, chunk), run_tests(pool, chunk, tests, args)))
 
-            for units in ranks.in_rounds(parts(waiting, 32 * pool.workers), run_chunk):
+            for units in ranks.in_rounds(parts(waiting, size), run_chunk):
                 journal.add(units)
                 progress.update(len(units))
     set_labels(candidates, {program: journal.done[key] for program, key in keys.items()}, args)
@@ -303,15 +309,11 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, n
     tqdm.write(f"  {len(programs)} different programs; {share:.1%} of the answers are correct")
 
 
-@contextlib.contextmanager
-def open_sandbox(args: Args):
-    """A pool for one stage: this process's share of --workers; with 0 of them, one that a debugger can step into."""
+def open_sandbox(args: Args) -> sandbox.Pool:
+    """A pool for a `with`: this process's share of --workers; with 0 of them, one that a debugger can step into."""
     workers = max(1, args.workers // ranks.on_this_machine())
     limits = dict(timeout=args.timeout, memory_mb=args.memory_mb)
-    with sandbox.Pool(workers=workers, **limits) if args.workers else sandbox.InThisProcess() as pool:
-        yield pool
-    if not args.workers and pool.foreign:
-        tqdm.write(f"  {pool.foreign} programs are none of the micro-world: not run, and labelled wrong")
+    return sandbox.Pool(workers=workers, **limits) if args.workers else sandbox.InThisProcess()
 
 
 def run_tests(pool, programs: list[tuple[str, str]], tests: dict[str, list], args: Args) -> list[float]:
@@ -350,7 +352,7 @@ def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) ->
 
 
 def base_groups(model, tokenizer, problems: list[Problem], args: Args, clock: Clock, out: Path) -> list[Group]:
-    """The groups that are built once, from the base model, and used throughout: "off-policy ranking", the paper's way.
+    """Groups for the whole training, built once from the base model: the paper's "off-policy ranking".
 
     Raises BadInput where there is nothing to rank.
     """
@@ -413,7 +415,9 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
     if ranks.rank() == 0:
         lines = metrics_file.read_text(errors="replace").splitlines()[:first] if metrics_file.exists() else []
         write_whole(metrics_file, "".join(line + "\n" for line in lines))
-    with clock.stage("train", args.steps, first) as progress, running_sandbox(args) as pool:
+    fresh = args.mode not in ("rank", "sft")  # candidates are drawn and labelled in each step
+    running = open_sandbox(args) if fresh else contextlib.nullcontext()
+    with clock.stage("train", args.steps, first) as progress, running as pool:
         for step in range(first, args.steps):
             began = time.time()
             generator = torch.Generator().manual_seed(derive(args.seed, "train", step))
@@ -425,8 +429,9 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
                 dual_clip=args.dual_clip or None, kl=0.0 if supervised else args.kl, ref_model=reference,
                 supervised=supervised, micro_tokens=args.micro_tokens, generator=generator,
             )
-            seconds, sampled = time.time() - began, metrics["prompts"] * args.answers * metrics["answer_tokens"]
-            metrics |= {"step": step + 1, "tokens_per_second": sampled / seconds, "seconds": seconds}
+            metrics |= {"step": step + 1, "seconds": time.time() - began}
+            trained = metrics["prompts"] * args.answers * metrics["answer_tokens"]
+            metrics["tokens_per_second"] = trained / metrics["seconds"]  # of training answers, without fresh candidates
             if ranks.rank() == 0:
                 with metrics_file.open("a") as file:
                     file.write(json.dumps(metrics) + "\n")
@@ -438,12 +443,11 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
             )
             progress.update()
             clock.propose("train", progress)
-    merge_lora(model)
     save_model(out / "model", model, tokenizer)
 
 
 def experience(model, tokenizer, problems, groups, step: int, args: Args, generator, pool, teacher):
-    """What one step learns from, (scored rollouts, what to log of them). Here, and only here, the modes differ.
+    """What one step learns from: (scored rollouts, metrics). All differences between the modes are here.
 
     rank           rankings of groups that were built once from the base's candidates (paper 2.2)
     rank-onpolicy  rankings of groups of candidates that the current policy has just drawn
@@ -505,16 +509,6 @@ def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: A
     return rollouts, candidates
 
 
-@contextlib.contextmanager
-def running_sandbox(args: Args):
-    """A pool for the modes that label while they train; None for the others."""
-    if args.mode in ("rank", "sft"):
-        yield None
-        return
-    with open_sandbox(args) as pool:
-        yield pool
-
-
 def frozen_teacher(model, tokenizer, args: Args):
     """Whose rankings --mode sft learns: a function (groups, the model's own prompts, generator) -> rollouts.
 
@@ -531,12 +525,13 @@ def frozen_teacher(model, tokenizer, args: Args):
         return repeat
     if not writes_one_form(tokenizer):
         raise BadInput(f"--teacher: {args.model} marks its thinking part in a way of its own; leave --teacher out")
-    frozen, own = load_model(args.teacher, optimizer=args.optimizer, shard=args.shard, device=args.device)
+    frozen, own = load_model(args.teacher, optimizer=args.optimizer, shard=args.shard, device=args.device,
+                             option="--teacher")
 
     def teach(groups, prompts, generator):
         asked = [ranking_ids(own, group, args) for group in groups]
         rollouts = draw_answers(frozen, own, asked, args.answers, args, generator)
-        end = torch.tensor([tokenizer.eos_token_id])
+        end = torch.tensor(eos_ids(model, tokenizer)[:1])
         for rollout, prompt in zip(rollouts, prompts):
             texts = [decode(own, rollout.prompt, answer) for answer in rollout.answers]
             opening = decode(tokenizer, prompt, prompt[:0])  # what the student's own template has written already
@@ -566,13 +561,9 @@ def pick(units: list, step: int, args: Args) -> list:
 
 
 def roll_out(model, tokenizer, prompts: list[torch.Tensor], args: Args, **sampling) -> list[grpo.Rollout]:
+    """grpo.rollout with the run's own limits: the longest answer, what ends one, rows at a time."""
     return grpo.rollout(model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model, tokenizer),
                         max_rows=args.rows, **sampling)
-
-
-def rank(model, tokenizer, groups: list[Group], args: Args, **sampling) -> list[grpo.Rollout]:
-    """Rankings of groups by the model, as they are ordered: one Rollout a group."""
-    return roll_out(model, tokenizer, [ranking_ids(tokenizer, group, args) for group in groups], args, **sampling)
 
 
 def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout], reward: str,
@@ -592,6 +583,7 @@ def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout],
 
 
 def describe_rollouts(rollouts: list[grpo.Rollout]) -> dict[str, float]:
+    """What to log of any scored rollouts; means over all their answers."""
     return {
         "prompts": len(rollouts),
         "reward": mean([reward for r in rollouts for reward in r.rewards.tolist()]),
@@ -601,7 +593,7 @@ def describe_rollouts(rollouts: list[grpo.Rollout]) -> dict[str, float]:
 
 
 def mean(values: list) -> float:
-    return float(np.mean(values)) if values else 0.0  # a step of --mode rank-onpolicy may find no mixed group
+    return sum(values) / len(values) if values else 0.0  # a step of --mode rank-onpolicy may find no mixed group
 
 
 # ---------------------------------------------------------------------------------------------------- the evaluation
@@ -645,9 +637,10 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
 
     def judge_chunk(chunk: range) -> dict[str, str]:
         fitting = [i for i in chunk if fits[i]]
-        rollouts = rank(model, tokenizer, [shown[i] for i in fitting], args, answers=1, top_p=args.top_p,
-                        top_k=args.top_k, temperature=args.eval_temperature,
-                        seeds=[[derive(args.seed, "judge", i)] for i in fitting])
+        prompts = [ranking_ids(tokenizer, shown[i], args) for i in fitting]
+        rollouts = roll_out(model, tokenizer, prompts, args, answers=1, temperature=args.eval_temperature,
+                            top_p=args.top_p, top_k=args.top_k,
+                            seeds=[[derive(args.seed, "judge", i)] for i in fitting])
         return {str(i): decode(tokenizer, r.prompt, r.answers[0]) for i, r in zip(fitting, rollouts)}
 
     waiting = [chunk for chunk in parts(range(len(groups)), args.rows)
@@ -681,7 +674,7 @@ def final_groups(judged: list[Judged], repeats: int) -> list[Group]:
 
 
 def judge_all(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, name: str, out: Path):
-    """(every evaluation group in the model's order, the finals among them): a row of the report."""
+    """(every evaluation group in the model's order, the finals likewise, if any): a row of the report."""
     judged = judge(model, tokenizer, groups, args, clock, name=f"{name}: rankings", out=out)
     finals = final_groups(judged, args.repeats)
     return judged, judge(model, tokenizer, finals, args, clock, name=f"{name}: finals", out=out) if finals else []
@@ -715,13 +708,13 @@ def run(args: Args) -> None:
     drawn = draw(model, tokenizer, held_out, args, clock, name="base", out=out)
     if args.rank_with:
         del model  # two do not always fit
-        model, tokenizer = load_model(args.rank_with, **loading, effort=args.reasoning_effort)
+        model, tokenizer = load_model(args.rank_with, **loading, effort=args.reasoning_effort, option="--rank-with")
     rows, finals = {}, {}
     rows["base"], finals["base"] = judge_all(model, tokenizer, drawn, args, clock, name="base", out=out)
     if not args.eval_only:
         if args.init:
             del model  # two do not always fit
-            model, own = load_model(args.init, **loading)
+            model, own = load_model(args.init, **loading, option="--init")
             if own.get_vocab() != tokenizer.get_vocab():
                 raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
             if checkpointing:

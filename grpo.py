@@ -16,6 +16,7 @@ import contextlib
 import inspect
 import math
 import warnings
+from bdb import BdbQuit
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -245,6 +246,8 @@ def shares_prompts(model) -> bool:
         try:
             with evaluating(model):
                 reason = differs_from_plain(model)
+        except BdbQuit:  # whoever leaves a debugger in here wants out
+            raise
         except Exception as error:  # code of any model there is
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         model._shares_prompts = not reason
@@ -383,14 +386,15 @@ def micro_batches(groups: list[list[Example]], micro_tokens: int, shared: bool) 
 
 
 def group_logprobs(model, groups: list[list[Example]], temperature: float) -> tuple[Tensor, Tensor]:
+    """logprobs of groups of examples: log-probs and entropies [N], in their order."""
     return logprobs(model, [(group[0].prompt, [e.answer for e in group]) for group in groups], temperature)
 
 
 def my_batches(model, groups: list[list[Example]], micro_tokens: int) -> list[tuple[list[list[Example]], bool]]:
     """The micro-batches of this rank's share of the groups, and whether each counts.
 
-    Every rank gets as many, for with sharded weights a forward waits for all of them: whoever has fewer fills up with
-    one that does not count, the shortest answer of all.
+    Every rank runs as many forwards, for a sharded one waits for all ranks: a rank with less work repeats the shortest
+    answer of all, which does not count.
     """
     groups = list(filter(None, groups))
     batches = micro_batches(ranks.share(groups), micro_tokens, shares_prompts(model))
@@ -480,8 +484,8 @@ def update(
     paper), "token" the mean over all tokens (the release). micro_tokens bounds the padded tokens of one forward: memory
     and speed, not the gradient. Several ranks have the same rollouts, and compute a share of the groups each.
 
-    A group is never split between mini-batches. One whose rewards are all equal is left out, which changes
-    nothing but its share of the KL term, for the denominator still counts it. A mini-batch of only such groups
+    A group is never split between mini-batches. One whose rewards are all equal is left out, which changes nothing but
+    its share of the KL term, for the denominator still counts it. A mini-batch in which every group has equal rewards
     makes no step: momentum and weight decay would move the weights without a gradient.
 
     supervised: learn every answer instead, by cross-entropy; any number of them a prompt, and their rewards, logps and

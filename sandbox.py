@@ -9,8 +9,8 @@ Covered on every system:
 - Asserts run in a process of their own, which calls the program's functions in another one.
 - Limits on wall clock, CPU, memory, output, file size and open files; an own folder, a bare environment, no inherited
   descriptors. Ctrl-C or the death of the caller ends what runs.
-- Each test sees a fresh state: a process of its own, or one that served a test before where the program is made of
-  nothing that could leave a trace (`is_plain` in sandbox_server.py). What fails there is run again in one of its own.
+- Each test starts from a fresh state: in a new process, or, where the program is made of nothing that could leave a
+  trace (`is_plain` in sandbox_server.py), in one that ran a test before; what fails there is run again in a new one.
 - A failure of the sandbox itself is a SandboxError, never a label.
 Covered on Linux: the memory and the number of processes of the whole tree, of which nothing outlives its run. Covered
 where Linux allows namespaces (to root and to most users): no network, no sight of other processes, no files but Python,
@@ -56,6 +56,8 @@ class SandboxError(Exception):
 
 
 class Result(NamedTuple):
+    """One run of a program."""
+
     status: str  # ok, error, timeout, memory, output (too much of it) or refused (no source text at all)
     stdout: str
     stderr: str
@@ -64,6 +66,8 @@ class Result(NamedTuple):
 
 
 class Verdict(NamedTuple):
+    """A program and its tests; true where it passed them all."""
+
     passed: bool
     results: "list[Result]"  # up to the first test that failed
     failed_test: "int | None"
@@ -87,6 +91,7 @@ def difference(expected: str, got: str) -> str:
 
 
 def same_decimals(want: str, line: str) -> bool:
+    """Whether two lines are the same numbers, item by item, however they are written."""
     try:
         return [decimal.Decimal(item) for item in want.split()] == [decimal.Decimal(item) for item in line.split()]
     except (ArithmeticError, ValueError):
@@ -112,7 +117,7 @@ def why_wrong(test: dict, result: Result, answer: bytes) -> str:
 
 
 def run(code: str, stdin: str = "", *, timeout: float = 10.0, memory_mb: int = 1024) -> Result:
-    """Run a program once."""
+    """Run a program once. Raises SandboxError where the sandbox itself fails, ValueError for limits that are none."""
     with contextlib.ExitStack() as stack:
         program = _program(stack, code)
         return program if isinstance(program, Result) else _runs(
@@ -430,6 +435,11 @@ class InThisProcess(Pool):
         if not InThisProcess.said:
             InThisProcess.said = True
             print("sandbox: isolation is off, programs of the micro-world run in this process", file=sys.stderr)
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        if self.foreign:
+            print(f"sandbox: {self.foreign} programs are none of the micro-world: not run, and wrong", file=sys.stderr)
 
     def judge(self, jobs: "Iterable[tuple[str, list]]") -> Iterator[Verdict]:
         for job, (code, tests) in enumerate(jobs):

@@ -30,8 +30,15 @@ class BadInput(Exception):
     """Something that whoever started the run can put right; the message is one line that says what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """An error's first line, or its type where it has no words."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @dataclass
 class Problem:
+    """A task: its statement, its tests (forms above), and what a program has to start with, where that is given."""
+
     id: str
     question: str
     tests: list[dict]
@@ -135,6 +142,7 @@ def read_problem(record) -> Problem:
 
 
 def check_test(test, where: str) -> None:
+    """Raises ValueError, beginning with `where`, for a test of none of the three forms."""
     if isinstance(test, dict) and "asserts" in test:
         if not isinstance(test["asserts"], str) or not isinstance(test.get("entry_point", ""), str):
             raise ValueError(f'{where} needs "asserts" (Python) and "entry_point" (a function\'s name, or empty)')

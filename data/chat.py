@@ -15,7 +15,8 @@ from data import BadInput, ranks, write_whole
 OPEN, CLOSE = "<think>", "</think>"
 SAME = {"[THINK]": OPEN, "[/THINK]": CLOSE, "<seed:think>": OPEN, "</seed:think>": CLOSE}  # other names for the two
 CHANNEL, MESSAGE, END = "<|channel|>", "<|message|>", "<|end|>"  # harmony's
-MARKS = {OPEN, CLOSE, *SAME, CHANNEL, MESSAGE, END}
+MARKS = {OPEN, CLOSE, *SAME}
+HARMONY = {CHANNEL, MESSAGE, END}  # only where the template has channels: elsewhere <|end|> is just an end of text
 PLAIN = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
 # some templates ask for today's date: a run that is resumed tomorrow would ask something else than it did today
 ALWAYS_TODAY = "{% macro strftime_now(format) %}2026-01-01{% endmacro %}"
@@ -62,10 +63,12 @@ def decode(tokenizer, prompt: torch.Tensor, answer: torch.Tensor) -> str:
     prompt, answer: token ids [L], [R]. Special tokens are left out, but for those that mark the thinking part. Where
     the template itself opens that part, the opening is put back in front.
     """
+    channels = CHANNEL in str(tokenizer.chat_template)
+    marks = HARMONY if channels else MARKS
     names = tokenizer.added_tokens_decoder
-    dropped = {i for i, token in names.items() if token.special and token.content not in MARKS}
+    dropped = {i for i, token in names.items() if token.special and token.content not in marks}
     text = one_name(tokenizer.decode([i for i in answer.tolist() if i not in dropped]))
-    if CHANNEL in str(tokenizer.chat_template):
+    if channels:
         return final_channel(text)
     opened = one_name(tokenizer.decode(prompt[-4:])).rstrip().endswith(OPEN)
     return (OPEN + "\n" if opened else "") + text

@@ -51,7 +51,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
-from data import BadInput  # noqa: E402
+from data import BadInput, first_line  # noqa: E402
+from data.chat import render  # noqa: E402
 from grpo import rollout  # noqa: E402
 from rank_prompt import extract_code, generation_prompt, ndcg, parse_ranking, random_ndcg, ranking_prompt  # noqa: E402
 
@@ -76,6 +77,7 @@ MISCOPY = 0.4  # clumsy: the share of accepted programs in whose place another o
 
 
 def execute(line: str, digits: tuple) -> tuple:
+    """The digits after one line of a program."""
     scope = {"x": list(digits)}
     exec(line, scope)
     return tuple(scope["x"])
@@ -95,11 +97,13 @@ def states(program: tuple, digits: tuple) -> list[tuple]:
 
 
 def write(digits) -> str:
+    """Digits as the model writes them: each with a space before it."""
     return "".join(f" {d}" for d in digits)
 
 
 @dataclass
 class MicroProblem:
+    """Three words in an order, and an example of what they do."""
     words: tuple  # three different words
     given: tuple  # the example's input, three digits
     expected: tuple  # the example's output
@@ -118,6 +122,7 @@ class MicroProblem:
         return list(product(*(READINGS[word] for word in self.words)))
 
     def fits(self, program: tuple) -> bool:
+        """Whether a program turns the example's input into its output."""
         return states(program, self.given)[-1] == self.expected
 
 
@@ -143,6 +148,7 @@ def draw_problem(rng: random.Random, share: str, orders: list) -> MicroProblem:
 
 
 def draw_distinct(seed: int, share: str, orders: list, count: int) -> list[MicroProblem]:
+    """So many problems of a share of the digits and orders, no statement twice."""
     rng, found = random.Random(seed), {}
     while len(found) < count:
         problem = draw_problem(rng, share, orders)
@@ -166,6 +172,7 @@ def write_problems(path: Path, marked: list[tuple[str, MicroProblem]]) -> None:
 
 
 def make_problems() -> None:
+    """Writes data/train.jsonl and data/eval.jsonl."""
     training = draw_distinct(2, "training", SEEN_ORDERS, 400)
     evaluation = [("seen order", p) for p in draw_distinct(3, "evaluation", SEEN_ORDERS, 200)]
     evaluation += [("unseen order", p) for p in draw_distinct(4, "evaluation", sorted(UNSEEN_ORDERS), 100)]
@@ -177,10 +184,12 @@ def make_problems() -> None:
 
 
 def code_of(program: tuple) -> str:
+    """A program's source: what reads, its lines, what prints."""
     return "\n".join([FIRST_LINE, *program, LAST_LINE])
 
 
 def answer_with(program: tuple) -> str:
+    """The part of an answer that counts."""
     return f"```python\n{code_of(program)}\n```"
 
 
@@ -246,6 +255,7 @@ def ranking_document(rng, problem: MicroProblem, thinking: bool, in_digits: bool
 
 
 def draw_pretraining_problems(seed: int | str, chunk: int, count: int) -> list[MicroProblem]:
+    """The problems of one chunk of the corpus, in seen orders only."""
     rng = random.Random(f"{seed}/{chunk}")
     return [draw_problem(rng, "pretraining", SEEN_ORDERS) for _ in range(count)]
 
@@ -313,17 +323,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def render(tokenizer, prompt: str, thinking: bool) -> str:
-    message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(
-        message, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-    )
-
-
 # -------------------------------------------------------------------------------------------------------- pretraining
 
 
 def make_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
+    """A random Qwen3 of 0.8 M parameters."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -348,7 +352,7 @@ def load_init(folder: Path, tokenizer) -> Qwen3ForCausalLM:
         known = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
         model = Qwen3ForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     except Exception as error:  # three libraries, each with exceptions of its own
-        reason = str(error).split("\n")[0]
+        reason = first_line(error)
         raise BadInput(f"--init {folder} does not load: {reason}") from None
     if known != tokenizer.get_vocab():
         raise BadInput(f"--init {folder}: its tokenizer is not the micro-lab's")
@@ -511,6 +515,7 @@ def probe(model, tokenizer, *, problems: int = 200, seed: int = 5) -> dict[str, 
 
 
 def skills(problems: list[MicroProblem], answers: list[str]) -> dict[str, float]:
+    """How well thinking parts do each of their steps; see probe for what the names mean."""
     pairs = [(problem, attempt) for problem, answer in zip(problems, answers) for attempt in read_attempts(answer)]
     right = [(a, a.result == states(a.program, p.given)[-1]) for p, a in pairs]
     marks = [[ours == theirs for ours, theirs in zip(a.result, p.expected)] == a.same for p, a in pairs]
@@ -528,11 +533,13 @@ def skills(problems: list[MicroProblem], answers: list[str]) -> dict[str, float]
 
 
 def mean(values) -> float:
+    """The mean; nan where there is nothing to take it of."""
     values = list(values)
     return sum(values) / len(values) if values else float("nan")
 
 
 def report(figures: dict[str, float]) -> None:
+    """Prints figures in a line."""
     print("  " + "  ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
 
 
@@ -567,6 +574,7 @@ def missed(figures: dict[str, float], base: str) -> list[str]:
 
 
 def save(model, tokenizer, out: Path) -> None:
+    """An ordinary model folder, with the sampling that the evaluation uses."""
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=0.6,

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import BadInput, ranks
-from data.model import first_line
+from data import BadInput, first_line, ranks
 
 # bytes of each weight (its gradient has as many), and of its optimiser state: fp32 m and v (8 together), then the fp32
 # master (4) or the bf16 compensation (2); see SmallStepAdam in model.py
@@ -143,6 +142,7 @@ def choose(shape: Shape, there: float, kinds=tuple(STORED), **settings) -> tuple
 
 
 def size(number: float) -> str:
+    """Bytes in words."""
     return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.0f} MB"
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from tqdm import tqdm
 
-from data import BadInput, ranks
+from data import BadInput, first_line, ranks
 from data.chat import check_template
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -43,10 +42,6 @@ def full_name(name: str) -> str:
     return name if Path(name).is_dir() else known.get(name.lower(), name)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def refused(option: str, name: str, error: Exception) -> BadInput:
     """What to say of a model that cannot be had; of a gated one transformers says it in ten lines."""
     from huggingface_hub.errors import GatedRepoError
@@ -60,7 +55,7 @@ def refused(option: str, name: str, error: Exception) -> BadInput:
     return BadInput(f"{option} {name} does not load: {first_line(error)}")
 
 
-def load_config(name: str, option: str = "--model"):
+def load_config(name: str, option: str = "--model") -> tuple:
     """(the configuration of a model folder or a model on the Hub, whether it is on this machine already)."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -92,7 +87,7 @@ def load_config(name: str, option: str = "--model"):
         raise refused(option, name, error) from None
 
 
-def plain_weights(name: str, config) -> dict:
+def plain_weights(name: str, config, option: str = "--model") -> dict:
     """What from_pretrained has to be told so that quantised weights become ordinary numbers, which can be trained.
 
     Raises BadInput for a format that transformers does not undo.
@@ -104,7 +99,7 @@ def plain_weights(name: str, config) -> dict:
     if not how:
         return {}
     if method != "mxfp4":  # GPT-OSS's
-        raise BadInput(f"--model {name}: its weights are quantised ({method}) and cannot be trained; give the model "
+        raise BadInput(f"{option} {name}: its weights are quantised ({method}) and cannot be trained; give the model "
                        "that they were made from")
     return {"quantization_config": Mxfp4Config(dequantize=True)}
 
@@ -116,29 +111,30 @@ def eos_ids(model, tokenizer) -> list[int]:
     return sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
 
 
-def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: str = ""):
+def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: str = "", option: str = "--model"):
     """(model, tokenizer); the weights in fp32 or bf16 as the optimiser wants them (see make_optimizer).
 
-    effort: --reasoning-effort, which the chat template then has to know.
+    effort: --reasoning-effort, which the chat template then has to know. option: what named this model, for an error.
+    Raises BadInput where it does not load, or cannot be used.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config, local = load_config(name)
+    config, local = load_config(name, option)
     # a shard is its own fp32 master: the forward casts what it has gathered
     dtype = torch.float32 if optimizer == "fp32" or (shard and optimizer == "masters") else torch.bfloat16
-    settings = {"dtype": dtype} | plain_weights(name, config)
+    settings = {"dtype": dtype} | plain_weights(name, config, option)
     try:
         tokenizer = from_hub(AutoTokenizer, name, local)
         if not tokenizer("x y 1").input_ids:
-            raise BadInput(f"--model {name}: its tokenizer is empty")
+            raise BadInput(f"{option} {name}: its tokenizer is empty")
         check_template(tokenizer, name, effort)
         model = from_hub(AutoModelForCausalLM, name, local, **settings)
     except BadInput:
         raise
     except Exception as error:  # three libraries, each with exceptions of its own
-        raise refused("--model", name, error) from None
+        raise refused(option, name, error) from None
     if not eos_ids(model, tokenizer):
-        raise BadInput(f"--model {name}: nothing names an end-of-text token")
+        raise BadInput(f"{option} {name}: nothing names an end-of-text token")
     if shard:
         shard_model(model, torch.float32 if optimizer == "fp32" else torch.bfloat16, device)
     return model.to(device).eval(), tokenizer
@@ -238,6 +234,7 @@ def add_lora(model, rank: int, seed: int) -> None:
 
 
 def lora_layers(model) -> list[tuple[str, torch.nn.Module]]:
+    """Name and layer of each linear layer that has adapters."""
     return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
 
 
@@ -253,12 +250,19 @@ def adapters_off(model):
             layer.enable_adapters(True)
 
 
-def merge_lora(model) -> None:
-    """Adds the adapters to the weights: afterwards the model is an ordinary one, and so is what it saves."""
+@torch.no_grad()
+def with_adapters_merged(model) -> dict[str, torch.Tensor]:
+    """The state of an ordinary model that says what this one says: each adapter added to its layer's weight, in fp32.
+
+    In bf16 half of what was learned would be rounded away, for a step at an adapter's learning rate is smaller than a
+    weight's last bit. So it is for whoever loads what is saved in bf16 (load_model does, where fp32 does not fit).
+    """
+    state = {name.replace(".base_layer.", "."): weight for name, weight in model.state_dict().items()
+             if ".lora_" not in name}
     for name, layer in lora_layers(model):
-        layer.merge()
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, layer.get_base_layer())
+        (adapter,) = layer.active_adapters
+        state[f"{name}.weight"] = layer.get_base_layer().weight.float() + layer.get_delta_weight(adapter).float()
+    return state
 
 
 # ------------------------------------------------------------------------------------------------------ the optimiser
@@ -281,6 +285,7 @@ class SmallStepAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """One step of AdamW in fp32; what has no gradient is left alone."""
         for group in self.param_groups:
             (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
             for p in group["params"]:
@@ -363,8 +368,8 @@ def load_checkpoint(path: Path, model, optimizer) -> int:
 
 
 def save_model(folder: Path, model, tokenizer) -> None:
-    """An ordinary model folder."""
-    state = whole(model.state_dict())
+    """An ordinary model folder, whatever the model is made of here: shards, adapters. The model stays as it is."""
+    state = with_adapters_merged(model) if lora_layers(model) else whole(model.state_dict())
     if ranks.rank() == 0:
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Settings that go together, by name, and the command line: what --preset, --quick and the options make of dust.Args."""
+"""Settings that go together, by name, and the command line: what --preset, --quick and options make of dust.Args."""
 import argparse
 from dataclasses import fields
 from pathlib import Path
@@ -30,8 +30,10 @@ def command_line(Args, argv: list[str] | None, description: str) -> dict:
     Args: a dataclass whose fields hold in their metadata their help, their choices and the heading they stand below.
     """
     parser = argparse.ArgumentParser(
-        prog="dust.py", description=description, formatter_class=argparse.RawTextHelpFormatter, usage="%(prog)s [options]"
+        prog="dust.py", usage="%(prog)s [options]", description=description,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
+    section = parser
     for f in fields(Args):
         name, text, choices = f"--{f.name.replace('_', '-')}", f.metadata["help"], f.metadata["choices"]
         section = parser.add_argument_group(f.metadata["section"]) if f.metadata["section"] else section

@@ -37,6 +37,7 @@ class Journal:
         return done
 
     def add(self, units: dict) -> None:
+        """Appends finished units, but for those that are there; only rank 0 writes."""
         new = {key: value for key, value in units.items() if key not in self.done}  # a batch may be half there
         if ranks.rank() == 0:
             with self.path.open("a") as file:

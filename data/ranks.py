@@ -18,10 +18,12 @@ from torch.distributed.tensor import DTensor
 
 
 def world() -> int:
+    """How many processes share this run; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Which of them this is, from 0. (A number, no ranking of candidates.)"""
     return dist.get_rank() if dist.is_initialized() else 0
 
 

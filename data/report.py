@@ -22,6 +22,7 @@ CURVE = (1, 2, 4, 8)  # the N of the curve
 
 
 def is_mixed(labels: list[int]) -> bool:
+    """Both right and wrong ones among them."""
     return 0 < sum(labels) < len(labels)
 
 
@@ -133,6 +134,7 @@ def summarise(rows: dict[str, list]) -> dict:
 
 
 def counts(judged: list) -> dict[str, int]:
+    """How many groups were judged, and in how many something has to be known about them."""
     return {
         "groups": len(judged),
         "mixed groups": sum(is_mixed(one.ranked) for one in judged),

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import NAMES, BadInput, Problem, derive, load_problems, memory, ranks, without_overlap, write_whole
+from data import (NAMES, BadInput, Problem, derive, first_line, load_problems, memory, ranks, without_overlap,
+                  write_whole)
 from data.model import load_config
 from data.progress import Clock
 from data.report import EVAL_CANDIDATES
@@ -66,7 +67,7 @@ def check_args(args):
         device = ranks.device(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
-        raise BadInput(f"--device {device} does not work here: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"--device {device} does not work here: {first_line(error)}") from None
     return replace(args, device=device)
 
 
@@ -122,15 +123,17 @@ def find_run(args) -> tuple[Path, dict]:
 
 
 def fit(args, before: dict, problems: list[Problem]) -> tuple[str, bool, list[str]]:
-    """The optimiser, whether to checkpoint layers, and what the plan says about memory.
+    """The optimiser, whether to checkpoint layers, and what the plan says about memory: of --model and its frozen copy.
+    A --teacher is taken to be of the same size.
 
     before: args.json of the run that is resumed; the optimiser stays the one of its start.
     """
     longest = max(len(p.question) for p in problems) // 3 + args.group_size * memory.PROGRAM_TOKENS
     shape, there = memory.shape_of(load_config(args.model)[0]), min(ranks.every(memory.room(args.device)))
     settings = dict(
-        train=not args.eval_only, kl=args.kl > 0, lora=args.lora, rows=args.rows, micro_tokens=args.micro_tokens,
-        row_tokens=longest + args.max_new_tokens, shards=ranks.world() if args.shard else 1,
+        train=not args.eval_only, kl=args.kl > 0 or args.mode == "sft", lora=args.lora, rows=args.rows,
+        micro_tokens=args.micro_tokens, row_tokens=longest + args.max_new_tokens,
+        shards=ranks.world() if args.shard else 1,
     )
     given = args.optimizer or before.get("optimizer")
     kind, settings["checkpointing"] = memory.choose(shape, there, (given,) if given else memory.STORED, **settings)
@@ -163,7 +166,7 @@ def open_run(out: Path, before: dict, args, problems: list[Problem], held_out: l
 def plan(problems: list[Problem], held_out: list[Problem], args, out: Path, needs: list[str]) -> Clock:
     """Says what the run will do, and sets up the estimate of the time left."""
     drawn = len(held_out) * args.repeats
-    judged = drawn + drawn // 2  # the finals of Best-of-8 are half as many
+    judged = drawn + len(held_out) * (args.repeats // 2)  # with the finals of Best-of-8, one for each two groups
     work = {"base: programs": drawn * EVAL_CANDIDATES, "base: rankings": judged}
     print(f"DuST -> {out}")
     print("\n".join(f"  memory   {line}" for line in needs))
@@ -179,7 +182,8 @@ def plan(problems: list[Problem], held_out: list[Problem], args, out: Path, need
             print(f"  label    up to {sampled} programs on all their tests, {max(args.workers, 1)} at a time")
             print(f"  group    up to {groups} groups of {args.group_size}, mixed ones kept")
         prompts = "problems" if args.mode == "generate" else "groups"
-        print(f"  train    {args.mode}: {args.steps} steps x {args.batch} {prompts} x {args.answers} = {answers} answers")
+        print(f"  train    {args.mode}: {args.steps} steps x {args.batch} {prompts} x {args.answers} = {answers} "
+              "answers")
     times = "once" if args.eval_only else "before and after"
     if ranks.world() > 1:
         print(f"  ranks    {ranks.world()}, each with its share of every stage")
@@ -193,8 +197,8 @@ def plan(problems: list[Problem], held_out: list[Problem], args, out: Path, need
 
 def what_to_put_right(error: Exception) -> str:
     """In a few words what a user can do about an error from below Python; empty where it is none of theirs."""
-    text = str(error).splitlines()[0]
-    full = ("No space left", "StreamWriter failed", "inline_container")  # the two words torch has for it
+    text = first_line(error)
+    full = ("No space left", "StreamWriter failed", "inline_container")  # the system, safetensors, torch
     if getattr(error, "errno", None) == errno.ENOSPC or any(words in text for words in full):
         return "the disk is full: make room"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:

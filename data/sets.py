@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from typing import Any, Callable, Iterator, NamedTuple
 
-from data import BadInput, Problem, check_test, read_json, read_problem
+from data import BadInput, Problem, check_test, first_line, read_json, read_problem
 
 KEPT_TESTS = 50  # of an rStar-Coder problem, as many as the release keeps
 KEPT_CHARACTERS = 1 << 20  # of them together: some generated inputs have a gigabyte
@@ -29,6 +29,7 @@ class LeftOut(Exception):
 
 
 class HubSet(NamedTuple):
+    """Where the Hub keeps a set, and which of it is meant."""
     repository: str
     files: tuple[str, ...]
     since: str = ""  # contest dates, of which the first is in the window and the last is not
@@ -71,12 +72,12 @@ def download(name: str, chosen: HubSet) -> Iterator[str]:
         for file in files:
             yield hf_hub_download(chosen.repository, file, repo_type="dataset")
     except Exception as error:  # no network, no such file, a full disk: the Hub has an exception for each
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f'cannot load {name} from the Hub ({reason}); or bring your own: a JSONL file whose lines have '
-                       '"id", "question" and "tests"') from None
+        raise BadInput(f'cannot load {name} from the Hub ({first_line(error)}); or bring your own: a JSONL file whose '
+                       'lines have "id", "question" and "tests"') from None
 
 
 def parquet_reader(what: str) -> Callable:
+    """pyarrow's ParquetFile. Raises BadInput, which names the package, where it is missing."""
     try:
         from pyarrow.parquet import ParquetFile
         return ParquetFile
@@ -94,7 +95,7 @@ def read_parquet(path: str) -> Iterator[tuple[str, dict]]:
                     for number, record in enumerate(batch.to_pylist(), number + 1):
                         yield f"row {number}", {name: value for name, value in record.items() if value is not None}
     except (OSError, ValueError) as error:  # pyarrow's own are both
-        raise BadInput(f"cannot read {path} after row {number}: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"cannot read {path} after row {number}: {first_line(error)}") from None
 
 
 def compare_with_paper(name: str, problems: list[Problem]) -> str:
@@ -115,6 +116,7 @@ def reader_of(record: Any) -> Callable[[Any], Problem]:
 
 
 def text(record: dict, name: str, optional: bool = False) -> str:
+    """A field's text. Raises ValueError where it is none, or empty and not optional."""
     value = record.get(name) or ""
     if not isinstance(value, str) or not value and not optional:
         raise ValueError(f'"{name}" is missing or no text')
@@ -133,6 +135,7 @@ def make_test(given: Any, wanted: Any, function: str) -> dict:
 
 
 def read_livecodebench(record: dict) -> Problem:
+    """Public and private tests together. Raises ValueError where a field has another form."""
     cases, private = json.loads(text(record, "public_test_cases")), text(record, "private_test_cases", optional=True)
     private = private if private.lstrip()[:1] in ("", "[") else unpickle_text(private)
     try:

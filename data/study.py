@@ -113,6 +113,7 @@ class Job:
 
 
 def run_folder(args, name: str, seed: int) -> Path:
+    """Where a variant's run of a seed stands."""
     return args.out / f"{name}-s{seed}"
 
 
@@ -182,10 +183,12 @@ def start(job: Job) -> subprocess.Popen:
 
 
 def log_of(job: Job) -> Path:
+    """Where its output goes."""
     return job.folder.with_name(job.folder.name + ".log")
 
 
 def last_line(path: Path) -> str:
+    """What a job said last."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # a progress bar's \r ends a line here too
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
@@ -288,6 +291,7 @@ def probe_all(args, variants: tuple[str, ...]) -> dict:
 
 
 def mean_of(values: list[float]) -> float | None:
+    """The mean of those that are there; None where none is."""
     counted = [value for value in values if not math.isnan(value)]
     return round(sum(counted) / len(counted), 4) if counted else None
 
@@ -337,6 +341,7 @@ def write_results(name: str, args, variants: tuple[str, ...]) -> Path:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Command line -> settings. Raises BadInput for what cannot work."""
     parser = argparse.ArgumentParser(prog="study.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("study", choices=list(STUDIES))
     parser.add_argument("--seeds", type=int, help="runs of each variant (default: 5, with --quick 2)")

@@ -65,7 +65,7 @@ def test_foreign_programs_are_counted_in_the_run(tmp_path, capsys):
     clock = dust.Clock({"label": 1})
     journal = dust.Journal(tmp_path / "labels.jsonl")
     dust.label([problem], candidates, dust.Args(workers=0), name="label", journal=journal, clock=clock)
-    assert "2 programs are none of the micro-world: not run, and labelled wrong" in capsys.readouterr().out
+    assert "2 programs are none of the micro-world: not run, and wrong" in capsys.readouterr().err
     assert not any(c.correct for c in candidates)
 
 

@@ -1,6 +1,5 @@
 """Other families than the shipped model's: their templates, their answers, their weights; and the paper's presets."""
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,7 @@ from transformers import (AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTr
 import dust
 import rank_prompt
 from conftest import SMALL, bytes_kept
-from data import BadInput, Problem, chat, memory, progress
+from data import BadInput, Problem, chat, memory, progress, runs
 from data.model import SHORT_NAMES, SmallStepAdam, full_name, load_config, load_model, make_optimizer, warm_up
 from data.presets import PAPER
 from dust import Candidate, Group
@@ -136,6 +135,7 @@ def test_of_a_harmony_answer_only_the_final_channel_is_read(answer, ranking, cod
 @pytest.mark.parametrize("template, answer, ranking", [
     (QWEN, "<think>Ranking: 2, 1</think>Ranking: 1, 2</s>", [1, 2]),
     (QWEN, "Ranking: 1, 2<|im_end|>", [1, 2]),
+    (QWEN, "Ranking: 1, 2<|end|>", [1, 2]),  # Phi's end of a turn, which harmony uses as a mark
     (THINKING, "Ranking: 2, 1</think>Ranking: 1, 2<|im_end|>", [1, 2]),
     (THINKING, "Ranking: 2, 1", None),  # cut off in a thinking part that the template has opened
     (None, "[THINK]Ranking: 2, 1[/THINK]Ranking: 1, 2</s>", [1, 2]),
@@ -295,7 +295,7 @@ def test_a_download_that_was_stopped_goes_on(monkeypatch):
 
 
 def test_the_release_preset_is_the_papers_with_each_documented_difference():
-    """Each is one field whose default is the paper's (paper.md, "Where the paper and its release disagree")."""
+    """Each is one field whose default is the paper's (tutorial.md, "Where the paper and its release disagree")."""
     paper, release = (dust.parse_args(["--model", "some/model", "--preset", name]) for name in ("paper", "release"))
     changed = {name: (getattr(paper, name), getattr(release, name)) for name in vars(paper)
                if getattr(paper, name) != getattr(release, name)}
@@ -467,6 +467,26 @@ def test_a_run_of_days_says_after_its_first_batch_how_to_become_shorter(monkeypa
         bar.update(0.25)
         clock.propose("sample", bar)
     assert "days" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("repeats, finals", [(1, 0), (2, 3), (3, 3), (4, 6)])
+def test_the_plan_counts_a_final_for_each_two_groups_of_a_problem(repeats, finals, monkeypatch, tmp_path):
+    """With --repeats 1 it planned half as many rankings again as there would be, and the time with them."""
+    monkeypatch.setattr(runs, "Clock", lambda work, smaller: work)
+    held_out = [Problem(f"p{i}", "?", []) for i in range(3)]
+    work = runs.plan(held_out, held_out, dust.Args(repeats=repeats), tmp_path, [])
+    assert work["base: rankings"] == work["trained: rankings"] == 3 * repeats + finals
+
+
+def test_the_plan_counts_the_frozen_teacher_that_has_no_kl_to_need_it(tmp_path):
+    problems = [Problem("p", "?", [])]
+    needs = [" ".join(runs.fit(dust.Args(mode=mode, kl=0.0, device="cpu"), {}, problems)[2]) for mode in ("sft", "rank")]
+    assert "reference" in needs[0] and "reference" not in needs[1]
+
+
+def test_an_error_without_words_is_not_answered_with_another():
+    assert runs.what_to_put_right(NotImplementedError()) == "" == runs.what_to_put_right(RuntimeError(""))
+    assert runs.what_to_put_right(MemoryError("can't allocate memory: 9 bytes")).startswith("out of memory: lower --rows")
 
 
 # -------------------------------------------------------------------------------------------------- fractional labels

@@ -2,6 +2,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,12 +192,15 @@ def test_a_thinking_part_that_both_templates_open_is_opened_once(monkeypatch):
         ids = torch.tensor(tokenizer(said, add_special_tokens=False).input_ids)
         return [dust.grpo.Rollout(prompt, [ids], [torch.zeros(len(ids))], [True]) for prompt in prompts]
 
+    end = student.eos_token_id
+    student.eos_token = None  # the generation config may be alone in naming an end
     monkeypatch.setattr(dust, "load_model", lambda *_, **__: (None, teacher))
     monkeypatch.setattr(dust, "draw_answers", draw)
     args = dust.parse_args(["--mode", "sft", "--teacher", "other"])
     group = Group(Problem("p", "Read.", []), [Candidate("p", "", "print(1)")] * 4)
     prompt = dust.ranking_ids(student, group, args)
-    [rollout] = dust.frozen_teacher(None, student, args)([group], [prompt], None)
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[end]))
+    [rollout] = dust.frozen_teacher(model, student, args)([group], [prompt], None)
     whole = student.decode(torch.cat([rollout.prompt, rollout.answers[0]]))
     assert whole.count("<think>") == 1 and whole.endswith("Ranking: 1, 2, 3, 4<|im_end|>")
     student.chat_template = "<|channel|>"

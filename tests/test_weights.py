@@ -11,9 +11,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import dust
 import grpo
 from conftest import bytes_kept
-from data import BadInput, memory
+from data import BadInput, memory, runs
 from data.model import (SmallStepAdam, adapters_off, add_lora, checkpoint_layers, load_checkpoint, make_optimizer,
-                        merge_lora, save_checkpoint)
+                        save_checkpoint, save_model)
 
 torch.set_num_threads(1)
 
@@ -138,13 +138,18 @@ def tiny():
 
 
 def test_lora_without_its_package_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(dust, "find_spec", lambda name: None)
+    monkeypatch.setattr(runs, "find_spec", lambda name: None)
     assert dust.main(["--lora", "4"]) == 2
     assert capsys.readouterr().err == "dust: --lora needs the package peft: pip install peft\n"
 
 
-def test_adapters_can_be_switched_off_and_merged():
-    """Off, the model is its own reference; merged, it says the same as with them, and holds no trace of them."""
+class NoTokenizer:
+    def save_pretrained(self, folder):
+        pass
+
+
+def test_adapters_can_be_switched_off_and_are_merged_in_what_is_saved(tmp_path):
+    """Off, the model is its own reference; saved, it says the same as with them, and holds no trace of them."""
     pytest.importorskip("peft")
     base, ids = tiny(), torch.arange(12)[None]
     model = copy.deepcopy(base)
@@ -159,9 +164,28 @@ def test_adapters_can_be_switched_off_and_merged():
     assert all(p.requires_grad for p in trained)
     adapted = model(ids).logits.detach()
     assert not torch.allclose(adapted, base(ids).logits, atol=1e-2)
-    merge_lora(model)
-    torch.testing.assert_close(model(ids).logits, adapted, atol=1e-4, rtol=1e-4)
-    assert set(model.state_dict()) == set(base.state_dict())
+    save_model(tmp_path, model, NoTokenizer())
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(saved(ids).logits, adapted, atol=1e-4, rtol=1e-4)
+    assert set(saved.state_dict()) == set(base.state_dict())
+    torch.testing.assert_close(model(ids).logits, adapted)  # which goes on with its adapters
+
+
+def test_what_adapters_learned_in_small_steps_is_not_rounded_away_in_what_is_saved(tmp_path):
+    """Merged into bf16 weights, a change of less than half a last bit is none: up to half of a run's learning."""
+    pytest.importorskip("peft")
+    model = tiny().bfloat16()
+    add_lora(model, 4, seed=0)
+    layer = model.model.layers[1].mlp.up_proj
+    before = layer.get_base_layer().weight.detach().clone()
+    with torch.no_grad():
+        layer.lora_A["default"].weight.normal_(generator=torch.Generator().manual_seed(1)).mul_(1e-2)
+        layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(2)).mul_(1e-3)
+    change = layer.get_delta_weight("default").detach()
+    assert ((before + change.bfloat16()) == before).float().mean() > 0.5  # that is what would be lost
+    save_model(tmp_path, model, NoTokenizer())
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).model.layers[1].mlp.up_proj.weight
+    torch.testing.assert_close(saved - before.float(), change, atol=1e-7, rtol=1e-2)
 
 
 def test_a_lora_run_saves_an_ordinary_model(llama, tmp_path):
