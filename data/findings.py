@@ -3,6 +3,7 @@
 Nothing is run here: study.py hands over what each finished run judged, and writes down what comes back.
 """
 import json
+import textwrap
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ ROW_OF = {"pass1": "both", "ndcg_all": "both", "ndcg_mixed": "judge", "best_of_4
 def load_run(folder: Path) -> dict:
     """What counts of a finished run: tables[row][metric] as report.per_problem gives them, and the plain counts."""
     rows, finals = report.read_judged(folder / "judged.jsonl")
-    saved, tables = json.loads((folder / "report.json").read_text()), {}
+    args, tables = json.loads((folder / "report.json").read_text())["args"], {}
     for row, judged in rows.items():
         tables[row] = {metric: report.per_problem(judged, metric) for metric in report.METRICS}
         tables[row] |= {f"best_of_{n}": t for n, t in report.best_of_n(judged, finals.get(row, [])).items()}
@@ -28,8 +29,7 @@ def load_run(folder: Path) -> dict:
         "problems": list(dict.fromkeys(one.group.problem.id for one in rows["base"])),
         "malformed": {row: sum(one.malformed for one in judged) for row, judged in rows.items()},
         "groups": {row: len(judged) for row, judged in rows.items()},
-        "seconds": round(sum(saved["seconds"].values()), 1),
-        "args": saved["args"],
+        "args": args,
     }
 
 
@@ -37,8 +37,10 @@ def load_run(folder: Path) -> dict:
 def draw(seeds: int, problems: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
     """What every interval is drawn with: ([D, S] seeds, [D, P] how often each problem)."""
     rng = np.random.default_rng(0)
-    counts = rng.multinomial(problems, [1 / problems] * problems, size=draws)
-    return rng.integers(seeds, size=(draws, seeds)), counts.astype(float)
+    counts = rng.multinomial(problems, [1 / problems] * problems, size=draws).astype(float)
+    chosen = rng.integers(seeds, size=(draws, seeds))
+    chosen.flags.writeable = counts.flags.writeable = False  # every caller is given the same two
+    return chosen, counts
 
 
 def two_level(terms: list[tuple[int, np.ndarray]], draws: int = 4000) -> dict:
@@ -89,7 +91,7 @@ def analyse(runs: dict[str, dict[int, dict]], whole: bool = False) -> dict:
             "gains": {g: {m: two_level(gain(own, seeds, row, m)) for m in metrics} for g, row in GAINS.items()},
             "seeds with a gain": {f"{g}/{m}": sum(is_gain(own[seed], GAINS[g], m) for seed in seeds)
                                   for m, g in ROW_OF.items()},
-            **{key: [own[seed][key] for seed in seeds] for key in ("malformed", "groups", "seconds")},
+            **{key: [own[seed][key] for seed in seeds] for key in ("malformed", "groups")},
         }
         both = sorted(own.keys() & runs[first].keys())
         if name != first and both:
@@ -184,31 +186,35 @@ def paper_table(result: dict) -> str:
 
 
 def reading(result: dict) -> str:
-    """One paragraph, made from the numbers: what goes the paper's way, what does not, what nobody can tell."""
+    """A list made from the numbers: what goes the paper's way, what does not, what nobody can tell; counted above it."""
     study, said, verdicts = result["study"], [], []
     if study == "transfer":
         return transfer_reading(result)
+
+    def compare(what: str, figure: dict, theirs: float, words: str) -> None:
+        verdicts.append(verdict(figure, theirs))
+        said.append(f"- {what}: {report.cell(figure, '+')}, {words}: {verdicts[-1]}")
+
     if study == "table2":
         for gain, place in (("judge", 1), ("both", 2)):
             for metric in PAPER_METRICS[gain == "judge":]:  # the judge's pass@1 is its base's
                 column, figure = PAPER_METRICS.index(metric), result["variants"]["rank"]["gains"][gain][metric]
                 theirs = [rows[place][column] - rows[0][column] for rows in PAPER_MODELS.values()]
-                verdicts.append(verdict(figure, min(theirs)))
-                said.append(f"{SHOWN[metric]}, gain of {gain}: {report.cell(figure, '+')}, the paper's four models "
-                            f"{min(theirs):+.1f} to {max(theirs):+.1f}: {verdicts[-1]}.")
+                compare(f"{SHOWN[metric]}, gain of {gain}", figure, min(theirs),
+                        f"the paper's four models {min(theirs):+.1f} to {max(theirs):+.1f}")
     for name, own in result["differences"].items():
+        title = result["titles"][name]
         for metric in PAPER_METRICS:
             if (theirs := paper_difference(study, name, metric)) is not None:
-                verdicts.append(verdict(own["both"][metric], theirs))
-                said.append(f"{result['titles'][name]} minus the method, {SHOWN[metric]}: "
-                            f"{report.cell(own['both'][metric], '+')}, the paper {theirs:+.1f}: {verdicts[-1]}.")
+                what = f"{title} minus the method, {SHOWN[metric]}"
+                compare(what, own["both"][metric], theirs, f"the paper {theirs:+.1f}")
         if (theirs := PAPER[study][name][0]) is not None:  # what it does to the generator, whatever the method does
-            said.append(f"{result['titles'][name]}, pass@1 over the base: "
-                        f"{report.cell(result['variants'][name]['gains']['both']['pass1'], '+')}, the paper "
-                        f"{theirs - PAPER_BASE:+.1f}.")
+            theirs, gain = round(theirs - PAPER_BASE, 1), result["variants"][name]["gains"]["both"]["pass1"]
+            compare(f"{title}, pass@1 over the base", gain, theirs, f"the paper {theirs:+.1f}")
     counts = [f"{verdicts.count(kind)} {words}" for kind, words in (
         ("the same direction", "go the paper's way"), ("different", "do not"), ("within noise", "are within noise"))]
-    return f"Of {len(verdicts)} comparisons with a figure of the paper, {', '.join(counts)}. " + " ".join(said)
+    head = f"Of {len(verdicts)} comparisons with a figure of the paper, {', '.join(counts)}."
+    return "\n".join([head, "", *said])
 
 
 def transfer_reading(result: dict) -> str:
@@ -223,27 +229,52 @@ def transfer_reading(result: dict) -> str:
             "none": is_noise(generator),
             "less than the first": less is not None and not is_noise(less) and less["mean"] < 0,
         }[predicted])
-        said.append(f"{result['titles'][name]}: pass@1 {report.cell(generator, '+')} (predicted: {predicted}; "
-                    f"{'so it is' if hits[-1] else 'not so'}), the judge's NDCG mixed {report.cell(judge, '+')}"
-                    f"{', within noise' if is_noise(judge) else ''}.")
-    return (f"The prediction for pass@1 holds in {sum(hits)} of {len(hits)} variants. \"None\" counts as met where the "
+        said.append(f"- {result['titles'][name]}: pass@1 {report.cell(generator, '+')} (predicted: {predicted}; "
+                    f"{'confirmed' if hits[-1] else 'not confirmed'}); the judge's NDCG mixed "
+                    f"{report.cell(judge, '+')}{', within noise' if is_noise(judge) else ''}")
+    head = (f"The prediction for pass@1 holds in {sum(hits)} of {len(hits)} variants. \"None\" counts as met where the "
             "interval holds zero, which a small gain can do too; where the judge itself gained nothing, there was "
-            "nothing to transfer. " + " ".join(said))
+            "nothing to transfer.")
+    return "\n".join([head, "", *said])
 
 
-def skill_table(titles: dict[str, str], skills: dict) -> str:
-    """Sub-skills before and after training, the generator's beside the judge's; what only one task has, on its side."""
+SKILLS = {  # of make_tiny.probe, in the order of a trace
+    "step": "of the attempts that write the state after each line, the share with the right result",
+    "jump": "of those that jump to the result, the share with the right one",
+    "careful": "the share of attempts that write the state after each line",
+    "yes_same": "how often it says yes where it has marked every digit as the same",
+    "yes_off": "how often it says yes where it has marked some digit as off",
+    "copy": "the program it writes is the one it has accepted",
+    "pass1": "the program it writes fits the problem's example",
+    "ndcg_mixed": "NDCG of its rankings of four programs, one or two of them right (a random order: {random:.3f})",
+}
+PROBED = (
+    "The steps of a trace, one by one: executing a program, the verdict on what came out, copying the accepted one. Each "
+    "model is probed on 200 validation problems, **with thinking switched on for both tasks, whatever the variant's own "
+    "way of answering**. So `pass1` is not the study's pass@1: it shows what the weights can do when they are asked to "
+    "think. Before -> after training, a mean over the seeds:"
+)
 
-    def pair(own: dict, name: str) -> list[str]:
-        return ["-" if value is None else f"{value:.3f}" for value in own.get(name, (None, None))]
 
-    lines = []
+def skill_tables(titles: dict[str, str], skills: dict) -> str:
+    """What the skills are; then a small table for each variant, each skill before -> after, in either task.
+
+    skills: variant -> name as make_tiny.probe has it -> [before, after], None where nothing could be counted.
+    """
+
+    def change(pair: list[float | None] | None) -> str:
+        return "-" if pair is None else " -> ".join("-" if value is None else f"{value:.3f}" for value in pair)
+
+    (chance, _), *_ = [own.get("ndcg_random") or [float("nan")] * 2 for own in skills.values()]
+    parts = [PROBED, "\n".join(f"- `{name}`: {words.format(random=chance)}" for name, words in SKILLS.items())]
     for variant, own in skills.items():
-        for skill in dict.fromkeys(name.split("/")[-1] for name in own):
-            alone = ("", skill) if skill in ("ndcg_mixed", "ndcg_random", "malformed") else (skill, "")
-            ours, theirs = (f"gen/{skill}", f"rank/{skill}") if f"gen/{skill}" in own else alone
-            lines.append([titles[variant], skill, *pair(own, ours), *pair(own, theirs)])
-    return lines_of(["", "skill", "generator before", "after", "judge before", "after"], lines)
+        lines = []
+        for name in SKILLS:
+            alone = [None, own.get(name)] if name == "ndcg_mixed" else [own.get(name), None]
+            both = [own[f"gen/{name}"], own[f"rank/{name}"]] if f"gen/{name}" in own else alone
+            lines.append([f"`{name}`", *map(change, both)])
+        parts.append(lines_of([f"**{titles[variant]}**", "when generating", "when ranking"], lines))
+    return "\n\n".join(parts)
 
 
 def markdown(result: dict, prediction: str) -> str:
@@ -262,28 +293,28 @@ def markdown(result: dict, prediction: str) -> str:
     parts += ["## Gains over the base", gain_table(titles, gains)]
     if study == "table2":
         bar = [f"{SHOWN[m]} ({g}) in {first['seeds with a gain'][f'{g}/{m}']}" for m, g in ROW_OF.items()]
-        parts.append(f"The bar: of {len(first['seeds'])} seeds the gain's own interval, over problems, is above zero: "
-                     f"{', '.join(bar)}.")
+        parts.append(f"Seed by seed: of {len(first['seeds'])} seeds, a gain's own interval, over problems alone, lies "
+                     f"above zero for {', '.join(bar)}.")
     if result["differences"]:
         parts += ["## Variant minus the first", gain_table(titles, result["differences"], marked=True)]
     parts += ["## Values", value_table(result)]
     if study == "table2":
         parts += ["## Best-of-N", report.curve_table(curve_of(first)), report.CURVE_NOTE]
     if result.get("skills"):
-        parts += ["## Skills", skill_table(titles, result["skills"])]
+        parts += ["## Skills", skill_tables(titles, result["skills"])]
     parts += ["## In the paper", paper_table(result)] if study != "transfer" else []
-    parts += ["## Reading", reading(result), *cost(result)]
+    parts += ["## Reading", reading(result), *malformed(result)]
     return "\n\n".join(parts) + "\n"
 
 
-def cost(result: dict) -> list[str]:
-    """Malformed rankings and seconds of each run."""
+def malformed(result: dict) -> list[str]:
+    """Malformed rankings of each run."""
     rows = list(next(iter(result["variants"].values()))["rows"])
-    lines = [[result["titles"][name], *(", ".join(str(run[row]) for run in own["malformed"]) for row in rows),
-              ", ".join(f"{seconds:.0f}" for seconds in own["seconds"])] for name, own in result["variants"].items()]
+    lines = [[result["titles"][name], *(", ".join(str(run[row]) for run in own["malformed"]) for row in rows)]
+             for name, own in result["variants"].items()]
     groups = next(iter(result["variants"].values()))["groups"][0]["base"]
-    return [f"## Malformed rankings (of {groups}) and seconds, for each seed",
-            lines_of(["", *(report.TITLES[row] for row in rows), "seconds of its last process"], lines)]
+    return [f"## Malformed rankings (of {groups}), for each seed",
+            lines_of(["", *(report.TITLES[row] for row in rows)], lines)]
 
 
 def curve_of(own: dict) -> dict:
@@ -296,38 +327,50 @@ def curve_of(own: dict) -> dict:
     }
 
 
-def points_of(result: dict, metric: str) -> dict[str, dict]:
-    """name -> figure, what a study's panel of this metric shows."""
-    variants, gain = result["variants"], ROW_OF[metric]
-    first = next(iter(variants.values()))["rows"]
+def points_of(result: dict, metric: str) -> dict[str, tuple[str, dict]]:
+    """title -> (colour, figure): what a study's panel of this metric shows, from the top, in the words of its tables."""
+    variants, gain, titles = result["variants"], ROW_OF[metric], result["titles"]
+    first, blue = next(iter(variants.values()))["rows"], report.COLOURS["trained"]
     if result["study"] == "table2":
-        return {row.replace("_", " "): figures[metric] for row, figures in first.items()}
+        return {report.TITLES[row]: (report.COLOURS[row], figures[metric]) for row, figures in first.items()}
     if result["study"] == "transfer":  # the bases differ
-        return {name: own["gains"][gain][metric] for name, own in variants.items()}
-    return {"base": first["base"][metric]} | {n: own["rows"][GAINS[gain]][metric] for n, own in variants.items()}
+        return {titles[name]: (blue, own["gains"][gain][metric]) for name, own in variants.items()}
+    trained = {titles[name]: (blue, own["rows"][GAINS[gain]][metric]) for name, own in variants.items()}
+    return {"base": (report.COLOURS["base"], first["base"][metric])} | trained
+
+
+def plot_points(axis, points: dict[str, tuple[str, dict]], named: bool) -> None:
+    """A line for each: its mean in figures, its interval, and below it a dot for each run. Zero is always there."""
+    over = dict(textcoords="offset points", ha="center", fontsize=11, bbox=dict(facecolor="white", lw=0, pad=0.5))
+    for place, (colour, figure) in enumerate(points.values()):
+        if (mean := figure["mean"]) is None:
+            continue
+        ends = [[mean - figure["low"]], [figure["high"] - mean]]
+        dots = [value for value in figure["seeds"] if value is not None]
+        axis.errorbar([mean], [place], xerr=ends, fmt="s", capsize=4, color=colour)
+        axis.plot(dots, [place + 0.28] * len(dots), "o", color=colour, alpha=0.5, markersize=4)
+        axis.annotate(f"{mean:.1f}", (mean, place), (0, 6), **over)
+    axis.axvline(0, color="black", linewidth=0.8)
+    low, high = axis.get_xlim()
+    axis.set(xlim=(min(low, 0), max(1.03 * high, 0)), ylim=(len(points) - 0.4, -0.7))
+    axis.set_yticks(range(len(points)), [textwrap.fill(title, 22) for title in points] if named else [""] * len(points))
+    axis.tick_params(labelsize=12)
+    axis.grid(alpha=0.3, axis="x")
 
 
 def draw_study(result: dict, path: Path) -> None:
-    """Mean and interval of each variant, each run a dot. Raises ImportError without matplotlib."""
+    """Mean and interval of each variant, each run a dot; the method with its Best-of-N. Raises ImportError without
+    matplotlib.
+    """
     with_curve, gains = result["study"] == "table2", result["study"] == "transfer"
-    pyplot, figure, axes = report.new_figure(5 if with_curve else 4, (20 if with_curve else 15, 4.2))
-    for axis, (metric, title) in zip(axes, SHOWN.items()):
-        points = points_of(result, metric)
-        for place, (name, f) in enumerate(points.items()):
-            if f["mean"] is None:
-                continue
-            colour = report.COLOURS.get(name.replace(" ", "_"), report.COLOURS["trained"])
-            dots = [value for value in f["seeds"] if value is not None]
-            axis.errorbar([place], [f["mean"]], [[f["mean"] - f["low"]], [f["high"] - f["mean"]]], fmt="s", capsize=5,
-                          color=colour)
-            axis.plot([place + 0.2] * len(dots), dots, "o", color=colour, alpha=0.5, markersize=4)
-        axis.set_xticks(range(len(points)), list(points), rotation=30, ha="right")
-        axis.set(title=f"{title}{', gain' if gains else ''}, %", xlim=(-0.5, len(points) - 0.3))
-        axis.grid(alpha=0.3, axis="y")
-        if gains:
-            axis.axhline(0, color="black", linewidth=0.8)
+    heights = [0.92 * len(points_of(result, "pass1")) + 1.7, *([3.4] if with_curve else [])]
+    pyplot, figure = report.new_figure((10, sum(heights)))
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for place, (axis, (metric, title)) in enumerate(zip(parts[0].subplots(2, 2).flat, SHOWN.items())):
+        plot_points(axis, points_of(result, metric), named=place % 2 == 0)
+        row = "" if with_curve else f", {ROW_OF[metric]}"
+        axis.set_title(f"{title}{row}, {'gain in points' if gains else '%'}", fontsize=13)
     if with_curve:
-        report.plot_best_of_n(axes[4], curve_of(next(iter(result["variants"].values()))))
-    figure.suptitle(result["title"])
+        report.plot_best_of_n(parts[1].subplots(), curve_of(next(iter(result["variants"].values()))))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -195,9 +195,9 @@ NOTE = (
 
 OF_CANDIDATES = {"base": ("base", "trained_judge"), "trained": ("trained",)}  # whose candidates a row's judge ordered
 CURVE_NOTE = (
-    "Per cent. N = 2 is the mean over all pairs of the four ranked; N = 8 is the winner of a final between the two "
-    "best-ranked of each of two groups, ranked once more by the same judge; N = 1 is pass@1. The oracle submits a "
-    "correct program wherever there is one."
+    "Per cent. N = 1 is pass@1; N = 2 is the mean over all pairs of the four ranked; N = 8, where a problem has two "
+    "groups (`--repeats`), is the winner of a final between the two best-ranked of each, ranked once more by the same "
+    "judge. The oracle submits a correct program wherever there is one."
 )
 
 
@@ -220,12 +220,16 @@ def table(summary: dict) -> str:
 
 
 def curve_table(figures: dict) -> str:
-    """`curves` as a Markdown table: the oracle above the judges of the same candidates, the random choice below."""
+    """`curves` as a Markdown table: the oracle above the judges of the same candidates, the random choice below.
+
+    An N of which there are not enough programs has no column.
+    """
+    shown = [n for n in CURVE if any(str(n) in own["oracle"] for own in figures.values())]
 
     def line(title: str, own: dict) -> str:
-        return " | ".join([f"| {title}", *(cell(own.get(str(n))) for n in CURVE)]) + " |"
+        return " | ".join([f"| {title}", *(cell(own.get(str(n))) for n in shown)]) + " |"
 
-    lines = ["| Best-of-N | " + " | ".join(f"N = {n}" for n in CURVE) + " |", "|---" * (len(CURVE) + 1) + "|"]
+    lines = ["| Best-of-N | " + " | ".join(f"N = {n}" for n in shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for owner, judges in OF_CANDIDATES.items():
         if owner in figures:
             lines.append(line(f"{owner}'s candidates: oracle", figures[owner]["oracle"]))
@@ -287,29 +291,50 @@ def examples(rows: dict[str, list], count: int = 3) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def new_figure(columns: int, size: tuple[float, float]):
-    """(pyplot, figure, axes) of a file: no window, white on any page. Raises ImportError without matplotlib."""
+def new_figure(size: tuple[float, float]):
+    """(pyplot, figure) of a file: no window, white with a frame on any page. Raises ImportError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=size, layout="constrained", facecolor="white", squeeze=False)
-    return pyplot, figure, axes[0]
+    figure = pyplot.figure(figsize=size, layout="constrained", facecolor="white", edgecolor="#b8b8b8", linewidth=3)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches: a margin inside the frame
+    return pyplot, figure
+
+
+LOGGED = {  # of metrics.jsonl, what curves.png shows and its words for it
+    "reward": "reward",
+    "ref_kl": "KL to the reference, nats a token",
+    "entropy": "entropy, nats a token",
+    "malformed": "malformed, share",
+    "zero_variance": "groups of equal rewards, share",
+    "answer_tokens": "tokens an answer",
+}
 
 
 def draw_curves(out: Path) -> None:
     """curves.png: what metrics.jsonl says of the training, step by step. Raises ImportError without matplotlib."""
     path = out / "metrics.jsonl"
     steps = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    logged = set().union(*steps)
-    names = [name for name in ("reward", "loss", "malformed", "entropy", "answer_tokens") if name in logged]
+    names = [name for name in LOGGED if any(name in step for step in steps)]
+    if not any(step.get("ref_kl") for step in steps):  # no reference: --kl 0, or --mode sft, whose loss does fall
+        names = ["loss" if name == "ref_kl" else name for name in names]
     if not names:
         return
-    pyplot, figure, axes = new_figure(len(names), (3.5 * len(names), 3))
-    for axis, name in zip(axes, names):
-        axis.plot([step["step"] for step in steps], [step.get(name) for step in steps])
-        axis.set(title=name.replace("_", " "), xlabel="step")
+    pyplot, figure = new_figure((10, 5))
+    axes = figure.subplots(2, 3).flat
+    for name, axis in zip(names, axes):
+        title, numbers = LOGGED.get(name, name), [step["step"] for step in steps]
+        axis.plot(numbers, [step.get(name) for step in steps])
+        if name == "reward" and any("constant" in step for step in steps):  # what knowing nothing earns on these groups
+            axis.plot(numbers, [step.get("constant") for step in steps], "--", color=COLOURS["base"])
+            title += " (dashed: constant)"
+        axis.set_title(title, fontsize=12)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    for axis in axes:  # those left over
+        axis.set_axis_off()
     figure.savefig(out / "curves.png", dpi=120)
     pyplot.close(figure)
 
@@ -320,26 +345,31 @@ COLOURS = {"base": "#6b6b6b", "trained_judge": "#d1700f", "trained": "#1f5fbf"} 
 def plot_best_of_n(axis, figures: dict) -> None:
     """`curves` as lines: a judge with its intervals, the oracle dashed above, the random choice dotted below."""
     for number, (name, own) in enumerate(figures.items()):
-        curve = {n: own[str(n)] for n in CURVE if str(n) in own}
+        curve, colour = {n: own[str(n)] for n in CURVE if str(n) in own}, COLOURS[name]
         means = [f["mean"] for f in curve.values()]
         ends = [[f["mean"] - f["low"] for f in curve.values()], [f["high"] - f["mean"] for f in curve.values()]]
         places = [n * 1.02 ** (number - 1) for n in curve]  # side by side, so that no interval hides another
-        axis.errorbar(places, means, ends, color=COLOURS[name], marker="o", capsize=3, label=TITLES[name])
+        axis.plot(places, means, color=colour, marker="o", label=TITLES[name])
+        axis.errorbar(places, means, ends, color=colour, fmt="none", capsize=3)
         if name in OF_CANDIDATES:  # the others' candidates are the base's
             oracle = {n: own["oracle"][str(n)]["mean"] for n in CURVE if str(n) in own["oracle"]}
-            axis.plot(list(oracle), list(oracle.values()), "--", color=COLOURS[name], label=f"{name}: oracle")
-            axis.plot(list(oracle), [own["random"]["mean"]] * len(oracle), ":", color=COLOURS[name],
-                      label=f"{name}: random")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(CURVE, [str(n) for n in CURVE])
-    axis.set(xlabel="N programs", ylabel="the submitted one is correct, %", ylim=(0, 100), title="Best-of-N")
+            axis.plot(list(oracle), list(oracle.values()), "--", color=colour, label=f"{name}'s candidates: oracle")
+            axis.plot(list(oracle), [own["random"]["mean"]] * len(oracle), ":", color=colour,
+                      label=f"{name}'s candidates: random choice")
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(list(oracle), list(map(str, oracle)))
+    axis.set_title("Best-of-N", fontsize=13)
+    axis.set_xlabel("N programs", fontsize=12)
+    axis.set_ylabel("the submitted one is correct, %", fontsize=12)
+    axis.set_ylim(0, 100)
+    axis.tick_params(labelsize=12)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    axis.legend(fontsize=12, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def draw_best_of_n(figures: dict, out: Path) -> None:
     """best_of_n.png. Raises ImportError without matplotlib."""
-    pyplot, figure, (axis,) = new_figure(1, (7, 4.5))
-    plot_best_of_n(axis, figures)
+    pyplot, figure = new_figure((10, 4.5))
+    plot_best_of_n(figure.subplots(), figures)
     figure.savefig(out / "best_of_n.png", dpi=120)
     pyplot.close(figure)

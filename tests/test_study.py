@@ -67,6 +67,15 @@ def test_best_of_eight_is_the_finals_winner_and_absent_without_finals(tmp_path):
         assert lines[1].split("|")[-2].startswith(" 50.0" if eight else " -")
 
 
+def test_one_group_a_problem_leaves_no_empty_column_for_best_of_eight(tmp_path):
+    """A quick run's report had a column of dashes, and a reader looked for what had failed."""
+    rows = {"base": judged("a", [0, 1, 0, 0]) + judged("b", [0, 0, 1, 0])}
+    report.write_report(rows, {}, {"model": "m", "seed": 0}, {"all": 1.0}, tmp_path)
+    table = (tmp_path / "report.md").read_text().split("## Best-of-N")[1]
+    assert "| Best-of-N | N = 1 | N = 2 | N = 4 |\n" in table and "N = 8, where a problem has two groups" in table
+    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {5}
+
+
 def test_every_figure_can_be_computed_again_from_judged_jsonl(tmp_path):
     rows = {"base": judged("a", [1, 0, 0, 0], shown=3) + judged("b", [0, 1, 1, 0], malformed=True),
             "trained": judged("a", [1, 1, 0, 0]) + judged("b", [1, 1, 1, 0])}
@@ -91,6 +100,21 @@ def test_a_run_has_its_figures_where_matplotlib_is_and_its_tables_where_it_is_no
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "reward": 1}\n')
     report.write_report(rows, {}, {"model": "m", "seed": 0}, {"all": 1.0}, tmp_path)
     assert (tmp_path / "best_of_n.png").stat().st_size > 5000 and (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize("logged, panels", [
+    ({"reward": 1.0, "constant": 0.5, "loss": 0.0, "ref_kl": 0.1, "zero_variance": 0.0},
+     {"reward (dashed: constant)": 2, "KL to the reference, nats a token": 1, "groups of equal rewards, share": 1}),
+    ({"reward": 1.0, "loss": 2.0, "ref_kl": 0.0}, {"reward": 1, "loss": 1}),
+])
+def test_the_curves_show_the_constant_answer_and_the_loss_only_where_it_falls(logged, panels, tmp_path, monkeypatch):
+    """The loss of GRPO is about zero at every step: its panel said nothing, and beginners read it first."""
+    pyplot, seen = pytest.importorskip("matplotlib.pyplot"), {}
+    monkeypatch.setattr(pyplot, "close", lambda figure: seen.update(
+        {axis.get_title(): len(axis.lines) for axis in figure.axes if axis.axison}))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1} | logged) + "\n")
+    report.draw_curves(tmp_path)
+    assert seen == panels
 
 
 # ------------------------------------------------------------------------------------------------- two-level intervals
@@ -315,7 +339,8 @@ def test_table_2_holds_every_figure_of_every_seed(lab):
     assert own["gains"]["judge"]["ndcg_mixed"]["low"] > 0
     assert own["rows"]["trained"]["best_of_8"]["mean"] == own["rows"]["trained"]["oracle_of_8"]["mean"] == 100
     assert own["rows"]["trained"]["best_of_2"]["mean"] == pytest.approx(100 * 5 / 6, abs=1e-3)
-    assert own["malformed"] == [{"base": 2, "trained_judge": 0, "trained": 0}] * 3 and own["seconds"] == [35] * 3
+    assert own["malformed"] == [{"base": 2, "trained_judge": 0, "trained": 0}] * 3
+    assert "seconds" not in own  # of the last process only, nought for a run that was resumed when it had ended
     assert "/somewhere" not in json.dumps(result["settings"])  # what is committed names no machine
     for part in ("of 3 seeds", "pass@1 (both) in 3", "NDCG mixed (judge) in 3",
                  "| Qwen3-30B-Thinking: base | 65.4 | 70.1 | 68.7 |", "N = 8",
@@ -355,17 +380,43 @@ def test_the_verdicts_are_those_of_the_intervals():
     assert findings.verdict({"mean": 2.0, "low": -1.0, "high": 5.0}, 1.1) == "within noise"
 
 
+def test_every_comparison_with_the_paper_has_a_verdict_and_is_counted(lab):
+    """The largest disagreement of figure 3, a gain where the paper has none, stood there without one, uncounted."""
+    assert lab.run("figure3", "--seeds", 2) == 0
+    part = (lab.results / "figure3.md").read_text().split("## Reading\n\n")[1].split("\n\n## ")[0]
+    head, items = part.split("\n\n")
+    verdicts = [line.rpartition(": ")[2] for line in items.splitlines()]
+    assert set(verdicts) <= {"the same direction", "different", "within noise"} and len(verdicts) == 6
+    assert head == ("Of 6 comparisons with a figure of the paper, {} go the paper's way, {} do not, {} are within "
+                    "noise.").format(*map(verdicts.count, ("the same direction", "different", "within noise")))
+    line, = [line for line in items.splitlines() if line.startswith("- SFT on rankings, pass@1 over the base")]
+    assert line.endswith("the paper +0.0: different")
+
+
+def test_nobody_can_change_what_all_intervals_are_drawn_with():
+    """They are cached: one in-place operation would change every later interval of the process."""
+    for array in findings.draw(2, 3, 5):
+        with pytest.raises(ValueError, match="read-only"):
+            array += 1
+
+
 def test_transfer_prints_its_prediction_before_the_result_and_counts_what_holds(lab, monkeypatch):
     """A prediction read off the result afterwards is none: it stands in the code, first in the file."""
-    monkeypatch.setattr(study, "probe_model", lambda folder, file: file.write_text('{"gen/step": 0.5, "copy": NaN}'))
+    skills = {f"{task}/{name}": 0.5 if task == "gen" else 0.25 for task in ("gen", "rank")
+              for name in ("step", "jump", "careful", "yes_same", "yes_off")}
+    skills |= {"copy": float("nan"), "pass1": 0.4, "ndcg_mixed": 0.8, "ndcg_random": 0.725}
+    monkeypatch.setattr(study, "probe_model", lambda folder, file: file.write_text(json.dumps(skills)))
     monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *a, **k: contextlib.nullcontext(SimpleNamespace(map=map)))
     assert lab.run("transfer", "--quick", "--seeds", 1) == 0
     text = (lab.out / "results" / "transfer.md").read_text()
     places = [text.index(part) for part in (study.PREDICTION, "## Gains", "## Skills", "## Reading")]
     assert places == sorted(places)
-    assert "| off-policy ranking, PairAcc (the method) | step | 0.500 | 0.500 | - | - |" in text
-    assert "(the method) | copy | - | - | - | - |" in text  # nothing could be counted, which is no zero and no nan
+    assert "| **off-policy ranking, PairAcc (the method)** | when generating | when ranking |" in text
+    assert "| `yes_same` | 0.500 -> 0.500 | 0.250 -> 0.250 |" in text and "(a random order: 0.725)" in text
+    assert "| `copy` | - -> - | - |" in text  # nothing could be counted, which is no zero and no nan
+    assert "with thinking switched on for both tasks" in text  # or its pass1 is read as the study's
     assert "holds in 1 of 4 variants" in text  # the fake's generator gains in every cell
+    assert text.count("; confirmed)") == 1 and text.count("; not confirmed)") == 3
     assert "notation" not in " ".join(call["run"] for call in lab.calls())
 
 

@@ -3,7 +3,9 @@
 Conventions of tutorial.md:
 - A ```python block runs, all of them in one namespace from top to bottom. A line that ends in `# -> VALUE` is an
   expression with that value, rounded to the decimals that are written.
-- A ```python excerpt: MODULE.NAME block is a part of that source, word for word; a line "..." leaves some out.
+- One whose first line is `# from MODULE.NAME(): to read, not to paste` is a part of that source instead, word for word;
+  a line "..." leaves some out. The mark is a line, for nobody sees the words behind ```.
+- A ```text block whose first line is `# printed by a quick run` is what it says.
 - `name()`, `module.name()` and `--option` exist.
 - In the sections CHECKED, a decimal number or a percentage in the text is a value or a number of some block, or the
   default of an option.
@@ -45,6 +47,26 @@ OF_THE_RELEASE = {"--clip-high", "--dual-clip", "--loss", "--weight-decay", "--w
 def fences(text: str, info: str) -> list[str]:
     """The bodies of all fenced blocks whose first line is ```info."""
     return re.findall(rf"^```{re.escape(info)}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+EXCERPT = re.compile(r"# from ([\w.]+)\(\): to read, not to paste\n")
+PRINTED = "# printed by a quick run\n"
+
+
+def runnable(text: str) -> list[str]:
+    """The blocks that a reader pastes."""
+    return [block for block in fences(text, "python") if not EXCERPT.match(block)]
+
+
+def excerpts(text: str) -> list[tuple[str, str]]:
+    """(name of the source, what is quoted of it)."""
+    marked = [(EXCERPT.match(block), block) for block in fences(text, "python")]
+    return [(found[1], block[found.end() :]) for found, block in marked if found]
+
+
+def printed(text: str) -> list[str]:
+    """What a quick run printed."""
+    return [block.removeprefix(PRINTED) for block in fences(text, "text") if block.startswith(PRINTED)]
 
 
 def section(text: str, title: str) -> str:
@@ -108,10 +130,10 @@ def test_every_code_block_runs_and_gives_what_it_states(monkeypatch):
     monkeypatch.chdir(ROOT)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    blocks, namespace, wrong = fences(TEXT, "python"), {}, []
+    blocks, namespace, wrong = runnable(TEXT), {}, []
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers is about to rename past_key_values
+            warnings.simplefilter("error", FutureWarning)  # what a reader pastes works next year too
             for block in blocks:
                 wrong += run_block(block, namespace)
     finally:
@@ -135,14 +157,14 @@ def test_a_wrong_number_is_seen():
 def numbers_of_the_code(text: str) -> set[float]:
     """Every number in a block that runs, stated or written; and the defaults of the options."""
     found = {abs(value) for value in vars(dust.Args()).values() if isinstance(value, float)} | {0.28}  # the release's
-    for block in fences(text, "python"):
+    for block in runnable(text):
         found |= {abs(float(number)) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?", block)}
     return found | measured(text)
 
 
 def measured(text: str) -> set[float]:
     """The numbers that the real run printed."""
-    return {float(number) for block in fences(text, "text quick run") for number in re.findall(r"\d+\.\d+", block)}
+    return {float(number) for block in printed(text) for number in re.findall(r"\d+\.\d+", block)}
 
 
 def unknown_numbers(text: str, allowed: set[float]) -> list[str]:
@@ -164,8 +186,10 @@ def test_an_unknown_number_is_seen():
     assert unknown_numbers(text, numbers_of_the_code(text) | {0.98}) == ["0.76", "97"]
 
 
-def test_measured_numbers_in_the_text_are_those_of_the_readme_or_of_the_quick_run():
-    sources = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "data/tiny/README.md"))
+def test_measured_numbers_in_the_text_are_those_of_the_readme_of_the_quick_run_or_of_a_study():
+    """Or of a study's tables: a sentence about them must not say what an earlier run of it had."""
+    paths = [ROOT / "README.md", ROOT / "data" / "tiny" / "README.md", *RESULTS.glob("*.md")]
+    sources = "".join(path.read_text(encoding="utf-8") for path in paths)
     known = measured(TEXT) | {float(number) for number in re.findall(r"\d+\.\d+", sources)}
     assert unknown_numbers(section(TEXT, "Why it works"), known) == []
 
@@ -207,15 +231,10 @@ def missing_from(source: str, excerpt: str) -> str:
     return ""
 
 
-def excerpts() -> list[tuple[str, str]]:
-    names = re.findall(r"^```python excerpt: (\S+)$", TEXT, flags=re.MULTILINE)
-    return [(name, body) for name in dict.fromkeys(names) for body in fences(TEXT, f"python excerpt: {name}")]
-
-
 def test_every_excerpt_is_the_source():
     """Code in a page is read as the code; when the source changes, so has the page."""
-    assert len(excerpts()) >= 7
-    for name, body in excerpts():
+    assert len(excerpts(TEXT)) >= 7
+    for name, body in excerpts(TEXT):
         gone = missing_from(source_of(name), body)
         assert not gone, f"no longer in {name}:\n{gone}"
 
@@ -229,11 +248,28 @@ def test_a_changed_excerpt_is_seen():
 
 
 def test_no_block_escapes_the_checks():
-    """A block with another first line is neither run nor compared."""
+    """A block with another info string is neither run nor compared, and "```python excerpt" was no Python to some
+    renderers, and to all readers a block like those that they paste."""
     infos = re.findall(r"^```(\S.*)$", TEXT, flags=re.MULTILINE)
-    allowed = r"python|python excerpt: \S+|text|text quick run|sh"
-    assert [info for info in infos if not re.fullmatch(allowed, info)] == []
+    assert set(infos) == {"python", "text", "sh"}
     assert len(re.findall(r"^```", TEXT, flags=re.MULTILINE)) == 2 * len(infos)
+    marks = [line for line in TEXT.splitlines() if line.startswith(("# from ", PRINTED.strip()))]
+    assert len(marks) == len(excerpts(TEXT)) + len(printed(TEXT)) and len(printed(TEXT)) == 3
+
+
+def test_an_excerpt_is_told_from_a_block_that_runs():
+    text = "```python\n# from grpo.f(): to read, not to paste\n    x = 1\n```\n```python\n# from 2 to 3\nx = 2\n```\n"
+    text += "```text\n# printed by a quick run\n0.5\n```\n```text\n0.6\n```\n"
+    assert runnable(text) == ["# from 2 to 3\nx = 2\n"] and excerpts(text) == [("grpo.f", "    x = 1\n")]
+    assert printed(text) == ["0.5\n"] and measured(text) == {0.5}
+
+
+def test_lines_of_prose_are_of_a_readable_width():
+    """Tables, and what a study wrote, have lines as long as they need."""
+    for name in ("README.md", "tutorial.md"):
+        text = re.sub(r"<!-- results.*?<!-- end -->", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+        long = [line for line in text.splitlines() if len(line) > 120 and not line.lstrip("# ").startswith(("|", "!"))]
+        assert long == [], name
 
 
 def known_names() -> set[str]:
@@ -381,8 +417,8 @@ def test_the_quick_run_prints_what_the_tutorial_says(tmp_path):
     for name in ("reward", "constant", "zero_variance"):
         said += f"\n{name:<13}" + "".join(f"{step[name]:6.2f}" for step in steps)
     first = json.loads((tmp_path / "run" / "candidates.jsonl").read_text().splitlines()[0])["answer"]
-    assert all(block in first + "\n" for block in fences(TEXT, "text"))
-    quoted = [line for block in fences(TEXT, "text quick run") for line in block.splitlines() if line.strip()]
+    assert all(block in first + "\n" for block in fences(TEXT, "text") if not block.startswith(PRINTED))
+    quoted = [line for block in printed(TEXT) for line in block.splitlines() if line.strip()]
     assert len(quoted) == 10 and [line for line in quoted if line.strip() not in said] == []
 
 
