@@ -305,8 +305,10 @@ def test_a_run_that_fails_is_one_line_and_the_others_go_on(lab, monkeypatch, cap
 
 def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(lab, tmp_path):
     """The runs have sessions of their own; forgotten, they would go on writing into the folders."""
-    code = (f"from data import study; raise SystemExit(study.main(['table2', '--seeds', '1', '--out', '{lab.out}'], "
-            f"dust='{lab.fake}'))")
+    code = ("import signal; from pathlib import Path; from data import study\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without it\n"
+            f"raise SystemExit(study.main(['table2', '--seeds', '1', '--out', '{lab.out}'], dust='{lab.fake}', "
+            f"results=Path('{lab.results}')))")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=study.HERE.parent, stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"FAKE_HANGS": "rank-s0"})
     began = time.time()
