@@ -2,6 +2,7 @@
 import copy
 import os
 import sys
+from bdb import BdbQuit
 
 import pytest
 import torch
@@ -378,6 +379,19 @@ def test_a_model_that_cannot_share_falls_back_and_says_so_once(make, reason, cap
     assert distance(seen, expected) < 1e-5
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"grpo: {type(model).__name__} reads the prompt again") and reason in line
+
+
+def test_leaving_a_debugger_inside_the_self_check_is_not_a_finding_about_the_model(monkeypatch):
+    """`q` at a breakpoint in there was taken for a model that cannot share, and the run went on in the slow form."""
+    def quit_here(model):
+        raise BdbQuit
+
+    monkeypatch.setattr(grpo, "differs_from_plain", quit_here)
+    model = qwen3()
+    with pytest.raises(BdbQuit):
+        grpo.shares_prompts(model)
+    monkeypatch.undo()
+    assert grpo.shares_prompts(model)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -276,6 +276,15 @@ def test_weights_of_another_quantisation_are_refused_in_one_line(tmp_path):
         load_model(str(folder), optimizer="fp32", shard=False, device="cpu")
 
 
+@pytest.mark.parametrize("option", ["--model", "--teacher", "--init", "--rank-with"])
+def test_a_model_that_does_not_load_is_called_by_its_own_option(option, tmp_path):
+    """A broken folder given as --teacher was said to be --model's, which the user had not even given."""
+    folder = make_model(tmp_path / "model", "llama")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(BadInput, match=f"^{option} {folder} does not load"):
+        load_model(str(folder), optimizer="fp32", shard=False, device="cpu", option=option)
+
+
 def test_a_download_that_was_stopped_goes_on(monkeypatch):
     """Its configuration is here, its weights are not: as "local" the model would never load again."""
     from data.model import from_hub

@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import dust
 import grpo
-from data import ranks
+from data import Problem, ranks
 from data.model import gathered, load_checkpoint, make_optimizer, save_checkpoint, shard_model, whole
 from test_grpo import distance, qwen3, scored
 
@@ -184,6 +184,18 @@ def test_work_is_spread_and_comes_back_in_order(tmp_path):
     for rank, (calls, found, rounds, nothing, first) in enumerate(results(tmp_path, task)):
         assert calls == [[0, 2, 4], [1, 3]][rank : rank + 1] and found == [0, 10, 20, 30, 40]
         assert rounds == [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)] and nothing == [] and first == "from 0"
+
+
+def test_ranks_on_unlike_machines_cut_the_labels_alike(tmp_path, monkeypatch):
+    """Each cut them by its own number of workers; two machines with unlike numbers then labelled other pieces."""
+    monkeypatch.setattr(ranks, "every", lambda workers: [workers, 1])  # the other rank has one
+    sizes = []
+    monkeypatch.setattr(ranks, "in_rounds", lambda work, do: [sizes.append(len(piece)) or do(piece) for piece in work])
+    problem = Problem("p", "?", [{"input": "", "output": "1\n"}])
+    candidates = [dust.Candidate("p", "", f"print({n})") for n in range(70)]
+    journal = dust.Journal(tmp_path / "labels.jsonl")
+    dust.label([problem], candidates, dust.Args(workers=2), name="label", journal=journal, clock=dust.Clock({"label": 1}))
+    assert sizes == [32, 32, 6] and sum(c.correct for c in candidates) == 1
 
 
 def test_a_rank_that_waits_for_another_still_says_why_it_ends(tmp_path):
