@@ -1,8 +1,12 @@
 """A model that is no Qwen3, its problems, and settings for a run of seconds."""
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that plain `pytest` finds the modules too
 
 SMALL = ["--limit", "10", "--eval-limit", "6", "--candidates", "8", "--repeats", "1", "--steps", "2", "--batch", "3",
          "--mini-batch", "3", "--answers", "4", "--workers", "2"]
