@@ -680,9 +680,10 @@ def test_from_threads_and_after_a_fork():
 
 
 def script(code):
-    """Start a caller of its own; it prints a line when it is ready."""
+    """Start a caller of its own; it prints a line when it is ready. A job in the background has Ctrl-C switched off."""
     env = {**os.environ, "PYTHONPATH": os.path.dirname(HERE)}
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, env=env,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def test_with_child_signals_ignored_and_blocked():
