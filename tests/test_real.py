@@ -7,15 +7,12 @@ Everything else is tested on random models and invented problems; here is what s
 """
 import gzip
 import json
-import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import dust
 import sandbox
 from data import load_problems

@@ -1,13 +1,10 @@
 """Weights that really move, adapters, and the memory both take."""
 import copy
-import os
-import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import dust
 import grpo
 from conftest import bytes_kept
