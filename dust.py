@@ -16,9 +16,8 @@ import copy
 import json
 import os
 import random
-import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -30,14 +29,14 @@ import grpo
 import rank_prompt
 import sandbox
 from data import BadInput, Problem, derive, memory, ranks, write_whole
-from data.chat import decode, encode, show_first, writes_one_form
-from data.model import (SHORT_NAMES, adapters_off, add_lora, checkpoint_layers, eos_ids, gathered,
-                        load_checkpoint, load_config, load_model, make_optimizer,
-                        save_checkpoint, save_model, warm_up)
+from data.chat import decode, encode, encode_answers, show_first, writes_one_form
+from data.model import (SHORT_NAMES, adapters_off, add_lora, checkpoint_layers, eos_ids, gathered, leaves_room,
+                        load_checkpoint, load_config, load_model, make_optimizer, save_checkpoint, save_model, warm_up)
 from data.presets import DATA, PRESETS, command_line
 from data.progress import Clock, Journal
-from data.report import EVAL_CANDIDATES, write_report
-from data.runs import check_args, find_run, fit, open_run, plan, problems_of, what_to_put_right
+from data.report import EVAL_CANDIDATES, final_groups, write_report
+from data.runs import (check_args, check_groups, find_run, fit, open_run, plan, problems_of, what_to_put_right,
+                       without_long_ones)
 
 HERE = Path(__file__).resolve().parent
 
@@ -224,23 +223,6 @@ def ranking_ids(tokenizer, group: Group, args: Args) -> torch.Tensor:
     return encode(tokenizer, prompt, args.thinking in ("both", "rankings"), args.reasoning_effort)
 
 
-def leaves_room(model, prompt: torch.Tensor, args: Args) -> bool:
-    """Whether a prompt and the longest answer fit the model's context; beyond it are positions it never saw."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    return len(prompt) + args.max_new_tokens <= context
-
-
-def without_long_ones(model, tokenizer, problems: list[Problem], args: Args) -> list[Problem]:
-    """The problems whose prompt leaves room for an answer. Raises BadInput where none does."""
-    kept = [p for p in problems if leaves_room(model, program_ids(tokenizer, p, args), args)]
-    if not kept:
-        raise BadInput(f"no problem's prompt fits the model's context with --max-new-tokens {args.max_new_tokens}")
-    if len(kept) < len(problems):
-        tqdm.write(f"  {len(problems) - len(kept)} of {len(problems)} problems get no answer: their prompts with "
-                   f"{args.max_new_tokens} tokens for the answer are longer than the model's context")
-    return kept
-
-
 # -------------------------------------------------------------------------------------------------------- the stages
 
 
@@ -251,14 +233,14 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
     sampling: temperature, top_p, top_k of grpo.rollout. About args.rows answers at a time; each draws from a seed of
     its own, so that the batches change nothing. A problem whose prompt leaves no room gets none (they are counted).
     """
-    problems = without_long_ones(model, tokenizer, problems, args)
-    prompts = [program_ids(tokenizer, p, args) for p in problems]
+    prompts = {p.id: program_ids(tokenizer, p, args) for p in problems}
+    problems = without_long_ones(model, problems, prompts, args.max_new_tokens)
     copies = count if sampling["temperature"] == 0 else 1  # then all answers to a problem are one
 
     def draw_batch(chosen: range) -> dict[str, list]:  # problem -> [[answer, whether it ended], ...]
         seeds = [[derive(seed, problems[i].id, number) for number in range(count // copies)] for i in chosen]
-        rollouts = roll_out(model, tokenizer, [prompts[i] for i in chosen], args, answers=count // copies, seeds=seeds,
-                            **sampling)
+        asked = [prompts[problems[i].id] for i in chosen]
+        rollouts = roll_out(model, tokenizer, asked, args, answers=count // copies, seeds=seeds, **sampling)
         units = {}
         for i, r in zip(chosen, rollouts):
             bare = [answer[: len(answer) - ended] for answer, ended in zip(r.answers, r.finished)]  # no EOS
@@ -365,21 +347,8 @@ def base_groups(model, tokenizer, problems: list[Problem], args: Args, clock: Cl
     if ranks.rank() == 0:
         write_whole(out / "candidates.jsonl", "".join(json.dumps(asdict(c)) + "\n" for c in candidates))
     mixed = make_groups(problems, candidates, args.group_size)
-    if not mixed:
-        right = any(c.correct for c in candidates)
-        reason = "every group is all right or all wrong" if right else "no program is correct"
-        raise BadInput(
-            f"no mixed group of {args.group_size}: {reason}, so there is nothing to rank; "
-            "use more --candidates, problems nearer to what the model can do, or a longer --max-new-tokens"
-        )
-    right = Counter(sum(c.correct for c in group.candidates) for group in mixed)
-    counts = ", ".join(f"{right[n] / len(mixed):.0%} with {n}" for n in sorted(right))
-    tqdm.write(f"  {len(mixed)} mixed groups; correct candidates in them: {counts}")
-    groups = [group for group in mixed if leaves_room(model, ranking_ids(tokenizer, group, args), args)]
-    if len(groups) < len(mixed):
-        tqdm.write(f"  {len(mixed) - len(groups)} groups left out: longer than the model's context with the answer")
-    if not groups:
-        raise BadInput("no group's ranking prompt fits the model's context: use a smaller --max-new-tokens")
+    groups = [g for g in mixed if leaves_room(model, ranking_ids(tokenizer, g, args), args.max_new_tokens)]
+    check_groups(candidates, mixed, groups, args)
     return groups
 
 
@@ -468,7 +437,7 @@ def experience(model, tokenizer, problems, groups, step: int, args: Args, genera
         chosen = pick(problems, step, args)
         _, candidates = draw_programs(model, tokenizer, chosen, 2 * args.group_size, args, generator, pool)
         batch = make_groups(chosen, sum(candidates, []), args.group_size)
-        batch = [group for group in batch if leaves_room(model, ranking_ids(tokenizer, group, args), args)]
+        batch = [g for g in batch if leaves_room(model, ranking_ids(tokenizer, g, args), args.max_new_tokens)]
         batch = batch[: args.batch]
     else:
         batch = pick(groups, step, args)
@@ -531,14 +500,11 @@ def frozen_teacher(model, tokenizer, args: Args):
     def teach(groups, prompts, generator):
         asked = [ranking_ids(own, group, args) for group in groups]
         rollouts = draw_answers(frozen, own, asked, args.answers, args, generator)
-        end = torch.tensor(eos_ids(model, tokenizer)[:1])
+        end = eos_ids(model, tokenizer)[0]
         for rollout, prompt in zip(rollouts, prompts):
             texts = [decode(own, rollout.prompt, answer) for answer in rollout.answers]
-            opening = decode(tokenizer, prompt, prompt[:0])  # what the student's own template has written already
-            texts = [text.removeprefix(opening) for text in texts]
-            rollout.answers = [torch.cat([torch.tensor(tokenizer(text, add_special_tokens=False).input_ids), end])
-                               for text in texts]
-            rollout.prompt, rollout.logps = prompt, [torch.zeros(len(answer)) for answer in rollout.answers]
+            rollout.answers, rollout.prompt = encode_answers(tokenizer, prompt, texts, end), prompt
+            rollout.logps = [torch.zeros(len(answer)) for answer in rollout.answers]
         return rollouts
 
     return teach
@@ -631,7 +597,8 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
     for i, group in enumerate(groups):
         shuffled = group.shuffled(args.seed, "judge", i)
         shown.append(Group(group.problem, [c for c in shuffled.candidates if c.code is not None]))
-    fits = [len(s.candidates) > 1 and leaves_room(model, ranking_ids(tokenizer, s, args), args) for s in shown]
+    fits = [len(s.candidates) > 1 and leaves_room(model, ranking_ids(tokenizer, s, args), args.max_new_tokens)
+            for s in shown]
     if any(fits):
         show_first(out, "rankings", tokenizer, ranking_ids(tokenizer, shown[fits.index(True)], args))
 
@@ -658,19 +625,6 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
         ordered += [c for c in group.candidates if c.code is None]
         judged.append(Judged(seen, ordered, answer, malformed=ranking is None and k > 1))
     return judged
-
-
-def final_groups(judged: list[Judged], repeats: int) -> list[Group]:
-    """For Best-of-8: of each two groups of a problem, the better half of both. Their judge ranks that once more.
-
-    So a ranking never has more candidates than in training. judged: R groups a problem; an odd one is left out.
-    """
-    finals = []
-    for own in parts(judged, repeats):
-        for first, second in zip(own[::2], own[1::2]):
-            best = [c for one in (first, second) for c in one.ordered[: len(one.ordered) // 2]]
-            finals.append(Group(first.group.problem, best))
-    return finals
 
 
 def judge_all(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, name: str, out: Path):
@@ -704,7 +658,8 @@ def run(args: Args) -> None:
     ranking = args.mode in ("rank", "sft") and not args.eval_only
     groups = base_groups(model, tokenizer, problems, args, clock, out) if ranking else []
     if not ranking and not args.eval_only:
-        problems = without_long_ones(model, tokenizer, problems, args)
+        prompts = {p.id: program_ids(tokenizer, p, args) for p in problems}
+        problems = without_long_ones(model, problems, prompts, args.max_new_tokens)
     drawn = draw(model, tokenizer, held_out, args, clock, name="base", out=out)
     if args.rank_with:
         del model  # two do not always fit

@@ -6,31 +6,23 @@
     update            PPO epochs over mini-batches of whole groups, one optimiser step a mini-batch
 
 A ranking prompt is long and its G answers share it, so the model reads it once for all of them, exactly, in the
-rollout and in the update alike: prefix.py. A model that cannot gets plain_decode and plain_logprobs instead, which
-repeat the prompt; shares_prompts finds that out.
+rollout and in the update alike. How it does that, and what a model gets that cannot, is in prefix.py.
 
 Shapes: B prompts or rows, G answers a prompt, L prompt tokens, R answer tokens, T = L + R, V vocabulary, H hidden,
 N answer tokens of a whole batch laid end to end. Log-probs are natural logarithms, in fp32.
 """
 import contextlib
-import inspect
 import math
 import warnings
-from bdb import BdbQuit
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig
 
 from data import ranks
-from data.memory import HEAD_BLOCK
 from data.model import adapters_off, run_forward, whole
-from prefix import NAME, Decoding, Packed, body, cut, evaluating, sharing
+from prefix import NAME, Decoding, cut, evaluating, logprobs, plain_decode, shares_prompts, sharing
 
 DRAWS = 64  # random numbers a row draws ahead
 
@@ -146,81 +138,7 @@ def decode(model, batch, max_new_tokens, eos_ids, sampling, progress) -> list[tu
     return [(tokens[i, :r].cpu(), logps[i, :r].cpu(), i not in going) for i, r in enumerate(length)]
 
 
-def plain_decode(model, batch, max_new_tokens, eos_ids, sampling, progress) -> list[tuple[Tensor, Tensor, bool]]:
-    """decode for a model that cannot share: transformers' own generation, each prompt repeated for its answers.
-
-    It draws for all answers of a call at once: those of one prompt share one seed here, the first of theirs.
-    """
-    temperature, top_p, top_k = sampling
-    choice = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature else {}
-    # the model's own config may hold penalties that training knows nothing of
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    results = []
-    try:
-        for prompt, seeds in batch:
-            ids = prompt.expand(len(seeds), -1).to(model.device)  # [G, L]
-            with torch.random.fork_rng():
-                torch.manual_seed(seeds[0])
-                rows = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
-                    eos_token_id=eos_ids or None, pad_token_id=eos_ids[0] if eos_ids else 0, **choice,
-                )[:, len(prompt) :].cpu()  # [G, R]
-            ended = [torch.isin(row, torch.tensor(eos_ids)).nonzero() for row in rows]
-            answers = [row[: int(ends[0]) + 1] if len(ends) else row for row, ends in zip(rows, ended)]
-            sizes = [len(a) for a in answers]
-            blocks = cut(sizes, HEAD_BLOCK // model.config.get_text_config().vocab_size)  # not all [G, R, V] at a time
-            logps = [plain_logprobs(model, prompt, answers[block], temperature or 1.0)[0] for block in blocks]
-            results += zip(answers, torch.cat(logps).cpu().split(sizes), [len(ends) > 0 for ends in ended])
-            progress(len(answers))
-    finally:
-        model.generation_config = own
-    return results
-
-
 # ------------------------------------------------------------------------------------------------------ log-probs
-
-
-def token_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-prob [N] of each target [N], and the entropy [N] of what it was drawn from. head: hidden -> logits [N, V]."""
-    logits = head(hidden)  # [N, V]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # in this order, as in sample
-    logps = logits.log_softmax(-1)
-    entropy = torch.special.entr(logps.detach().exp()).sum(-1)  # a diagnostic, without a gradient
-    return logps.gather(-1, targets[:, None]).squeeze(-1), entropy
-
-
-def packed_logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: float) -> tuple[Tensor, Tensor]:
-    """logprobs with each prompt read once. Only live positions meet the head, in blocks that the backward pass
-    computes again where there are several: [T, V] never exists.
-    """
-    packed = Packed(groups, model.device)
-    hidden = body(model, packed, packed.ids, packed.positions)[0, packed.live]  # [N, H]
-    targets = torch.cat([a for _, answers in groups for a in answers]).to(model.device)  # [N]
-    head = model.get_output_embeddings()
-    rows = max(1, HEAD_BLOCK // head.weight.shape[0])
-    run = token_logprobs if len(targets) <= rows else partial(checkpoint, token_logprobs, use_reentrant=False)
-    blocks = zip(hidden.split(rows), targets.split(rows))
-    logps, entropies = zip(*(run(head, x, y, temperature) for x, y in blocks))
-    return torch.cat(logps), torch.cat(entropies)
-
-
-def plain_logprobs(model, prompt: Tensor, answers: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
-    """logprobs of one group by the definition, a row [prompt, answer] for each answer: the form that a model falls
-    back to, and that the other one is tested against. Padded on the right, where causality keeps it from real tokens.
-    """
-    rows = [torch.cat([prompt.cpu(), a.cpu()[:-1]]) for a in answers]
-    longest = max(map(len, answers))
-    keep = {"logits_to_keep": longest} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(pad_sequence(rows, True).to(model.device), use_cache=False, **keep).logits[:, -longest:]  # [G, R, V]
-    live = torch.cat([own[: len(a)] for own, a in zip(logits, answers)])  # [N, V]
-    return token_logprobs(lambda x: x, live, torch.cat(answers).to(model.device), temperature)
-
-
-def logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies [N] of all answers [R_g] to some prompts [L], end to end; the former differentiable."""
-    if shares_prompts(model):
-        return packed_logprobs(model, groups, temperature)
-    return tuple(map(torch.cat, zip(*(plain_logprobs(model, *group, temperature) for group in groups))))
 
 
 def answer_logprobs(model, prompt: Tensor, answers: list[Tensor], *, temperature: float = 1.0) -> list[Tensor]:
@@ -234,59 +152,6 @@ def answer_logprobs(model, prompt: Tensor, answers: list[Tensor], *, temperature
         raise ValueError("with gradient checkpointing, call this and backward() inside `with prefix.sharing(model):`")
     logp, _ = logprobs(model, [(prompt, answers)], temperature)
     return list(logp.split([len(a) for a in answers]))
-
-
-def shares_prompts(model) -> bool:
-    """Whether the shared forms say of this model what the plain one says; found out once, and if not, told in a line.
-
-    Linear attention and state spaces keep no keys, some attention adds biases of its own, some heads cap their
-    logits: all of that differs from the definition on two short prompts, or never calls `shared_attention`.
-    """
-    if not hasattr(model, "_shares_prompts"):
-        try:
-            with evaluating(model):
-                reason = differs_from_plain(model)
-        except BdbQuit:  # whoever leaves a debugger in here wants out
-            raise
-        except Exception as error:  # code of any model there is
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        model._shares_prompts = not reason
-        if reason:
-            print(f"grpo: {type(model).__name__} reads the prompt again for each answer, which is slower: {reason}")
-    return model._shares_prompts
-
-
-@torch.no_grad()
-def differs_from_plain(model) -> str:
-    """In a few words where the shared forms differ from the plain one; empty where they do not."""
-    config = model.config.get_text_config()
-    if getattr(config, "final_logit_softcapping", None):
-        return "its logits are soft-capped"
-    if "chunked_attention" in (getattr(config, "layer_types", None) or []):
-        return "its attention is chunked"
-    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    rotaries = [rotary, *(own for own in rotary.values() if isinstance(own, dict))]  # one for each type of layer
-    kinds = [str(own.get("rope_type") or own.get("type")) for own in rotaries]
-    if any("dynamic" in kind or kind == "longrope" for kind in kinds):
-        return "its rotary positions depend on the longest row"
-    window = getattr(config, "sliding_window", None) or 0
-    lengths = [window + 3 if window <= 1024 else 5, 3]  # a larger window is taken on trust
-    vocabulary = model.get_input_embeddings().num_embeddings
-    prompts = [torch.arange(7, 7 + length) * 31 % vocabulary for length in lengths]
-    packed = Packed([(p, []) for p in prompts], model.device)
-    packed.kept = {}
-    body(model, packed, packed.ids, packed.positions)
-    if len(packed.kept) < config.num_hidden_layers:
-        return "not all of its layers attend"
-    rows = decode(model, [(p, [1, 2]) for p in prompts], 3, [], (1.0, 1.0, 0), lambda n: None)
-    groups = [(p, [tokens for tokens, _, _ in rows[i : i + 2]]) for p, i in zip(prompts, (0, 2))]
-    plain = torch.cat([plain_logprobs(model, *group, 1.0)[0] for group in groups])
-    decoded = torch.cat([logps for _, logps, _ in rows]).to(plain)
-    for name, values in (("update", packed_logprobs(model, groups, 1.0)[0]), ("rollout", decoded)):
-        gap = float((values - plain).abs().mean())
-        if not gap < max(torch.finfo(model.dtype).eps, 1e-7) ** 0.5:
-            return f"the shared {name} is off by {gap:.2g} nats a token"
-    return ""
 
 
 # ------------------------------------------------------------------------------------------------- GRPO's formulae

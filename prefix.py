@@ -2,23 +2,31 @@
 
     Packed    one row [prompt, answer, answer, ..., prompt, ...] for the update, and for a rollout's prompts
     Decoding  one token a row and step for the rollout: a prompt's keys are held once, and serve all of its answers
+    logprobs  the log-prob of each token of some answers, by Packed
 
-Both are layouts: the model's own layers run as they are, and where they attend they call `shared_attention`, which
-hands their queries, keys and values to the layout of this forward. That is all a model has to offer for it.
+Packed and Decoding are layouts: the model's own layers run as they are, and where they attend they call
+`shared_attention`, which hands their queries, keys and values to the layout of this forward. That is all a model has to
+offer for it. One that cannot gets plain_logprobs and plain_decode, which repeat the prompt; shares_prompts finds out.
 
 Shapes: B prompts, G answers a prompt, n rows (answers being decoded), L prompt tokens, R answer tokens, T tokens of a
 packed row, V vocabulary, H hidden, N answer tokens of a whole batch laid end to end; in attention Q query heads, K key
 heads, D numbers a head.
 """
 import contextlib
+import inspect
+from bdb import BdbQuit
 from collections import defaultdict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from data.memory import HEAD_BLOCK
 
 NAME = "grpo_shared"
 PREFILL_TOKENS = 8192  # prompt tokens encoded in one forward of a rollout: bounds its memory
@@ -296,3 +304,141 @@ class Decoding:
         on_prompt, on_own, *_ = weights.split([score.shape[-1] for score in scores], -1)
         out = self.by_row(on_prompt @ self.prompt[layer, 1]) + self.by_row(on_own) @ own_v  # [n, K, Q/K, D]
         return out.flatten(1, 2)[:, None]
+
+
+# ------------------------------------------------------------------------------------------------------ the log-probs
+
+
+def token_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-prob [N] of each target [N], and the entropy [N] of what it was drawn from. head: hidden -> logits [N, V]."""
+    logits = head(hidden)  # [N, V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # as in grpo.sample
+    logps = logits.log_softmax(-1)
+    entropy = torch.special.entr(logps.detach().exp()).sum(-1)  # a diagnostic, without a gradient
+    return logps.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def packed_logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: float) -> tuple[Tensor, Tensor]:
+    """logprobs with each prompt read once. Only live positions meet the head, in blocks that the backward pass
+    computes again where there are several: [T, V] never exists.
+    """
+    packed = Packed(groups, model.device)
+    hidden = body(model, packed, packed.ids, packed.positions)[0, packed.live]  # [N, H]
+    targets = torch.cat([a for _, answers in groups for a in answers]).to(model.device)  # [N]
+    head = model.get_output_embeddings()
+    rows = max(1, HEAD_BLOCK // head.weight.shape[0])
+    run = token_logprobs if len(targets) <= rows else partial(checkpoint, token_logprobs, use_reentrant=False)
+    blocks = zip(hidden.split(rows), targets.split(rows))
+    logps, entropies = zip(*(run(head, x, y, temperature) for x, y in blocks))
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [N] of all answers [R_g] to some prompts [L], end to end; the former differentiable."""
+    if shares_prompts(model):
+        return packed_logprobs(model, groups, temperature)
+    return tuple(map(torch.cat, zip(*(plain_logprobs(model, *group, temperature) for group in groups))))
+
+
+# ------------------------------------------------------------------------------------------ where it cannot be shared
+
+
+def plain_logprobs(model, prompt: Tensor, answers: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+    """logprobs of one group by the definition, a row [prompt, answer] for each answer: the form that a model falls
+    back to, and that the other one is tested against. Padded on the right, where causality keeps it from real tokens.
+    """
+    rows = [torch.cat([prompt.cpu(), a.cpu()[:-1]]) for a in answers]
+    longest = max(map(len, answers))
+    keep = {"logits_to_keep": longest} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits = model(pad_sequence(rows, True).to(model.device), use_cache=False, **keep).logits[:, -longest:]  # [G, R, V]
+    live = torch.cat([own[: len(a)] for own, a in zip(logits, answers)])  # [N, V]
+    return token_logprobs(lambda x: x, live, torch.cat(answers).to(model.device), temperature)
+
+
+def plain_decode(model, batch, max_new_tokens, eos_ids, sampling, progress) -> list[tuple[Tensor, Tensor, bool]]:
+    """grpo.decode for a model that cannot share: transformers' own generation, each prompt repeated for its answers.
+
+    It draws for all answers of a call at once: those of one prompt share one seed here, the first of theirs.
+    """
+    temperature, top_p, top_k = sampling
+    choice = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature else {}
+    # the model's own config may hold penalties that training knows nothing of
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    results = []
+    try:
+        for prompt, seeds in batch:
+            ids = prompt.expand(len(seeds), -1).to(model.device)  # [G, L]
+            with torch.random.fork_rng():
+                torch.manual_seed(seeds[0])
+                rows = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
+                    eos_token_id=eos_ids or None, pad_token_id=eos_ids[0] if eos_ids else 0, **choice,
+                )[:, len(prompt) :].cpu()  # [G, R]
+            ended = [torch.isin(row, torch.tensor(eos_ids)).nonzero() for row in rows]
+            answers = [row[: int(ends[0]) + 1] if len(ends) else row for row, ends in zip(rows, ended)]
+            sizes = [len(a) for a in answers]
+            blocks = cut(sizes, HEAD_BLOCK // model.config.get_text_config().vocab_size)  # not all [G, R, V] at a time
+            logps = [plain_logprobs(model, prompt, answers[block], temperature or 1.0)[0] for block in blocks]
+            results += zip(answers, torch.cat(logps).cpu().split(sizes), [len(ends) > 0 for ends in ended])
+            progress(len(answers))
+    finally:
+        model.generation_config = own
+    return results
+
+
+def shares_prompts(model) -> bool:
+    """Whether the shared forms say of this model what the plain one says; found out once, and if not, told in a line.
+
+    Linear attention and state spaces keep no keys, some attention adds biases of its own, some heads cap their
+    logits: all of that differs from the definition on two short prompts, or never calls `shared_attention`.
+    """
+    if not hasattr(model, "_shares_prompts"):
+        try:
+            with evaluating(model):
+                reason = differs_from_plain(model)
+        except BdbQuit:  # whoever leaves a debugger in here wants out
+            raise
+        except Exception as error:  # code of any model there is
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        model._shares_prompts = not reason
+        if reason:
+            print(f"grpo: {type(model).__name__} reads the prompt again for each answer, which is slower: {reason}")
+    return model._shares_prompts
+
+
+@torch.no_grad()
+def differs_from_plain(model) -> str:
+    """In a few words where the shared forms differ from the plain one; empty where they do not."""
+    config = model.config.get_text_config()
+    if getattr(config, "final_logit_softcapping", None):
+        return "its logits are soft-capped"
+    if "chunked_attention" in (getattr(config, "layer_types", None) or []):
+        return "its attention is chunked"
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rotaries = [rotary, *(own for own in rotary.values() if isinstance(own, dict))]  # one for each type of layer
+    kinds = [str(own.get("rope_type") or own.get("type")) for own in rotaries]
+    if any("dynamic" in kind or kind == "longrope" for kind in kinds):
+        return "its rotary positions depend on the longest row"
+    window = getattr(config, "sliding_window", None) or 0
+    lengths = [window + 3 if window <= 1024 else 5, 3]  # a larger window is taken on trust
+    vocabulary = model.get_input_embeddings().num_embeddings
+    prompts = [torch.arange(7, 7 + length) * 31 % vocabulary for length in lengths]
+    packed = Packed([(p, []) for p in prompts], model.device)
+    packed.kept = {}
+    body(model, packed, packed.ids, packed.positions)
+    if len(packed.kept) < config.num_hidden_layers:
+        return "not all of its layers attend"
+    state, steps = Decoding(model, prompts, [2, 2]), []
+    second = torch.arange(4, device=model.device)[:, None] % 2  # of each prompt's two answers the second one takes
+    for _ in range(3):  # the second likeliest tokens, so that siblings differ
+        logps, ids = (x.gather(1, second)[:, 0] for x in state.logits.float().log_softmax(-1).topk(2))  # [4] each
+        steps.append((ids, logps))
+        state.step(model, ids)
+    tokens, decoded = (torch.stack(x, 1) for x in zip(*steps))  # [4, 3] each
+    groups = [(p, list(own)) for p, own in zip(prompts, tokens.split(2))]
+    plain = torch.cat([plain_logprobs(model, *group, 1.0)[0] for group in groups])
+    for name, values in (("update", packed_logprobs(model, groups, 1.0)[0]), ("rollout", decoded.flatten())):
+        gap = float((values - plain).abs().mean())
+        if not gap < max(torch.finfo(model.dtype).eps, 1e-7) ** 0.5:
+            return f"the shared {name} is off by {gap:.2g} nats a token"
+    return ""

@@ -74,6 +74,14 @@ def decode(tokenizer, prompt: torch.Tensor, answer: torch.Tensor) -> str:
     return (OPEN + "\n" if opened else "") + text
 
 
+def encode_answers(tokenizer, prompt: torch.Tensor, texts: list[str], end: int) -> list[torch.Tensor]:
+    """What another model has answered, in this one's tokens, [R] each, with `end` behind it; without an opening that
+    this one's template has written in the prompt [L] already."""
+    opening = decode(tokenizer, prompt, prompt[:0])
+    ids = [tokenizer(text.removeprefix(opening), add_special_tokens=False).input_ids for text in texts]
+    return [torch.tensor([*own, end]) for own in ids]
+
+
 def writes_one_form(tokenizer) -> bool:
     """Whether a model's own tokens mark the thinking part as rank_prompt.py reads it, or not at all."""
     template = str(tokenizer.chat_template)

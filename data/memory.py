@@ -14,7 +14,7 @@ from data import BadInput, first_line, ranks
 # bytes of each weight (its gradient has as many), and of its optimiser state: fp32 m and v (8 together), then the fp32
 # master (4) or the bf16 compensation (2); see SmallStepAdam in model.py
 STORED = {"fp32": (4, 8), "masters": (2, 12), "kahan": (2, 10)}
-HEAD_BLOCK = 2**24  # logits in memory at a time: grpo.py computes more of them again, block by block, in the backward
+HEAD_BLOCK = 2**24  # logits in memory at a time: prefix.py computes more of them again, block by block, in the backward
 PROGRAM_TOKENS = 400  # of one candidate in a ranking prompt: a guess, for the plan comes before the candidates
 
 OTHER_WAYS = (  # what to change where a model cannot be trained as asked, and what that means here

@@ -111,6 +111,12 @@ def eos_ids(model, tokenizer) -> list[int]:
     return sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
 
 
+def leaves_room(model, prompt: torch.Tensor, answer_tokens: int) -> bool:
+    """Whether a prompt [L] and the longest answer fit the model's context; beyond it are positions it never saw."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return not context or len(prompt) + answer_tokens <= context
+
+
 def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: str = "", option: str = "--model"):
     """(model, tokenizer); the weights in fp32 or bf16 as the optimiser wants them (see make_optimizer).
 

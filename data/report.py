@@ -1,13 +1,14 @@
 """The figures of a run and how they are shown: metrics, bootstrap intervals, the paper's three rows, the files.
 
 Nothing of the method is here. A run hands over, for each row of the table, its evaluation groups as a judge ordered
-them: objects with `group` (its `problem` and `candidates`), `ranked` (labels, best-ranked first), `answer` (the judge's
-words) and `malformed`. Its finals are of the same kind: the two best-ranked of each of two groups of one problem,
-ranked once more, so that the winner is the best of eight.
+them: objects with `group` (its `problem` and `candidates`), `ordered` (those, best-ranked first), `ranked` (their
+labels), `answer` (the judge's words) and `malformed`. Its finals are of the same kind: the two best-ranked of each of
+two groups of one problem, ranked once more, so that the winner is the best of eight.
 """
 import contextlib
 import json
 from collections import defaultdict
+from dataclasses import replace
 from math import comb
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,20 @@ def best_of(n: int, ranked: list[int]) -> float:
     """
     k = len(ranked)
     return sum(label * comb(k - 1 - i, n - 1) for i, label in enumerate(ranked)) / comb(k, n)
+
+
+def final_groups(judged: list, repeats: int) -> list:
+    """For Best-of-8: of each two groups of a problem, the better half of both. Their judge ranks that once more.
+
+    So a ranking never has more candidates than in training. judged: R groups a problem; an odd one is left out.
+    """
+    finals = []
+    for start in range(0, len(judged), repeats):
+        own = judged[start : start + repeats]
+        for first, second in zip(own[::2], own[1::2]):
+            best = [c for one in (first, second) for c in one.ordered[: len(one.ordered) // 2]]
+            finals.append(replace(first.group, candidates=best))
+    return finals
 
 
 METRICS = {  # of one group's labels, best-ranked first; None: the group does not count

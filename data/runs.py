@@ -1,11 +1,12 @@
 """Before a run computes anything: its settings, its folder, whether it is the run that --resume means, its memory and
-its plan; and what a user is told when it breaks off.
+its plan; later, whether there is something to learn from; and what a user is told when it breaks off.
 
 args is dust.Args throughout.
 """
 import errno
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from data import (NAMES, BadInput, Problem, derive, first_line, load_problems, memory, ranks, without_overlap,
                   write_whole)
-from data.model import load_config
+from data.model import leaves_room, load_config
 from data.progress import Clock
 from data.report import EVAL_CANDIDATES
 
@@ -193,6 +194,38 @@ def plan(problems: list[Problem], held_out: list[Problem], args, out: Path, need
     smaller = {"sample": {"--limit": len(problems), "--candidates": args.candidates} | longest,
                "train": {"--steps": args.steps, "--batch": args.batch} | longest}
     return Clock(work, {name: smaller.get(name, evaluation) for name in work})
+
+
+def without_long_ones(model, problems: list[Problem], prompts: dict[str, torch.Tensor], answer_tokens: int) -> list:
+    """The problems whose prompt [L], found by their id, leaves room for an answer. Raises BadInput where none does."""
+    kept = [p for p in problems if leaves_room(model, prompts[p.id], answer_tokens)]
+    if not kept:
+        raise BadInput(f"no problem's prompt fits the model's context with --max-new-tokens {answer_tokens}")
+    if len(kept) < len(problems):
+        tqdm.write(f"  {len(problems) - len(kept)} of {len(problems)} problems get no answer: their prompts with "
+                   f"{answer_tokens} tokens for the answer are longer than the model's context")
+    return kept
+
+
+def check_groups(candidates: list, mixed: list, groups: list, args) -> None:
+    """Says how many groups there are to learn from. Raises BadInput where there is none.
+
+    candidates: all that were labelled; mixed: the mixed groups of them; groups: those that fit the model's context.
+    """
+    if not mixed:
+        right = any(c.correct for c in candidates)
+        reason = "every group is all right or all wrong" if right else "no program is correct"
+        raise BadInput(
+            f"no mixed group of {args.group_size}: {reason}, so there is nothing to rank; "
+            "use more --candidates, problems nearer to what the model can do, or a longer --max-new-tokens"
+        )
+    right = Counter(sum(c.correct for c in group.candidates) for group in mixed)
+    counts = ", ".join(f"{right[n] / len(mixed):.0%} with {n}" for n in sorted(right))
+    tqdm.write(f"  {len(mixed)} mixed groups; correct candidates in them: {counts}")
+    if len(groups) < len(mixed):
+        tqdm.write(f"  {len(mixed) - len(groups)} groups left out: longer than the model's context with the answer")
+    if not groups:
+        raise BadInput("no group's ranking prompt fits the model's context: use a smaller --max-new-tokens")
 
 
 def what_to_put_right(error: Exception) -> str:

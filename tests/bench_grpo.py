@@ -26,6 +26,7 @@ import torch  # noqa: E402
 from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 import grpo  # noqa: E402
+import prefix  # noqa: E402
 
 ROWS = ((512, 16), (2048, 16), (512, 128))  # prompt and answer tokens
 G = 8
@@ -44,7 +45,7 @@ class Ours:
 
     def __init__(self, model):
         self.model, self.optimizer = model, torch.optim.SGD(model.parameters(), lr=0.0)
-        grpo.shares_prompts(model)
+        prefix.shares_prompts(model)
 
     def rollout(self, prompt, tokens):
         self.rollouts = grpo.rollout(self.model, [prompt], answers=G, max_new_tokens=tokens, eos_ids=[])

@@ -244,7 +244,7 @@ def test_bf16_logits_are_tempered_in_fp32_at_sampling_and_in_training():
     hidden = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)).bfloat16() * 16
     logits = model.lm_head(hidden)
     tokens, kept = grpo.sample(logits, torch.rand(200, generator=torch.Generator().manual_seed(1)), 0.7, 1.0, 0)
-    trained, _ = grpo.token_logprobs(model.lm_head, hidden, tokens, 0.7)
+    trained, _ = prefix.token_logprobs(model.lm_head, hidden, tokens, 0.7)
     exact = (logits.double() / 0.7).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
     assert logits.dtype == torch.bfloat16 and (kept - exact).abs().mean() < 1e-5
     assert (trained - kept).abs().mean() < 1e-5
@@ -294,7 +294,7 @@ def value_and_gradient(model, logprobs):
 def both_forms(model, prompt, answers):
     """The shared form's and the plain one's log-probs and gradients, at T = 0.7."""
     shared = value_and_gradient(model, lambda: torch.cat(grpo.answer_logprobs(model, prompt, answers, temperature=0.7)))
-    return shared, value_and_gradient(model, lambda: grpo.plain_logprobs(model, prompt, answers, 0.7)[0])
+    return shared, value_and_gradient(model, lambda: prefix.plain_logprobs(model, prompt, answers, 0.7)[0])
 
 
 @pytest.mark.parametrize("make", SHARING)
@@ -306,7 +306,7 @@ def test_prompt_gradient_is_not_lost_when_the_prompt_is_shared(make, monkeypatch
     model.eval()
     prompt, *answers = ids(19, 7, 1, 12, 3, 40, 2)
     (logp, gradient), (expected, expected_gradient) = both_forms(model, prompt, answers)
-    assert grpo.shares_prompts(model)
+    assert prefix.shares_prompts(model)
     torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
     assert distance(gradient, expected_gradient) < 1e-5
 
@@ -323,14 +323,14 @@ def test_in_double_precision_the_shared_form_is_the_plain_one(make):
             model.set_submodule(name, norm)
     prompt, *answers = ids(19, 7, 1, 12, 3)
     (logp, gradient), (expected, expected_gradient) = both_forms(model, prompt, answers)
-    assert grpo.shares_prompts(model) and (logp - expected).abs().max() < 1e-12
+    assert prefix.shares_prompts(model) and (logp - expected).abs().max() < 1e-12
     assert distance(gradient, expected_gradient) < 1e-12
 
 
 def test_a_prompt_under_no_grad_passes_the_values_and_fails_the_gradients(monkeypatch):
     """The control of the tests above: they would see a prompt whose keys carry no gradient."""
     model, (prompt, *answers) = qwen3(), ids(19, 7, 12, 3)
-    assert grpo.shares_prompts(model)
+    assert prefix.shares_prompts(model)
     attend = prefix.Packed.attend
 
     def without_gradient(self, layer, q, k, v, *rest):
@@ -346,7 +346,7 @@ def test_a_prompt_under_no_grad_passes_the_values_and_fails_the_gradients(monkey
 def test_a_prompt_is_read_once_for_its_answers():
     """Exact and slow would pass every other test."""
     model, seen = qwen3(), []
-    grpo.shares_prompts(model)
+    prefix.shares_prompts(model)
     model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
     rollouts = grpo.rollout(model, ids(4, 11), answers=3, max_new_tokens=5, eos_ids=[])
     assert seen == [4 + 11] + [6] * 4
@@ -386,12 +386,12 @@ def test_leaving_a_debugger_inside_the_self_check_is_not_a_finding_about_the_mod
     def quit_here(model):
         raise BdbQuit
 
-    monkeypatch.setattr(grpo, "differs_from_plain", quit_here)
+    monkeypatch.setattr(prefix, "differs_from_plain", quit_here)
     model = qwen3()
     with pytest.raises(BdbQuit):
-        grpo.shares_prompts(model)
+        prefix.shares_prompts(model)
     monkeypatch.undo()
-    assert grpo.shares_prompts(model)
+    assert prefix.shares_prompts(model)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -415,7 +415,7 @@ def test_the_plain_form_asks_for_logits_of_answers_only(make):
     """Logits of 8 whole rows, prompts included, are what fills the memory first."""
     model, (prompt, *answers), rows = make(), ids(19, 7, 12, 3), []
     model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:2]))
-    logp, _ = grpo.plain_logprobs(model, prompt, answers, 0.7)
+    logp, _ = prefix.plain_logprobs(model, prompt, answers, 0.7)
     assert rows == [(3, 12)]
     expected = torch.cat([full_logps(model, prompt, answer, 0.7) for answer in answers])
     torch.testing.assert_close(logp, expected, atol=1e-5, rtol=1e-5)
@@ -424,10 +424,10 @@ def test_the_plain_form_asks_for_logits_of_answers_only(make):
 def test_the_plain_form_scores_what_it_sampled_a_block_at_a_time(monkeypatch):
     """Eight long answers at once are [8, R, V] logits: 20 GB at 8,192 tokens and a vocabulary of 150,000."""
     model, rows = mamba(), []
-    grpo.shares_prompts(model)
-    monkeypatch.setattr(grpo, "HEAD_BLOCK", 20 * 37)
-    score = grpo.plain_logprobs
-    monkeypatch.setattr(grpo, "plain_logprobs", lambda m, p, own, t: rows.append(sum(map(len, own))) or score(m, p, own, t))
+    prefix.shares_prompts(model)
+    monkeypatch.setattr(prefix, "HEAD_BLOCK", 20 * 37)
+    score = prefix.plain_logprobs
+    monkeypatch.setattr(prefix, "plain_logprobs", lambda m, p, own, t: rows.append(sum(map(len, own))) or score(m, p, own, t))
     r = grpo.rollout(model, ids(6), answers=5, max_new_tokens=8, eos_ids=[EOS], temperature=0.7)[0]
     assert len(rows) > 1 and max(rows) <= 20 and sum(rows) == sum(map(len, r.answers))
     for answer, logp in zip(r.answers, r.logps):
@@ -440,7 +440,7 @@ def test_no_mask_of_a_long_answer_is_answer_by_row(make, monkeypatch):
     monkeypatch.setattr(prefix, "BLOCK", 8)
     monkeypatch.setattr(prefix, "CHUNK", 4)
     model, (prompt, *answers), masks = make(), ids(11, 7, 48, 3, 9, 2, 33), {}
-    assert grpo.shares_prompts(model)
+    assert prefix.shares_prompts(model)
     real = prefix.attend
 
     def attend(q, k, v, scale, sinks, mask):
@@ -465,10 +465,10 @@ def test_no_mask_of_a_long_answer_is_answer_by_row(make, monkeypatch):
 def test_positions_that_depend_on_the_longest_row_are_found_wherever_a_config_says_so(settings):
     """A dictionary for each type of layer, or older names; on two short prompts the numbers would agree."""
     model = qwen3()
-    assert grpo.differs_from_plain(model) == ""
+    assert prefix.differs_from_plain(model) == ""
     del model.config.rope_parameters
     model.config.__class__ = type("Other", (type(model.config),), settings)
-    assert grpo.differs_from_plain(model) == "its rotary positions depend on the longest row"
+    assert prefix.differs_from_plain(model) == "its rotary positions depend on the longest row"
 
 
 def test_checkpointed_layers_run_again_with_the_same_attention(monkeypatch):
@@ -492,7 +492,7 @@ def test_the_head_sees_answer_positions_only_and_in_blocks(monkeypatch):
     """Logits of a whole row, or of all answers at once, are what fills the memory first."""
     model, (prompt, *answers) = qwen3(), ids(19, 7, 12, 3)
     whole = value_and_gradient(model, lambda: torch.cat(grpo.answer_logprobs(model, prompt, answers)))
-    monkeypatch.setattr(grpo, "HEAD_BLOCK", 5 * 37)
+    monkeypatch.setattr(prefix, "HEAD_BLOCK", 5 * 37)
     rows = []
     model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     logp, gradient = value_and_gradient(model, lambda: torch.cat(grpo.answer_logprobs(model, prompt, answers)))
@@ -501,7 +501,7 @@ def test_the_head_sees_answer_positions_only_and_in_blocks(monkeypatch):
     assert distance(gradient, whole[1]) < 1e-6
 
 
-@pytest.mark.parametrize("form", [grpo.packed_logprobs, lambda m, g, t: grpo.plain_logprobs(m, *g[0], t)])
+@pytest.mark.parametrize("form", [prefix.packed_logprobs, lambda m, g, t: prefix.plain_logprobs(m, *g[0], t)])
 def test_an_answer_is_not_moved_by_a_longer_sibling(form):
     """Padding of 50 tokens beside it, in the plain form; 50 tokens more in its row, in the shared one."""
     model, (prompt, answer, other) = qwen3(), ids(9, 6, 56)

@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import dust
 import grpo
+import prefix
 from data import Problem, ranks
 from data.model import gathered, load_checkpoint, make_optimizer, save_checkpoint, shard_model, whole
 from test_grpo import distance, qwen3, scored
@@ -116,7 +117,7 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path, shard):
                 for one in (own, frozen):
                     shard_model(one, torch.float32, "cpu")
                     with gathered(one):
-                        assert grpo.shares_prompts(one)
+                        assert prefix.shares_prompts(one)
             seed = torch.Generator().manual_seed(5)
             found[name] = update(own, rollouts[name], frozen, generator=seed, **settings)
         return found
@@ -141,7 +142,7 @@ def test_a_sharded_checkpoint_goes_on_in_any_number_of_ranks(tmp_path, kind):
         shard_model(model, torch.float32 if kind == "fp32" else torch.bfloat16, "cpu")
         optimizer = make_optimizer(model, kind, 1e-3)
         with gathered(model):
-            assert grpo.shares_prompts(model)
+            assert prefix.shares_prompts(model)
         if load:
             load_checkpoint(load, model, optimizer)
         for _ in range(steps):
