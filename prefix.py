@@ -55,7 +55,8 @@ def shared_attention(
     if softcap:
         raise NotImplementedError("soft-capped attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return layout.attend(module.layer_idx, query, key, value, scale, sliding_window, s_aux), None
+    last = module.layer_idx == module.config.num_hidden_layers - 1
+    return layout.attend(module.layer_idx, query, key, value, scale, sliding_window, s_aux, last), None
 
 
 AttentionInterface.register(NAME, shared_attention)  # without a mask function: transformers builds no masks
@@ -176,8 +177,11 @@ class Packed:
             at = end
         return torch.cat(out, 1)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks) -> Tensor:
-        """q [1, Q, T, D], k, v [1, K, T, D] -> [1, T, Q, D], one group after the other."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks, last: bool) -> Tensor:
+        """q [1, Q, T, D], k, v [1, K, T, D] -> [1, T, Q, D], one group after the other.
+
+        last: this is the last layer. What it makes of a prompt is read at the prompt's end alone: zeros elsewhere.
+        """
         if self.kept is not None:
             self.kept[layer] = k, v
         # split, not slices: the gradient of a slice is a whole row of zeros
@@ -185,7 +189,10 @@ class Packed:
         out = []
         for L, chunks in self.groups:
             q_prompt, k_prompt, v_prompt = next(parts)
-            if window is None or L <= window:
+            if last:
+                end = self.in_blocks(q_prompt[:, :, -1:], k_prompt, v_prompt, 1, scale, window, sinks)
+                out.append(F.pad(end, (0, 0, 0, 0, L - 1, 0)))
+            elif window is None or L <= window:
                 out.append(attend(q_prompt, k_prompt, v_prompt, scale, sinks, None))
             else:
                 out.append(self.in_blocks(q_prompt, k_prompt, v_prompt, L, scale, window, sinks))
@@ -224,11 +231,11 @@ class Decoding:
             for layer, both in packed.kept.items():
                 for i, x in enumerate(both):  # [1, K, T, D]
                     pieces[layer, i] += x[0].transpose(0, 1).split(packed.sizes)  # [L, K, D] each
-        # [B, K, L, D], padded on the right, two a layer
-        self.prompt = {at: pad_sequence(x, True).transpose(1, 2).contiguous() for at, x in pieces.items()}
+        # [K, B, L, D], padded on the right, two a layer; key heads come first, for then no product needs a copy
+        self.prompt = {at: pad_sequence(x, True).permute(2, 0, 1, 3).contiguous() for at, x in pieces.items()}
         self.length = torch.tensor([len(p) for p in prompts], device=model.device)  # [B]
         self.owner = torch.repeat_interleave(torch.tensor(counts, device=model.device))  # [n], each row's prompt
-        self.own, self.t = {}, 0  # [n, K, capacity, D], two a layer; the first t are in use
+        self.own, self.t = {}, 0  # [K, n, capacity, D], two a layer; the first t are in use
         self.logits = model.get_output_embeddings()(torch.cat(last))[self.owner]
         self.arrange()
 
@@ -243,8 +250,8 @@ class Decoding:
         """Only these rows [n'] go on, and only the prompts that they need."""
         kept, self.owner = self.owner[rows].unique(return_inverse=True)
         if len(kept) < len(self.length):
-            self.length, self.prompt = self.length[kept], {at: x[kept] for at, x in self.prompt.items()}
-        self.own, self.logits = {at: x[rows] for at, x in self.own.items()}, self.logits[rows]
+            self.length, self.prompt = self.length[kept], {at: x[:, kept] for at, x in self.prompt.items()}
+        self.own, self.logits = {at: x[:, rows] for at, x in self.own.items()}, self.logits[rows]
         self.arrange()
 
     def step(self, model, tokens: Tensor) -> None:
@@ -255,55 +262,55 @@ class Decoding:
         self.masks = {window: mask for window, mask in self.masks.items() if window is None}
 
     def by_prompt(self, x: Tensor) -> Tensor:
-        """[n, K, Q/K, X] -> [B, K, G * Q/K, X]; empty slots hold zeros."""
+        """[K, n, Q/K, X] -> [K, B, G * Q/K, X]; empty slots hold zeros."""
         if self.slot is not None:
-            x = x.new_zeros(len(self.length) * self.G, *x.shape[1:]).index_copy_(0, self.slot, x)
-        return x.unflatten(0, (-1, self.G)).transpose(1, 2).flatten(2, 3)
+            x = x.new_zeros(len(x), len(self.length) * self.G, *x.shape[2:]).index_copy_(1, self.slot, x)
+        return x.unflatten(1, (-1, self.G)).flatten(2, 3)
 
     def by_row(self, x: Tensor) -> Tensor:
-        """The way back: [B, K, G * Q/K, X] -> [n, K, Q/K, X]."""
-        x = x.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1)
-        return x if self.slot is None else x[self.slot]
+        """The way back: [K, B, G * Q/K, X] -> [K, n, Q/K, X]."""
+        x = x.unflatten(2, (self.G, -1)).flatten(1, 2)
+        return x if self.slot is None else x[:, self.slot]
 
     def remember(self, at: tuple[int, int], x: Tensor) -> Tensor:
-        """Adds the newest token's keys or values [n, K, 1, D]; returns all of its row [n, K, t + 1, D]."""
+        """Adds the newest token's keys or values [n, K, 1, D]; returns all of its row [K, n, t + 1, D]."""
         if at not in self.own:
-            self.own[at] = x.new_empty(*x.shape[:2], 32, x.shape[3])
+            self.own[at] = x.new_empty(x.shape[1], len(x), 32, x.shape[3])
         elif self.t == self.own[at].shape[2]:
             self.own[at] = torch.cat([self.own[at], torch.empty_like(self.own[at])], 2)
-        self.own[at][:, :, self.t] = x[:, :, 0]
+        self.own[at][:, :, self.t] = x[:, :, 0].transpose(0, 1)
         return self.own[at][:, :, : self.t + 1]
 
     def mask(self, window: int | None) -> Tensor | None:
-        """[B, 1, 1, L], -inf at padding and at what the window has left behind; None where there is neither."""
+        """[B, 1, L], -inf at padding and at what the window has left behind; None where there is neither."""
         if window not in self.masks:
             place = torch.arange(self.prompt[0, 0].shape[2], device=self.length.device)  # [L]
             hidden = place >= self.length[:, None]  # [B, L]
             if window is not None:
                 hidden |= self.length[:, None] + self.t - place >= window
-            mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)[:, None, None]
+            mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)[:, None]
             self.masks[window] = mask if hidden.any() else None
         return self.masks[window]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks, last: bool) -> Tensor:
         """q [n, Q, 1, D], k, v [n, K, 1, D] -> [n, 1, Q, D]. The answers to one prompt meet its keys in one product."""
         n, heads, _, D = q.shape
         groups = k.shape[1]
-        own_k, own_v = self.remember((layer, 0), k), self.remember((layer, 1), v)  # [n, K, t + 1, D]
+        own_k, own_v = self.remember((layer, 0), k), self.remember((layer, 1), v)  # [K, n, t + 1, D]
         if window is not None:
             own_k, own_v = own_k[:, :, -window:], own_v[:, :, -window:]
-        q = (q * scale).reshape(n, groups, heads // groups, D)  # [n, K, Q/K, D]
-        shared = self.by_prompt(q) @ self.prompt[layer, 0].transpose(2, 3)  # [B, K, G * Q/K, L]
+        q = (q * scale).reshape(n, groups, -1, D).transpose(0, 1).contiguous()  # [K, n, Q/K, D]
+        shared = self.by_prompt(q) @ self.prompt[layer, 0].transpose(2, 3)  # [K, B, G * Q/K, L]
         if (mask := self.mask(window)) is not None:
             shared = shared + mask
-        scores = [shared, self.by_prompt(q @ own_k.transpose(2, 3))]  # [B, K, G * Q/K, t + 1]
+        scores = [shared, self.by_prompt(q @ own_k.transpose(2, 3))]  # [K, B, G * Q/K, t + 1]
         if sinks is not None:  # [Q]: one more score, with value 0
-            sinks = sinks.to(q).view(1, groups, 1, heads // groups, 1)
-            scores.append(sinks.expand(len(shared), -1, self.G, -1, -1).flatten(2, 3))  # [B, K, G * Q/K, 1]
+            sinks = sinks.to(q).view(groups, 1, 1, -1, 1)
+            scores.append(sinks.expand(-1, shared.shape[1], self.G, -1, -1).flatten(2, 3))  # [K, B, G * Q/K, 1]
         weights = torch.cat(scores, -1).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q)
         on_prompt, on_own, *_ = weights.split([score.shape[-1] for score in scores], -1)
-        out = self.by_row(on_prompt @ self.prompt[layer, 1]) + self.by_row(on_own) @ own_v  # [n, K, Q/K, D]
-        return out.flatten(1, 2)[:, None]
+        out = self.by_row(on_prompt @ self.prompt[layer, 1]) + self.by_row(on_own) @ own_v  # [K, n, Q/K, D]
+        return out.transpose(0, 1).reshape(n, 1, heads, D)
 
 
 # ------------------------------------------------------------------------------------------------------ the log-probs
