@@ -12,13 +12,12 @@ training is in grpo.py, the prompts and rewards are in rank_prompt.py, the progr
     python dust.py --model Qwen3-4B     # a real model on real problems, with the paper's settings
 """
 import contextlib
-import copy
 import json
 import os
 import random
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,22 +29,18 @@ import rank_prompt
 import sandbox
 from data import BadInput, Problem, derive, memory, ranks, write_whole
 from data.chat import decode, encode, encode_answers, show_first, writes_one_form
-from data.model import (SHORT_NAMES, adapters_off, add_lora, checkpoint_layers, eos_ids, gathered, leaves_room,
-                        load_checkpoint, load_config, load_model, make_optimizer, save_checkpoint, save_model, warm_up)
-from data.presets import DATA, PRESETS, command_line
+from data.model import (SHORT_NAMES, adapters_off, add_lora, checkpoint_layers, eos_ids, frozen_copy, gathered,
+                        leaves_room, load_checkpoint, load_config, load_model, make_optimizer, save_checkpoint,
+                        save_model, warm_up)
+from data.presets import DATA, PRESETS, arg, command_line
 from data.progress import Clock, Journal
-from data.report import EVAL_CANDIDATES, final_groups, write_report
+from data.report import EVAL_CANDIDATES, describe_rollouts, final_groups, mean, write_report
 from data.runs import (check_args, check_groups, find_run, fit, open_run, plan, problems_of, what_to_put_right,
                        without_long_ones)
 
 HERE = Path(__file__).resolve().parent
 
 # ------------------------------------------------------------------------------------------------------ arguments
-
-
-def arg(default, text: str, *, section: str = "", choices: list[str] | None = None):
-    """One field of Args: what --help says of it, and the heading that it stands below with those that follow."""
-    return field(default=default, metadata={"help": text, "section": section, "choices": choices})
 
 
 @dataclass
@@ -355,18 +350,6 @@ def base_groups(model, tokenizer, problems: list[Problem], args: Args, clock: Cl
 # ------------------------------------------------------------------------------------------------------ the training
 
 
-def frozen_copy(model, args: Args):
-    """The model before training, for the KL term; with LoRA that is the model itself with its adapters off."""
-    if args.lora:
-        return model
-    if args.shard:  # what is sharded cannot be copied, but it can be read again
-        model, _ = load_model(args.init or args.model, optimizer=args.optimizer, shard=True,
-                              device=args.device)
-        with gathered(model):
-            grpo.shares_prompts(model)
-    return (model if args.shard else copy.deepcopy(model)).requires_grad_(False)
-
-
 def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: Args, clock: Clock, out: Path) -> None:
     """Trains the model (paper 2.4) by what experience() gives it in each step; saves it as an ordinary model folder.
 
@@ -546,20 +529,6 @@ def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout],
     constant = [rank_prompt.REWARDS[reward](order, group.labels) for order, group in zip(orders, groups)]
     malformed = [reward == rank_prompt.FORMAT_PENALTY for r in rollouts for reward in r.rewards.tolist()]
     return describe_rollouts(rollouts) | {"malformed": mean(malformed), "constant": mean(constant)}
-
-
-def describe_rollouts(rollouts: list[grpo.Rollout]) -> dict[str, float]:
-    """What to log of any scored rollouts; means over all their answers."""
-    return {
-        "prompts": len(rollouts),
-        "reward": mean([reward for r in rollouts for reward in r.rewards.tolist()]),
-        "truncated": mean([not ended for r in rollouts for ended in r.finished]),
-        "answer_tokens": mean([len(answer) for r in rollouts for answer in r.answers]),
-    }
-
-
-def mean(values: list) -> float:
-    return sum(values) / len(values) if values else 0.0  # a step of --mode rank-onpolicy may find no mixed group
 
 
 # ---------------------------------------------------------------------------------------------------- the evaluation

@@ -321,7 +321,8 @@ def token_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) ->
     logits = head(hidden)  # [N, V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # as in grpo.sample
     logps = logits.log_softmax(-1)
-    entropy = torch.special.entr(logps.detach().exp()).sum(-1)  # a diagnostic, without a gradient
+    known = logps.detach()  # the entropy is a diagnostic, without a gradient; clamped, for 0 * -inf is no number
+    entropy = -known.exp().mul_(known.clamp(min=-1e4)).sum(-1)
     return logps.gather(-1, targets[:, None]).squeeze(-1), entropy
 
 

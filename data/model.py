@@ -1,6 +1,7 @@
 """A model's weights: from a folder or the Hub, sharded over GPUs, with LoRA adapters, in an optimiser that moves bf16
 ones too, in checkpoints and back."""
 import contextlib
+import copy
 import pickle
 import types
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import BadInput, first_line, ranks
 from data.chat import check_template
+from prefix import shares_prompts
 
 # ------------------------------------------------------------------------------------------------------------ loading
 
@@ -242,6 +244,20 @@ def add_lora(model, rank: int, seed: int) -> None:
 def lora_layers(model) -> list[tuple[str, torch.nn.Module]]:
     """Name and layer of each linear layer that has adapters."""
     return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
+
+
+def frozen_copy(model, args):
+    """The model before training, for the KL term; with LoRA that is the model itself with its adapters off.
+
+    args: dust.Args.
+    """
+    if args.lora:
+        return model
+    if args.shard:  # what is sharded cannot be copied, but it can be read again
+        model, _ = load_model(args.init or args.model, optimizer=args.optimizer, shard=True, device=args.device)
+        with gathered(model):
+            shares_prompts(model)
+    return (model if args.shard else copy.deepcopy(model)).requires_grad_(False)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Settings that go together, by name, and the command line: what --preset, --quick and options make of dust.Args."""
 import argparse
-from dataclasses import fields
+from dataclasses import field, fields
 from pathlib import Path
 
 from data.model import full_name, model_folder
@@ -24,10 +24,15 @@ DATA = dict(train="rstar-coder", eval="livecodebench-v6")  # the paper's problem
 QUICK = dict(limit=60, eval_limit=60, candidates=8, steps=10, repeats=1)  # the flag, over any preset
 
 
+def arg(default, text: str, *, section: str = "", choices: list[str] | None = None):
+    """One field of Args: what --help says of it, and the heading that it stands below with those that follow."""
+    return field(default=default, metadata={"help": text, "section": section, "choices": choices})
+
+
 def command_line(Args, argv: list[str] | None, description: str) -> dict:
     """Options -> the values of Args that they set. What is given wins over --quick, which wins over the preset.
 
-    Args: a dataclass whose fields hold in their metadata their help, their choices and the heading they stand below.
+    Args: a dataclass whose fields are made by `arg`.
     """
     parser = argparse.ArgumentParser(
         prog="dust.py", usage="%(prog)s [options]", description=description,

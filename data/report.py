@@ -69,6 +69,21 @@ METRICS = {  # of one group's labels, best-ranked first; None: the group does no
 }
 
 
+def mean(values: list) -> float:
+    """0 for an empty list: a step of --mode rank-onpolicy may find no mixed group."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def describe_rollouts(rollouts: list) -> dict[str, float]:
+    """What to log of any scored grpo.Rollouts; means over all their answers."""
+    return {
+        "prompts": len(rollouts),
+        "reward": mean([reward for r in rollouts for reward in r.rewards.tolist()]),
+        "truncated": mean([not ended for r in rollouts for ended in r.finished]),
+        "answer_tokens": mean([len(answer) for r in rollouts for answer in r.answers]),
+    }
+
+
 def per_problem(judged: list, metric: str) -> np.ndarray:
     """[P, 2]: for each problem the sum of a metric over its groups, and how many groups that are."""
     sums = defaultdict(lambda: [0.0, 0])
