@@ -435,6 +435,21 @@ def test_the_plain_form_scores_what_it_sampled_a_block_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("make", [qwen3, gpt_oss])
+def test_the_last_layer_does_not_attend_where_nobody_reads(make, monkeypatch):
+    """What it made of a long prompt's other tokens was thrown away: up to a sixth of six layers' attention."""
+    model, (prompt, *answers), rows = make(), ids(11, 4, 6), []
+    assert prefix.shares_prompts(model)
+    real = prefix.attend
+    monkeypatch.setattr(prefix, "attend", lambda q, *rest: rows.append(q.shape[2]) or real(q, *rest))
+    layers = model.config.num_hidden_layers
+    prefix.packed_logprobs(model, [(prompt, answers)], 1.0)
+    assert rows == [11, 3 + 5] * (layers - 1) + [1, 3 + 5]
+    rows.clear()
+    prefix.Decoding(model, [prompt], [2])
+    assert rows == [11] * (layers - 1) + [1]
+
+
+@pytest.mark.parametrize("make", [qwen3, gpt_oss])
 def test_no_mask_of_a_long_answer_is_answer_by_row(make, monkeypatch):
     """[R, L + R] numbers, for each answer of another length, and with sinks in each layer: 16 GB for 32,000 tokens."""
     monkeypatch.setattr(prefix, "BLOCK", 8)
@@ -783,6 +798,13 @@ def test_a_rollout_from_other_weights_is_reported():
     with pytest.warns(UserWarning, match="rollout and update disagree"):
         _, metrics = gradients(model, rollouts)
     assert metrics["rollout_gap"] > 0.05
+
+
+def test_a_token_that_cannot_be_drawn_leaves_the_entropy_a_number():
+    """0 * -inf is none. Some heads rule out their padding that way."""
+    logits = torch.tensor([[0.0, -torch.inf, 1.0, 3.0], [2.0, -1e9, 2.0, -torch.inf]])
+    _, entropy = prefix.token_logprobs(lambda x: x, logits, torch.tensor([0, 2]), 0.7)
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits / 0.7).entropy())
 
 
 def test_entropy_is_that_of_the_distribution_sampled_from():
