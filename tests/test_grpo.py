@@ -57,6 +57,11 @@ def gpt_oss():
     return build("GptOss", **SIZE, **EXPERTS, num_local_experts=4, sliding_window=6)
 
 
+def mistral():
+    """A window in every layer, the last one included."""
+    return build("Mistral", **SIZE, sliding_window=6)
+
+
 def gpt2():
     """Learned positions and dropout."""
     torch.manual_seed(4)
@@ -101,7 +106,7 @@ def dynamic():
     return qwen3(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0))
 
 
-SHARING = [qwen3, qwen3_untied, qwen3_moe, llama, gpt_oss, gpt2]
+SHARING = [qwen3, qwen3_untied, qwen3_moe, llama, gpt_oss, mistral, gpt2]
 
 
 def ids(*lengths, seed=0):
