@@ -343,7 +343,7 @@ def base_groups(model, tokenizer, problems: list[Problem], args: Args, clock: Cl
         write_whole(out / "candidates.jsonl", "".join(json.dumps(asdict(c)) + "\n" for c in candidates))
     mixed = make_groups(problems, candidates, args.group_size)
     groups = [g for g in mixed if leaves_room(model, ranking_ids(tokenizer, g, args), args.max_new_tokens)]
-    check_groups(candidates, mixed, groups, args)
+    check_groups(candidates, mixed, groups, args.group_size)
     return groups
 
 

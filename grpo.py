@@ -8,8 +8,8 @@
 A ranking prompt is long and its G answers share it, so the model reads it once for all of them, exactly, in the
 rollout and in the update alike. How it does that, and what a model gets that cannot, is in prefix.py.
 
-Shapes: B prompts or rows, G answers a prompt, L prompt tokens, R answer tokens, T = L + R, V vocabulary, H hidden,
-N answer tokens of a whole batch laid end to end. Log-probs are natural logarithms, in fp32.
+Shapes: B prompts or rows, G answers a prompt, L prompt tokens, R answer tokens, V vocabulary, N answer tokens of a
+whole batch laid end to end. Log-probs are natural logarithms, in fp32.
 """
 import contextlib
 import math

@@ -50,7 +50,8 @@ def shared_attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer inside `sharing`; the layout knows which token may see which.
 
-    query [b, Q, t, D], key and value [b, K, t, D], positions already in them. Returns ([b, t, Q, D], None).
+    query [b, Q, t, D], key and value [b, K, t, D], positions already in them; values may have a D of their own. Returns
+    ([b, t, Q, D], None).
     """
     if softcap:
         raise NotImplementedError("soft-capped attention")
@@ -310,7 +311,7 @@ class Decoding:
         weights = torch.cat(scores, -1).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q)
         on_prompt, on_own, *_ = weights.split([score.shape[-1] for score in scores], -1)
         out = self.by_row(on_prompt @ self.prompt[layer, 1]) + self.by_row(on_own) @ own_v  # [K, n, Q/K, D]
-        return out.transpose(0, 1).reshape(n, 1, heads, D)
+        return out.transpose(0, 1).reshape(n, 1, heads, -1)
 
 
 # ------------------------------------------------------------------------------------------------------ the log-probs
@@ -428,7 +429,7 @@ def differs_from_plain(model) -> str:
     if any("dynamic" in kind or kind == "longrope" for kind in kinds):
         return "its rotary positions depend on the longest row"
     window = getattr(config, "sliding_window", None) or 0
-    lengths = [window + 3 if window <= 1024 else 5, 3]  # a larger window is taken on trust
+    lengths = [window + 3 if 0 < window <= 1024 else 5, 3]  # a larger window is taken on trust
     vocabulary = model.get_input_embeddings().num_embeddings
     prompts = [torch.arange(7, 7 + length) * 31 % vocabulary for length in lengths]
     packed = Packed([(p, []) for p in prompts], model.device)
@@ -436,12 +437,14 @@ def differs_from_plain(model) -> str:
     body(model, packed, packed.ids, packed.positions)
     if len(packed.kept) < config.num_hidden_layers:
         return "not all of its layers attend"
-    state, steps = Decoding(model, prompts, [2, 2]), []
-    second = torch.arange(4, device=model.device)[:, None] % 2  # of each prompt's two answers the second one takes
-    for _ in range(3):  # the second likeliest tokens, so that siblings differ
-        logps, ids = (x.gather(1, second)[:, 0] for x in state.logits.float().log_softmax(-1).topk(2))  # [4] each
-        steps.append((ids, logps))
-        state.step(model, ids)
+    steps, place = [], torch.arange(4, device=model.device)[:, None] % 2
+    with torch.inference_mode():  # as in grpo.decode
+        state = Decoding(model, prompts, [2, 2])
+        for t in range(3):
+            if t:
+                state.step(model, steps[-1][0])
+            # the likeliest token for a prompt's first answer, the second likeliest for its second
+            steps.append([x.gather(1, place)[:, 0] for x in state.logits.float().log_softmax(-1).topk(2)][::-1])
     tokens, decoded = (torch.stack(x, 1) for x in zip(*steps))  # [4, 3] each
     groups = [(p, list(own)) for p, own in zip(prompts, tokens.split(2))]
     plain = torch.cat([plain_logprobs(model, *group, 1.0)[0] for group in groups])

@@ -186,7 +186,7 @@ def paper_table(result: dict) -> str:
 
 
 def reading(result: dict) -> str:
-    """A list made from the numbers: what goes the paper's way, what does not, what nobody can tell; counted above it."""
+    """A list made from the numbers: what goes the paper's way, what does not, what nobody can tell; counted on top."""
     study, said, verdicts = result["study"], [], []
     if study == "transfer":
         return transfer_reading(result)
@@ -249,9 +249,9 @@ SKILLS = {  # of make_tiny.probe, in the order of a trace
     "ndcg_mixed": "NDCG of its rankings of four programs, one or two of them right (a random order: {random:.3f})",
 }
 PROBED = (
-    "The steps of a trace, one by one: executing a program, the verdict on what came out, copying the accepted one. Each "
-    "model is probed on 200 validation problems, **with thinking switched on for both tasks, whatever the variant's own "
-    "way of answering**. So `pass1` is not the study's pass@1: it shows what the weights can do when they are asked to "
+    "The steps of a trace, one by one: executing a program, the verdict on what came out, copying the accepted one. "
+    "Each model is probed on 200 validation problems, **with thinking switched on for both tasks, whatever the "
+    "variant's own way of answering**. So `pass1` is not the study's pass@1: it shows what the weights can do when they are asked to "
     "think. Before -> after training, a mean over the seeds:"
 )
 
@@ -328,7 +328,7 @@ def curve_of(own: dict) -> dict:
 
 
 def points_of(result: dict, metric: str) -> dict[str, tuple[str, dict]]:
-    """title -> (colour, figure): what a study's panel of this metric shows, from the top, in the words of its tables."""
+    """title -> (colour, figure): what a study's panel of a metric shows, from the top, in the words of its tables."""
     variants, gain, titles = result["variants"], ROW_OF[metric], result["titles"]
     first, blue = next(iter(variants.values()))["rows"], report.COLOURS["trained"]
     if result["study"] == "table2":

@@ -1,9 +1,10 @@
 """The figures of a run and how they are shown: metrics, bootstrap intervals, the paper's three rows, the files.
 
-Nothing of the method is here. A run hands over, for each row of the table, its evaluation groups as a judge ordered
-them: objects with `group` (its `problem` and `candidates`), `ordered` (those, best-ranked first), `ranked` (their
-labels), `answer` (the judge's words) and `malformed`. Its finals are of the same kind: the two best-ranked of each of
-two groups of one problem, ranked once more, so that the winner is the best of eight.
+Of the method only the finals of Best-of-8 are here. A run hands over, for each row of the table, its evaluation groups
+as a judge ordered them: objects with `group` (a dataclass: its `problem` and `candidates`), `ordered` (those,
+best-ranked first), `ranked` (their labels), `answer` (the judge's words) and `malformed`. Its finals are of the same
+kind: the two best-ranked of each of two groups of one problem, ranked once more, so that the winner is the best of
+eight.
 """
 import contextlib
 import json

@@ -207,7 +207,7 @@ def without_long_ones(model, problems: list[Problem], prompts: dict[str, torch.T
     return kept
 
 
-def check_groups(candidates: list, mixed: list, groups: list, args) -> None:
+def check_groups(candidates: list, mixed: list, groups: list, k: int) -> None:
     """Says how many groups there are to learn from. Raises BadInput where there is none.
 
     candidates: all that were labelled; mixed: the mixed groups of them; groups: those that fit the model's context.
@@ -216,7 +216,7 @@ def check_groups(candidates: list, mixed: list, groups: list, args) -> None:
         right = any(c.correct for c in candidates)
         reason = "every group is all right or all wrong" if right else "no program is correct"
         raise BadInput(
-            f"no mixed group of {args.group_size}: {reason}, so there is nothing to rank; "
+            f"no mixed group of {k}: {reason}, so there is nothing to rank; "
             "use more --candidates, problems nearer to what the model can do, or a longer --max-new-tokens"
         )
     right = Counter(sum(c.correct for c in group.candidates) for group in mixed)

@@ -62,6 +62,13 @@ def mistral():
     return build("Mistral", **SIZE, sliding_window=6)
 
 
+def deepseek():
+    """Values narrower than queries and keys."""
+    size = SIZE | dict(num_key_value_heads=4, q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=16,
+                       qk_rope_head_dim=8, v_head_dim=12, first_k_dense_replace=2)
+    return build("DeepseekV3", **{k: v for k, v in size.items() if k != "head_dim"})
+
+
 def gpt2():
     """Learned positions and dropout."""
     torch.manual_seed(4)
@@ -106,7 +113,7 @@ def dynamic():
     return qwen3(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0))
 
 
-SHARING = [qwen3, qwen3_untied, qwen3_moe, llama, gpt_oss, mistral, gpt2]
+SHARING = [qwen3, qwen3_untied, qwen3_moe, llama, gpt_oss, mistral, deepseek, gpt2]
 
 
 def ids(*lengths, seed=0):
@@ -399,6 +406,13 @@ def test_leaving_a_debugger_inside_the_self_check_is_not_a_finding_about_the_mod
     assert prefix.shares_prompts(model)
 
 
+def test_the_check_of_a_model_sees_a_padded_prompt(monkeypatch):
+    """Its two prompts had one length where there was no window: whatever padding did, it would have passed."""
+    assert prefix.differs_from_plain(qwen3()) == ""
+    monkeypatch.setattr(prefix.Decoding, "mask", lambda self, window: None)
+    assert prefix.differs_from_plain(qwen3()).startswith("the shared rollout is off by")
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_rollout_that_is_interrupted_leaves_the_model_as_it_was(shared):
     """Whoever catches the exception would go on in eval mode, and generate without the model's own settings."""
@@ -432,7 +446,12 @@ def test_the_plain_form_scores_what_it_sampled_a_block_at_a_time(monkeypatch):
     prefix.shares_prompts(model)
     monkeypatch.setattr(prefix, "HEAD_BLOCK", 20 * 37)
     score = prefix.plain_logprobs
-    monkeypatch.setattr(prefix, "plain_logprobs", lambda m, p, own, t: rows.append(sum(map(len, own))) or score(m, p, own, t))
+
+    def spy(model, prompt, answers, temperature):
+        rows.append(sum(map(len, answers)))
+        return score(model, prompt, answers, temperature)
+
+    monkeypatch.setattr(prefix, "plain_logprobs", spy)
     r = grpo.rollout(model, ids(6), answers=5, max_new_tokens=8, eos_ids=[EOS], temperature=0.7)[0]
     assert len(rows) > 1 and max(rows) <= 20 and sum(rows) == sum(map(len, r.answers))
     for answer, logp in zip(r.answers, r.logps):

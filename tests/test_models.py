@@ -233,7 +233,8 @@ def test_the_arithmetic_of_experts_is_near_what_a_backward_pass_keeps(family):
         "vocab_size": 37, "num_experts_per_tok": 4, "hidden_size": 64, "eos_token_id": 2, "layer_types": None})
     model = AutoModelForCausalLM.from_config(config)
     prefix.shares_prompts(model)
-    kept = bytes_kept(model, lambda: prefix.logprobs(model, [(torch.arange(100) % 37, [torch.arange(40) % 37] * 8)], 1.0))
+    group = torch.arange(100) % 37, [torch.arange(40) % 37] * 8
+    kept = bytes_kept(model, lambda: prefix.logprobs(model, [group], 1.0))
     shape = memory.shape_of(config)
     assert kept == pytest.approx(memory.activations(shape, 100 + 8 * 39, 4, False), rel=0.25)
     pytest.importorskip("peft")

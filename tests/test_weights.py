@@ -261,7 +261,8 @@ def test_the_arithmetic_of_activations_is_near_what_a_backward_pass_keeps(checkp
     if checkpointing:
         checkpoint_layers(model)
         model.train()
-    kept = bytes_kept(model, lambda: prefix.logprobs(model, [(torch.arange(300) % 37, [torch.arange(40) % 37] * 8)], 1.0))
+    group = torch.arange(300) % 37, [torch.arange(40) % 37] * 8
+    kept = bytes_kept(model, lambda: prefix.logprobs(model, [group], 1.0))
     shape, tokens = memory.shape_of(model.config), 300 + 8 * 39
     guess = memory.activations(shape, tokens, 4, checkpointing)
     if checkpointing:
