@@ -251,8 +251,8 @@ SKILLS = {  # of make_tiny.probe, in the order of a trace
 PROBED = (
     "The steps of a trace, one by one: executing a program, the verdict on what came out, copying the accepted one. "
     "Each model is probed on 200 validation problems, **with thinking switched on for both tasks, whatever the "
-    "variant's own way of answering**. So `pass1` is not the study's pass@1: it shows what the weights can do when they are asked to "
-    "think. Before -> after training, a mean over the seeds:"
+    "variant's own way of answering**. So `pass1` is not the study's pass@1: it shows what the weights can do when they "
+    "are asked to think. Before -> after training, a mean over the seeds:"
 )
 
 
