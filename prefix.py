@@ -232,7 +232,7 @@ class Decoding:
             for layer, both in packed.kept.items():
                 for i, x in enumerate(both):  # [1, K, T, D]
                     pieces[layer, i] += x[0].transpose(0, 1).split(packed.sizes)  # [L, K, D] each
-        # [K, B, L, D], padded on the right, two a layer; key heads come first, for then no product needs a copy
+        # [K, B, L, D], padded on the right, two a layer; key heads come first, so that no product needs a copy
         self.prompt = {at: pad_sequence(x, True).permute(2, 0, 1, 3).contiguous() for at, x in pieces.items()}
         self.length = torch.tensor([len(p) for p in prompts], device=model.device)  # [B]
         self.owner = torch.repeat_interleave(torch.tensor(counts, device=model.device))  # [n], each row's prompt
@@ -263,24 +263,26 @@ class Decoding:
         self.masks = {window: mask for window, mask in self.masks.items() if window is None}
 
     def by_prompt(self, x: Tensor) -> Tensor:
-        """[K, n, Q/K, X] -> [K, B, G * Q/K, X]; empty slots hold zeros."""
+        """[K * n, Q/K, X] -> [K * B, G * Q/K, X]; empty slots hold zeros."""
         if self.slot is not None:
-            x = x.new_zeros(len(x), len(self.length) * self.G, *x.shape[2:]).index_copy_(1, self.slot, x)
-        return x.unflatten(1, (-1, self.G)).flatten(2, 3)
+            by_head = x.unflatten(0, (-1, len(self.owner)))  # [K, n, Q/K, X]
+            slots = x.new_zeros(len(by_head), len(self.length) * self.G, *x.shape[1:])
+            x = slots.index_copy_(1, self.slot, by_head).flatten(0, 1)
+        return x.reshape(-1, self.G * x.shape[1], x.shape[2])
 
     def by_row(self, x: Tensor) -> Tensor:
-        """The way back: [K, B, G * Q/K, X] -> [K, n, Q/K, X]."""
-        x = x.unflatten(2, (self.G, -1)).flatten(1, 2)
-        return x if self.slot is None else x[:, self.slot]
+        """The way back: [K * B, G * Q/K, X] -> [K * n, Q/K, X]."""
+        x = x.reshape(-1, x.shape[1] // self.G, x.shape[2])
+        return x if self.slot is None else x.unflatten(0, (-1, len(self.length) * self.G))[:, self.slot].flatten(0, 1)
 
     def remember(self, at: tuple[int, int], x: Tensor) -> Tensor:
-        """Adds the newest token's keys or values [n, K, 1, D]; returns all of its row [K, n, t + 1, D]."""
+        """Adds the newest token's keys or values [n, K, 1, D]; returns all of their rows [K * n, t + 1, D]."""
         if at not in self.own:
             self.own[at] = x.new_empty(x.shape[1], len(x), 32, x.shape[3])
         elif self.t == self.own[at].shape[2]:
             self.own[at] = torch.cat([self.own[at], torch.empty_like(self.own[at])], 2)
         self.own[at][:, :, self.t] = x[:, :, 0].transpose(0, 1)
-        return self.own[at][:, :, : self.t + 1]
+        return self.own[at].flatten(0, 1)[:, : self.t + 1]
 
     def mask(self, window: int | None) -> Tensor | None:
         """[B, 1, L], -inf at padding and at what the window has left behind; None where there is neither."""
@@ -294,24 +296,28 @@ class Decoding:
         return self.masks[window]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks, last: bool) -> Tensor:
-        """q [n, Q, 1, D], k, v [n, K, 1, D] -> [n, 1, Q, D]. The answers to one prompt meet its keys in one product."""
+        """q [n, Q, 1, D], k, v [n, K, 1, D] -> [n, 1, Q, D]. The answers to one prompt meet its keys in one product.
+
+        Nearly all that this costs is the number of its operations: so three dimensions, and few of them.
+        """
         n, heads, _, D = q.shape
-        groups = k.shape[1]
-        own_k, own_v = self.remember((layer, 0), k), self.remember((layer, 1), v)  # [K, n, t + 1, D]
+        prompt_k, prompt_v = (self.prompt[layer, i].flatten(0, 1) for i in (0, 1))  # [K * B, L, D]
+        own_k, own_v = self.remember((layer, 0), k), self.remember((layer, 1), v)  # [K * n, t + 1, D]
         if window is not None:
-            own_k, own_v = own_k[:, :, -window:], own_v[:, :, -window:]
-        q = (q * scale).reshape(n, groups, -1, D).transpose(0, 1).contiguous()  # [K, n, Q/K, D]
-        shared = self.by_prompt(q) @ self.prompt[layer, 0].transpose(2, 3)  # [K, B, G * Q/K, L]
+            own_k, own_v = own_k[:, -window:], own_v[:, -window:]
+        q = (q * scale).reshape(n, k.shape[1], -1, D).transpose(0, 1).flatten(0, 1)  # [K * n, Q/K, D]
+        shared = torch.bmm(self.by_prompt(q), prompt_k.mT)  # [K * B, G * Q/K, L]
         if (mask := self.mask(window)) is not None:
-            shared = shared + mask
-        scores = [shared, self.by_prompt(q @ own_k.transpose(2, 3))]  # [K, B, G * Q/K, t + 1]
+            shared = (shared.unflatten(0, (-1, len(mask))) + mask).flatten(0, 1)
+        scores = [shared, self.by_prompt(torch.bmm(q, own_k.mT))]  # [K * B, G * Q/K, t + 1]
         if sinks is not None:  # [Q]: one more score, with value 0
-            sinks = sinks.to(q).view(groups, 1, 1, -1, 1)
-            scores.append(sinks.expand(-1, shared.shape[1], self.G, -1, -1).flatten(2, 3))  # [K, B, G * Q/K, 1]
+            sinks = sinks.to(q).view(k.shape[1], 1, 1, -1).expand(-1, len(self.length), self.G, -1)  # [K, B, G, Q/K]
+            scores.append(sinks.reshape(len(shared), -1, 1))  # [K * B, G * Q/K, 1]
         weights = torch.cat(scores, -1).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q)
         on_prompt, on_own, *_ = weights.split([score.shape[-1] for score in scores], -1)
-        out = self.by_row(on_prompt @ self.prompt[layer, 1]) + self.by_row(on_own) @ own_v  # [K, n, Q/K, D]
-        return out.transpose(0, 1).reshape(n, 1, heads, -1)
+        out = self.by_row(torch.bmm(on_prompt, prompt_v))  # [K * n, Q/K, D]
+        out = torch.baddbmm(out, self.by_row(on_own), own_v)
+        return out.unflatten(0, (-1, n)).transpose(0, 1).reshape(n, 1, heads, -1)
 
 
 # ------------------------------------------------------------------------------------------------------ the log-probs
