@@ -7,7 +7,7 @@
 `run` near the end of this file is the method; each stage is a function from one list to the next. The model's side of
 training is in grpo.py, the prompts and rewards are in rank_prompt.py, the programs run in sandbox.py.
 
-    python dust.py                      # the whole method on the shipped model, about five minutes on a laptop
+    python dust.py                      # the whole method on the shipped model, about six minutes on a laptop
     python dust.py --quick              # the same in about a minute
     python dust.py --model Qwen3-4B     # a real model on real problems, with the paper's settings
 """
