@@ -130,17 +130,20 @@ def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: s
     config, local = load_config(name, option)
     # a shard is its own fp32 master: the forward casts what it has gathered
     dtype = torch.float32 if optimizer == "fp32" or (shard and optimizer == "masters") else torch.bfloat16
-    settings = {"dtype": dtype} | plain_weights(name, config, option)
+    plain = plain_weights(name, config, option)
     try:
         tokenizer = from_hub(AutoTokenizer, name, local)
         if not tokenizer("x y 1").input_ids:
             raise BadInput(f"{option} {name}: its tokenizer is empty")
         check_template(tokenizer, name, effort)
-        model = from_hub(AutoModelForCausalLM, name, local, **settings)
+        model = from_hub(AutoModelForCausalLM, name, local, dtype=dtype, **plain)
     except BadInput:
         raise
     except Exception as error:  # three libraries, each with exceptions of its own
         raise refused(option, name, error) from None
+    model.was_quantized = bool(plain)
+    if dtype == torch.float32:
+        model.float()  # what was quantised comes as bf16 from transformers 5.17
     if not eos_ids(model, tokenizer):
         raise BadInput(f"{option} {name}: nothing names an end-of-text token")
     if shard:
@@ -393,5 +396,6 @@ def save_model(folder: Path, model, tokenizer) -> None:
     """An ordinary model folder, whatever the model is made of here: shards, adapters. The model stays as it is."""
     state = with_adapters_merged(model) if lora_layers(model) else whole(model.state_dict())
     if ranks.rank() == 0:
-        model.save_pretrained(folder, state_dict=state)
+        # transformers 5.17 would give weights that were quantised their 4-bit names back: one name for all layers
+        model.save_pretrained(folder, state_dict=state, save_original_format=not getattr(model, "was_quantized", False))
         tokenizer.save_pretrained(folder)

@@ -265,6 +265,7 @@ def test_mxfp4_weights_become_ordinary_ones_and_are_saved_as_such(tmp_path):
     model, tokenizer = load_model(str(folder), optimizer="fp32", shard=False, device="cpu")
     state = model.state_dict()
     assert wanted and all(torch.equal(state[name], value) for name, value in wanted.items())
+    assert {value.dtype for value in state.values()} == {torch.float32}, "masters in bf16 do not move"
     dust.save_model(tmp_path / "saved", model, tokenizer)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
     assert state.keys() == again.keys() and all(torch.equal(state[name], again[name]) for name in state)
