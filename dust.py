@@ -124,6 +124,7 @@ class Args:
     shard: bool = arg(False, "spread weights, gradients and optimiser over torchrun's processes (FSDP2)")
     save_every: int = arg(1, "steps between checkpoints")
     rows: int = arg(256, "answers that are decoded at a time: bounds the memory")
+    cuda_graphs: bool = arg(False, "replay decode steps as CUDA graphs, for few rows on a GPU: not yet tried on one")
 
     repeats: int = arg(2, "R, evaluation groups drawn for each problem [10]", section="evaluation (paper 3.1)")
     eval_temperature: float = arg(0.6, "temperature of the evaluation, for programs and rankings")
@@ -512,7 +513,7 @@ def pick(units: list, step: int, args: Args) -> list:
 def roll_out(model, tokenizer, prompts: list[torch.Tensor], args: Args, **sampling) -> list[grpo.Rollout]:
     """grpo.rollout with the run's own limits: the longest answer, what ends one, rows at a time."""
     return grpo.rollout(model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model, tokenizer),
-                        max_rows=args.rows, **sampling)
+                        max_rows=args.rows, cuda_graphs=args.cuda_graphs, **sampling)
 
 
 def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout], reward: str,

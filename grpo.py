@@ -16,11 +16,13 @@ import math
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from data import ranks
+from data.cuda_graph import Replayed
 from data.model import adapters_off, run_forward, whole
 from prefix import NAME, Decoding, cut, evaluating, logprobs, plain_decode, shares_prompts, sharing
 
@@ -68,7 +70,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, to
 def rollout(
     model, prompts: list[Tensor], *, answers: int, max_new_tokens: int, eos_ids, temperature: float = 1.0,
     top_p: float = 1.0, top_k: int = 0, generator: torch.Generator | None = None, max_rows: int = 256,
-    progress=None, seeds: list[list[int]] | None = None,
+    progress=None, seeds: list[list[int]] | None = None, cuda_graphs: bool = False,
 ) -> list[Rollout]:
     """Sample `answers` answers to each prompt (LongTensors [L_i] of unequal lengths, at least one token each).
 
@@ -76,14 +78,16 @@ def rollout(
     length go together, and a prompt is encoded again only where its answers alone are more than max_rows. What an
     answer draws depends on the generator's state and on its place in the list, not on who shares its batch; or on its
     own seed, where seeds (answers of them for each prompt) are given.
-    progress(n) is called whenever n more answers have ended. Returns one Rollout a prompt, in the order given.
+    progress(n) is called whenever n more answers have ended. cuda_graphs: see data/cuda_graph.py. Returns one Rollout
+    a prompt, in the order given.
     Best-of-N evaluation is the same call with answers=N.
     """
     where = generator.device if generator is not None else "cpu"
     seeds = seeds or torch.randint(2**62, (len(prompts), answers), generator=generator, device=where).tolist()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     parts = [(i, seeds[i][at : at + max_rows]) for i in order for at in range(0, answers, max_rows)]
-    decode_part = decode if shares_prompts(model) else plain_decode
+    layout = Replayed if cuda_graphs else Decoding
+    decode_part = partial(decode, layout) if shares_prompts(model) else plain_decode
     rows = [[] for _ in prompts]
     with evaluating(model):
         for chosen in cut([len(own) for _, own in parts], max_rows):
@@ -99,14 +103,15 @@ def rollout(
 
 
 @torch.inference_mode()  # less to keep account of than under no_grad: a tenth of a step's time
-def decode(model, batch, max_new_tokens, eos_ids, sampling, progress) -> list[tuple[Tensor, Tensor, bool]]:
-    """The loop behind rollout. batch: each prompt with a seed for each of its answers; n answers in all.
+def decode(layout, model, batch, max_new_tokens, eos_ids, sampling, progress) -> list[tuple[Tensor, Tensor, bool]]:
+    """The loop behind rollout. layout: Decoding, or one of its kind. batch: each prompt with a seed for each of its
+    answers; n answers in all.
 
     Returns, for each answer, its tokens [R], their log-probs [R], and whether it ended by itself.
     """
     device, n = model.device, sum(len(seeds) for _, seeds in batch)
     generators = [torch.Generator().manual_seed(seed) for _, seeds in batch for seed in seeds]
-    state = Decoding(model, [prompt for prompt, _ in batch], [len(seeds) for _, seeds in batch])
+    state = layout(model, [prompt for prompt, _ in batch], [len(seeds) for _, seeds in batch])
     tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(n, max_new_tokens, device=device)
     length = torch.full((n,), max_new_tokens, device=device)

@@ -251,8 +251,12 @@ class Decoding:
         """Only these rows [n'] go on, and only the prompts that they need."""
         kept, self.owner = self.owner[rows].unique(return_inverse=True)
         if len(kept) < len(self.length):
-            self.length, self.prompt = self.length[kept], {at: x[:, kept] for at, x in self.prompt.items()}
-        self.own, self.logits = {at: x[:, rows] for at, x in self.own.items()}, self.logits[rows]
+            self.length = self.length[kept]
+            for at, x in self.prompt.items():  # one by one, for there need not be memory for all of them twice
+                self.prompt[at] = x[:, kept]
+        for at, x in self.own.items():
+            self.own[at] = x[:, rows]
+        self.logits = self.logits[rows]
         self.arrange()
 
     def step(self, model, tokens: Tensor) -> None:
@@ -275,14 +279,15 @@ class Decoding:
         x = x.reshape(-1, x.shape[1] // self.G, x.shape[2])
         return x if self.slot is None else x.unflatten(0, (-1, len(self.length) * self.G))[:, self.slot].flatten(0, 1)
 
-    def remember(self, at: tuple[int, int], x: Tensor) -> Tensor:
-        """Adds the newest token's keys or values [n, K, 1, D]; returns all of their rows [K * n, t + 1, D]."""
+    def remember(self, at: tuple[int, int], x: Tensor, window: int | None) -> Tensor:
+        """Adds the newest token's keys or values [n, K, 1, D]; returns all that is seen [K * n, t + 1, D]."""
         if at not in self.own:
             self.own[at] = x.new_empty(x.shape[1], len(x), 32, x.shape[3])
         elif self.t == self.own[at].shape[2]:
             self.own[at] = torch.cat([self.own[at], torch.empty_like(self.own[at])], 2)
         self.own[at][:, :, self.t] = x[:, :, 0].transpose(0, 1)
-        return self.own[at].flatten(0, 1)[:, : self.t + 1]
+        seen = slice(max(0, self.t + 1 - window) if window else 0, self.t + 1)
+        return self.own[at].flatten(0, 1)[:, seen]
 
     def mask(self, window: int | None) -> Tensor | None:
         """[B, 1, L], -inf at padding and at what the window has left behind; None where there is neither."""
@@ -295,6 +300,10 @@ class Decoding:
             self.masks[window] = mask if hidden.any() else None
         return self.masks[window]
 
+    def own_mask(self, window: int | None) -> Tensor | None:
+        """What `remember` returned beyond what a row may see: nothing here (data/cuda_graph.py has more)."""
+        return None
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks, last: bool) -> Tensor:
         """q [n, Q, 1, D], k, v [n, K, 1, D] -> [n, 1, Q, D]. The answers to one prompt meet its keys in one product.
 
@@ -302,14 +311,15 @@ class Decoding:
         """
         n, heads, _, D = q.shape
         prompt_k, prompt_v = (self.prompt[layer, i].flatten(0, 1) for i in (0, 1))  # [K * B, L, D]
-        own_k, own_v = self.remember((layer, 0), k), self.remember((layer, 1), v)  # [K * n, t + 1, D]
-        if window is not None:
-            own_k, own_v = own_k[:, -window:], own_v[:, -window:]
+        own_k, own_v = (self.remember((layer, i), x, window) for i, x in enumerate((k, v)))  # [K * n, t + 1, D]
         q = (q * scale).reshape(n, k.shape[1], -1, D).transpose(0, 1).flatten(0, 1)  # [K * n, Q/K, D]
         shared = torch.bmm(self.by_prompt(q), prompt_k.mT)  # [K * B, G * Q/K, L]
         if (mask := self.mask(window)) is not None:
             shared = (shared.unflatten(0, (-1, len(mask))) + mask).flatten(0, 1)
-        scores = [shared, self.by_prompt(torch.bmm(q, own_k.mT))]  # [K * B, G * Q/K, t + 1]
+        own = torch.bmm(q, own_k.mT)
+        if (mask := self.own_mask(window)) is not None:
+            own = own + mask
+        scores = [shared, self.by_prompt(own)]  # [K * B, G * Q/K, t + 1]
         if sinks is not None:  # [Q]: one more score, with value 0
             sinks = sinks.to(q).view(k.shape[1], 1, 1, -1).expand(-1, len(self.length), self.G, -1)  # [K, B, G, Q/K]
             scores.append(sinks.reshape(len(shared), -1, 1))  # [K * B, G * Q/K, 1]

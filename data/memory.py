@@ -50,7 +50,7 @@ class Shape:
         return self.layers * ((self.hidden + queries) * 2 + (self.hidden + keys) * 2 + mlp)
 
 
-def shape_of(config) -> Shape:
+def shape_of(config, option: str = "--model") -> Shape:
     """The shape of a transformers configuration; the weights are counted without making them.
 
     Raises BadInput where transformers knows no language model for it.
@@ -61,7 +61,7 @@ def shape_of(config) -> Shape:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     except Exception as error:  # code of any model there is
-        raise BadInput(f"--model {config.name_or_path} does not load: {first_line(error)}") from None
+        raise BadInput(f"{option} {config.name_or_path} does not load: {first_line(error)}") from None
     text = config.get_text_config()
     heads, hidden = getattr(text, "num_attention_heads", None) or 1, text.hidden_size
     routed = getattr(text, "num_experts_per_tok", None) or 0
@@ -75,13 +75,13 @@ def shape_of(config) -> Shape:
 
 def expected(
     shape: Shape, optimizer: str, *, train: bool = True, kl: bool = True, lora: int = 0, rows: int, row_tokens: int,
-    micro_tokens: int, shards: int = 1, checkpointing: bool = False,
+    micro_tokens: int, shards: int = 1, checkpointing: bool = False, teacher: Shape | None = None,
 ) -> dict[str, float]:
     """Bytes of each part, on one GPU: weights, gradients, optimiser, reference, KV cache, activations.
 
     rows answers of row_tokens tokens each (prompt included) decode at a time; micro_tokens, but never less than one
     row, go through one training forward; shards GPUs share weights, gradients, optimiser and reference (--shard), and
-    gather the weights while rows decode.
+    gather the weights while rows decode. teacher: another model, which writes the training answers (--teacher).
     """
     stored, state = STORED[optimizer]
     compute = 4 if optimizer == "fp32" else 2  # bytes of a number in the cache and the activations
@@ -92,10 +92,12 @@ def expected(
     need = {"weights": weights + adapters * 4, "gradients": 0.0, "optimiser": 0.0, "reference": 0.0}
     if train:
         need["gradients"], need["optimiser"] = trained
-        need["reference"] = weights if kl and not lora else 0.0  # with LoRA: the model, adapters off
+        own = weights if kl and not lora else 0.0  # with LoRA: the model, adapters off
+        need["reference"] = teacher.parameters * stored if teacher else own
     need = {name: size / shards for name, size in need.items()}
     row_tokens = min(row_tokens, shape.context)
-    need["KV cache"] = rows * row_tokens * 2 * shape.layers * shape.kv_heads * shape.head_dim * compute
+    a_token = max(2 * s.layers * s.kv_heads * s.head_dim for s in (shape, teacher or shape))
+    need["KV cache"] = rows * row_tokens * a_token * compute
     need["gathered weights"] = shape.parameters * compute if shards > 1 else 0.0
     need["activations"] = activations(shape, max(micro_tokens, row_tokens), compute, checkpointing) * train
     return need

@@ -20,7 +20,7 @@ from data.model import leaves_room, load_config
 from data.progress import Clock
 from data.report import EVAL_CANDIDATES
 
-NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick"}
+NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick", "cuda_graphs"}
 
 
 def check_args(args):
@@ -69,6 +69,8 @@ def check_args(args):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
         raise BadInput(f"--device {device} does not work here: {first_line(error)}") from None
+    if args.cuda_graphs and (args.shard or not device.startswith("cuda")):
+        raise BadInput("--cuda-graphs is for --device cuda, without --shard")
     return replace(args, device=device)
 
 
@@ -124,8 +126,8 @@ def find_run(args) -> tuple[Path, dict]:
 
 
 def fit(args, before: dict, problems: list[Problem]) -> tuple[str, bool, list[str]]:
-    """The optimiser, whether to checkpoint layers, and what the plan says about memory: of --model and its frozen copy.
-    A --teacher is taken to be of the same size.
+    """The optimiser, whether to checkpoint layers, and what the plan says about memory: of --model, and of its frozen
+    copy or --teacher.
 
     before: args.json of the run that is resumed; the optimiser stays the one of its start.
     """
@@ -135,6 +137,7 @@ def fit(args, before: dict, problems: list[Problem]) -> tuple[str, bool, list[st
         train=not args.eval_only, kl=args.kl > 0 or args.mode == "sft", lora=args.lora, rows=args.rows,
         micro_tokens=args.micro_tokens, row_tokens=longest + args.max_new_tokens,
         shards=ranks.world() if args.shard else 1,
+        teacher=memory.shape_of(load_config(args.teacher, "--teacher")[0], "--teacher") if args.teacher else None,
     )
     given = args.optimizer or before.get("optimizer")
     kind, settings["checkpointing"] = memory.choose(shape, there, (given,) if given else memory.STORED, **settings)

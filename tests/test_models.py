@@ -330,6 +330,7 @@ def test_presets_and_data_follow_the_model_and_what_is_given_wins():
 
 
 @pytest.mark.parametrize("arguments, reason", [
+    (["--cuda-graphs"], "--cuda-graphs is for --device cuda"),
     (["--dual-clip", "0.5"], "--dual-clip is 0.5; it has to be above 1"),
     (["--rank-with", "nowhere"], "--rank-with only measures"),
     (["--warmup", "-1"], "--warmup is -1"),
@@ -494,6 +495,23 @@ def test_the_plan_counts_the_frozen_teacher_that_has_no_kl_to_need_it(tmp_path):
     problems = [Problem("p", "?", [])]
     needs = [" ".join(runs.fit(dust.Args(mode=mode, kl=0.0, device="cpu"), {}, problems)[2]) for mode in ("sft", "rank")]
     assert "reference" in needs[0] and "reference" not in needs[1]
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_the_plan_counts_a_teacher_of_another_size(tmp_path, lora):
+    """It was counted as a copy of --model, and with adapters not at all: a small model with a large teacher did not fit
+    though the plan said so."""
+    config = load_config(dust.Args.model)[0]
+    config.num_hidden_layers, config.num_key_value_heads, config.layer_types = 9, config.num_attention_heads, None
+    config.save_pretrained(tmp_path)
+    small, large = (memory.shape_of(load_config(name)[0]) for name in (dust.Args.model, str(tmp_path)))
+    settings = dict(lora=lora, rows=8, row_tokens=100, micro_tokens=100)
+    need = memory.expected(small, "masters", **settings, teacher=large)
+    assert need["reference"] == 2 * large.parameters > 2 * small.parameters and need["weights"] < need["reference"]
+    cache = memory.expected(large, "masters", **settings)["KV cache"]
+    assert need["KV cache"] == cache > memory.expected(small, "masters", **settings)["KV cache"]
+    args = dust.Args(mode="sft", teacher=str(tmp_path), device="cpu", optimizer="masters")
+    assert f"reference {memory.size(2 * large.parameters)}" in " ".join(runs.fit(args, {}, [Problem("p", "?", [])])[2])
 
 
 def test_an_error_without_words_is_not_answered_with_another():

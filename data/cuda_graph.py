@@ -1,0 +1,97 @@
+"""Decoding on a GPU without Python between its kernels: a step is recorded as a CUDA graph, and then replayed.
+
+A decode step starts dozens of small kernels a layer, each from Python. With many rows the GPU is busy meanwhile; with
+few it waits. A recording repeats the same kernels on the same memory, whatever Python would do: so in Replayed nothing
+of a step depends on a number that Python counts, and every shape stays as it is until rows leave.
+
+Not covered: models whose step asks the GPU for a number (as a loop over those experts that are in use does), --shard,
+and models that repeat the prompt. Tested on the CPU, with an emulator of a graph; torch.cuda.graph itself has met no
+GPU yet, so --cuda-graphs has to ask for it, and `python tests/bench_grpo.py --against eager` says what it is worth.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import BadInput, first_line
+from prefix import Decoding, body
+
+ROOM = 128  # places in an answer's buffers at first; the unused ones are masked, and cost as much as the used ones
+SETTLED = 4  # steps without change before one is recorded: recording costs about a step
+
+
+def record(work):
+    """What `work` does on the GPU, as an object with replay(). Nothing is done yet."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+class Replayed(Decoding):
+    """Decoding in steps that are all alike: the place of the newest token is a tensor, and the answers' keys are read
+    to the end of their buffers, with a mask over what is not written yet."""
+
+    def arrange(self) -> None:
+        """As in Decoding; what was recorded is for other rows now."""
+        super().arrange()
+        self.graph, self.settled = None, 0
+        self.tokens = torch.zeros_like(self.owner)  # [n], where a recording finds its input
+        self.place = torch.zeros_like(self.length[:1])  # [1], t as the GPU knows it
+
+    def step(self, model, tokens: Tensor) -> None:
+        """Feeds one token a row, [n], and sets the logits of the next. Raises BadInput for what cannot be recorded."""
+        if self.own and self.t == self.own[0, 0].shape[2]:
+            self.graph, self.settled = None, 0
+            for at, x in self.own.items():
+                self.own[at] = F.pad(x, (0, 0, 0, max(ROOM, x.shape[2] // 4)))
+        self.tokens.copy_(tokens)
+        self.place.fill_(self.t)
+        if self.settled == SETTLED:
+            try:
+                self.graph = record(lambda: self.forward(model))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise BadInput("--cuda-graphs: a decode step of this model cannot be recorded "
+                               f"({first_line(error)}); leave the option out") from None
+        if self.graph is None:
+            self.forward(model)
+        else:
+            self.graph.replay()
+        self.settled, self.t = self.settled + 1, self.t + 1
+
+    def forward(self, model) -> None:
+        """The part of a step that is recorded: from self.tokens and self.place to self.logits."""
+        self.masks = {None: self.masks[None]} if None in self.masks else {}  # the others depend on the place
+        positions = (self.length[self.owner] + self.place)[:, None]  # [n, 1]
+        self.logits = model.get_output_embeddings()(body(model, self, self.tokens[:, None], positions)[:, 0])
+
+    def remember(self, at: tuple[int, int], x: Tensor, window: int | None) -> Tensor:
+        """Adds the newest token's keys or values [n, K, 1, D]; returns whole buffers [K * n, capacity, D]."""
+        if at not in self.own:
+            self.own[at] = x.new_zeros(x.shape[1], len(x), ROOM, x.shape[3])  # zeros: a weight of 0 times NaN is NaN
+        self.own[at].index_copy_(2, self.place, x.transpose(0, 1))
+        return self.own[at].flatten(0, 1)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """As in Decoding, but behind a window always a tensor: whether one is needed only Python could ask."""
+        if window is None or window in self.masks:
+            return super().mask(window)
+        place = torch.arange(self.prompt[0, 0].shape[2], device=self.length.device)  # [L]
+        distance = self.length[:, None] + self.place - place  # [B, L]
+        self.masks[window] = hide((distance >= window) | (place >= self.length[:, None]))[:, None]
+        return self.masks[window]
+
+    def own_mask(self, window: int | None) -> Tensor:
+        """[capacity], -inf at what is not written yet and at what the window has left behind."""
+        key = ("own", window)
+        if key not in self.masks:
+            place = torch.arange(self.own[0, 0].shape[2], device=self.place.device)
+            hidden = place > self.place
+            self.masks[key] = hide(hidden if window is None else hidden | (self.place - place >= window))
+        return self.masks[key]
+
+
+def hide(hidden: Tensor) -> Tensor:
+    """A mask to add to scores: 0, and -inf where hidden."""
+    return torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)
