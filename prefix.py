@@ -280,7 +280,7 @@ class Decoding:
         return x if self.slot is None else x.unflatten(0, (-1, len(self.length) * self.G))[:, self.slot].flatten(0, 1)
 
     def remember(self, at: tuple[int, int], x: Tensor, window: int | None) -> Tensor:
-        """Adds the newest token's keys or values [n, K, 1, D]; returns all that is seen [K * n, t + 1, D]."""
+        """Adds the newest token's keys or values [n, K, 1, D]; returns [K * n, m, D], the m that are seen."""
         if at not in self.own:
             self.own[at] = x.new_empty(x.shape[1], len(x), 32, x.shape[3])
         elif self.t == self.own[at].shape[2]:
@@ -311,7 +311,7 @@ class Decoding:
         """
         n, heads, _, D = q.shape
         prompt_k, prompt_v = (self.prompt[layer, i].flatten(0, 1) for i in (0, 1))  # [K * B, L, D]
-        own_k, own_v = (self.remember((layer, i), x, window) for i, x in enumerate((k, v)))  # [K * n, t + 1, D]
+        own_k, own_v = (self.remember((layer, i), x, window) for i, x in enumerate((k, v)))  # [K * n, m, D]
         q = (q * scale).reshape(n, k.shape[1], -1, D).transpose(0, 1).flatten(0, 1)  # [K * n, Q/K, D]
         shared = torch.bmm(self.by_prompt(q), prompt_k.mT)  # [K * B, G * Q/K, L]
         if (mask := self.mask(window)) is not None:

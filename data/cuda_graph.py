@@ -2,11 +2,13 @@
 
 A decode step starts dozens of small kernels a layer, each from Python. With many rows the GPU is busy meanwhile; with
 few it waits. A recording repeats the same kernels on the same memory, whatever Python would do: so in Replayed nothing
-of a step depends on a number that Python counts, and every shape stays as it is until rows leave.
+of a step depends on a number that Python counts, and every shape stays until rows leave or buffers grow. It suits few
+rows and long answers without a window: recording takes some steps' time, and whole buffers are read and masked.
 
-Not covered: models whose step asks the GPU for a number (as a loop over those experts that are in use does), --shard,
-and models that repeat the prompt. Tested on the CPU, with an emulator of a graph; torch.cuda.graph itself has met no
-GPU yet, so --cuda-graphs has to ask for it, and `python tests/bench_grpo.py --against eager` says what it is worth.
+Not covered: models whose step asks the GPU for a number (as a loop over the experts in use does), --shard, and models
+that repeat the prompt, which go on without it. Tested on the CPU, with an emulator of a graph; torch.cuda.graph itself
+has met no GPU yet, so --cuda-graphs has to ask for it, and `python tests/bench_grpo.py --against eager` says what it is
+worth.
 """
 import torch
 import torch.nn.functional as F
@@ -19,17 +21,23 @@ ROOM = 128  # places in an answer's buffers at first; the unused ones are masked
 SETTLED = 4  # steps without change before one is recorded: recording costs about a step
 
 
-def record(work):
+def record(work, device: torch.device):
     """What `work` does on the GPU, as an object with replay(). Nothing is done yet."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
+    with torch.cuda.device(device):  # else it would record what happens on another GPU: nothing
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
+            work()
     return graph
 
 
 class Replayed(Decoding):
     """Decoding in steps that are all alike: the place of the newest token is a tensor, and the answers' keys are read
-    to the end of their buffers, with a mask over what is not written yet."""
+    to the end of their buffers, with a mask over what is not written yet. A step overwrites the logits of the last."""
+
+    def keep(self, rows: Tensor) -> None:
+        """As in Decoding. The recording goes first, for its memory may be needed for the copies."""
+        self.graph = None
+        super().keep(rows)
 
     def arrange(self) -> None:
         """As in Decoding; what was recorded is for other rows now."""
@@ -48,12 +56,13 @@ class Replayed(Decoding):
         self.place.fill_(self.t)
         if self.settled == SETTLED:
             try:
-                self.graph = record(lambda: self.forward(model))
-            except torch.OutOfMemoryError:
-                raise
+                self.graph = record(lambda: self.forward(model), self.tokens.device)
             except RuntimeError as error:
+                cause = error.__context__ or error  # the end of a recording that failed raises too
+                if isinstance(cause, torch.OutOfMemoryError):
+                    raise cause from None
                 raise BadInput("--cuda-graphs: a decode step of this model cannot be recorded "
-                               f"({first_line(error)}); leave the option out") from None
+                               f"({first_line(cause)}); leave the option out") from None
         if self.graph is None:
             self.forward(model)
         else:

@@ -143,7 +143,7 @@ def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: s
         raise refused(option, name, error) from None
     model.was_quantized = bool(plain)
     if dtype == torch.float32:
-        model.float()  # what was quantised comes as bf16 from transformers 5.17
+        model.float()  # with transformers 5.17 (not with 5.24) what was quantised comes as bf16
     if not eos_ids(model, tokenizer):
         raise BadInput(f"{option} {name}: nothing names an end-of-text token")
     if shard:
@@ -396,6 +396,6 @@ def save_model(folder: Path, model, tokenizer) -> None:
     """An ordinary model folder, whatever the model is made of here: shards, adapters. The model stays as it is."""
     state = with_adapters_merged(model) if lora_layers(model) else whole(model.state_dict())
     if ranks.rank() == 0:
-        # transformers 5.17 would give weights that were quantised their 4-bit names back: one name for all layers
+        # with transformers 5.17 (not 5.24) what was quantised would get its 4-bit names back: one for all layers
         model.save_pretrained(folder, state_dict=state, save_original_format=not getattr(model, "was_quantized", False))
         tokenizer.save_pretrained(folder)

@@ -133,11 +133,14 @@ def fit(args, before: dict, problems: list[Problem]) -> tuple[str, bool, list[st
     """
     longest = max(len(p.question) for p in problems) // 3 + args.group_size * memory.PROGRAM_TOKENS
     shape, there = memory.shape_of(load_config(args.model)[0]), min(ranks.every(memory.room(args.device)))
+    teacher = None
+    if args.teacher and not args.eval_only:
+        teacher = memory.shape_of(load_config(args.teacher, "--teacher")[0], "--teacher")
     settings = dict(
         train=not args.eval_only, kl=args.kl > 0 or args.mode == "sft", lora=args.lora, rows=args.rows,
         micro_tokens=args.micro_tokens, row_tokens=longest + args.max_new_tokens,
         shards=ranks.world() if args.shard else 1,
-        teacher=memory.shape_of(load_config(args.teacher, "--teacher")[0], "--teacher") if args.teacher else None,
+        teacher=teacher,
     )
     given = args.optimizer or before.get("optimizer")
     kind, settings["checkpointing"] = memory.choose(shape, there, (given,) if given else memory.STORED, **settings)

@@ -186,7 +186,7 @@ def against_eager(args) -> None:
             vocab_size=args.vocabulary, hidden_size=2560, intermediate_size=9728, num_hidden_layers=12,
             num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=4096,
         )).to(torch.bfloat16).eval()
-    prefix.shares_prompts(model)
+    assert prefix.shares_prompts(model)
 
     def seconds(prompts: list, cuda_graphs: bool) -> float:
         torch.cuda.synchronize()
@@ -210,7 +210,8 @@ def main() -> None:
     parser.add_argument("--against", choices=["plain", "trl", "eager"], default="plain")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"G = {G}, vocabulary {args.vocabulary}, 1 thread of {os.cpu_count()} cores, fp32, torch {torch.__version__}")
+    where = "1 GPU, bf16" if args.against == "eager" else f"1 thread of {os.cpu_count()} cores, fp32"
+    print(f"G = {G}, vocabulary {args.vocabulary}, {where}, torch {torch.__version__}")
     {"plain": against_plain, "trl": against_trl, "eager": against_eager}[args.against](args)
 
 

@@ -17,7 +17,7 @@ FROM_THE_GPU = {"_local_scalar_dense", "nonzero", "bincount", "_unique2", "uniqu
 
 class Emulated(TorchDispatchMode):
     """A CUDA graph on the CPU: notes each operation with the very tensors it met; replay() does them again on the same
-    memory, blind to what Python would have done. Refuses operations that a graph cannot hold, as CUDA does."""
+    memory, blind to what Python would have done. Refuses the commonest of what a graph cannot hold."""
 
     def __init__(self, work):
         super().__init__()
@@ -43,7 +43,7 @@ class Emulated(TorchDispatchMode):
 def recorded(monkeypatch):
     """The recordings made meanwhile, each by the emulator."""
     made = []
-    monkeypatch.setattr(cuda_graph, "record", lambda work: made.append(Emulated(work)) or made[-1])
+    monkeypatch.setattr(cuda_graph, "record", lambda work, device: made.append(Emulated(work)) or made[-1])
     monkeypatch.setattr(cuda_graph, "ROOM", 12)
     monkeypatch.setattr(cuda_graph, "SETTLED", 2)
     return made
@@ -77,18 +77,35 @@ def test_what_is_replayed_is_what_would_have_been_done(make, recorded):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_sinks_and_windows_without_a_recording(monkeypatch):
-    """GPT-OSS's experts cannot be recorded as transformers runs them here, but its attention takes this way too."""
-    monkeypatch.setattr(cuda_graph, "SETTLED", 1000)
-    model, tokens = models.gpt_oss().double(), torch.randint(37, (5, 20), generator=torch.Generator().manual_seed(1))
-    for a, b in zip(*(logits_of(layout, model, tokens, {7: [1, 4]}) for layout in (Decoding, cuda_graph.Replayed))):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+def test_sinks_and_windows_of_a_mixture_of_experts(recorded):
+    """GPT-OSS with its experts in one product, as transformers runs them by itself; a loop over them asks the GPU."""
+    model, tokens = models.gpt_oss(), torch.randint(37, (5, 20), generator=torch.Generator().manual_seed(1))
+    model.set_experts_implementation("batched_mm")
+    both = [logits_of(layout, model, tokens, {7: [1, 4]}) for layout in (Decoding, cuda_graph.Replayed)]
+    assert len(recorded) == 3
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_a_step_that_cannot_be_recorded_is_named(recorded):
     model = models.qwen3_moe()
     with pytest.raises(BadInput, match="--cuda-graphs: a decode step of this model cannot be recorded .*leave"):
         logits_of(cuda_graph.Replayed, model, torch.zeros(5, 9, dtype=torch.long), {})
+
+
+def test_what_the_end_of_a_failed_recording_raises_does_not_hide_the_reason(monkeypatch):
+    """Out of memory, of which the user is told what to lower, came out as a model that cannot be recorded."""
+    def record(work, device):
+        try:
+            raise reason
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(cuda_graph, "record", record)
+    for reason, kind, words in ((torch.OutOfMemoryError("no room"), torch.OutOfMemoryError, "no room"),
+                                (RuntimeError("no such kernel"), BadInput, "no such kernel")):
+        with pytest.raises(kind, match=words):
+            logits_of(cuda_graph.Replayed, models.qwen3(), torch.zeros(5, 9, dtype=torch.long), {})
 
 
 def test_a_rollout_is_the_same(recorded):

@@ -510,6 +510,8 @@ def test_the_plan_counts_a_teacher_of_another_size(tmp_path, lora):
     assert need["reference"] == 2 * large.parameters > 2 * small.parameters and need["weights"] < need["reference"]
     cache = memory.expected(large, "masters", **settings)["KV cache"]
     assert need["KV cache"] == cache > memory.expected(small, "masters", **settings)["KV cache"]
+    sharded = memory.expected(small, "masters", **settings, teacher=large, shards=8)
+    assert sharded["gathered weights"] == 2 * large.parameters
     args = dust.Args(mode="sft", teacher=str(tmp_path), device="cpu", optimizer="masters")
     assert f"reference {memory.size(2 * large.parameters)}" in " ".join(runs.fit(args, {}, [Problem("p", "?", [])])[2])
 
