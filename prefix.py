@@ -113,6 +113,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, 
     return out.reshape(1, heads, n, -1).transpose(1, 2)
 
 
+def hide(hidden: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What to add to scores: -inf where hidden, else 0."""
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
+
+
 class Packed:
     """One row [prompt 1, answer 1a, answer 1b, ..., prompt 2, answer 2a, ...]: no padding, and no prompt twice.
 
@@ -158,7 +163,7 @@ class Packed:
             if window is not None:
                 seen &= place[:, None] - key_place < window
             seen = F.pad(seen, (int(sink), 0), value=True)
-            self.masks[key] = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -torch.inf).to(like.device)
+            self.masks[key] = hide(~seen, like.dtype).to(like.device)
         return self.masks[key]
 
     def in_blocks(self, q: Tensor, k: Tensor, v: Tensor, longest: int, scale: float, window, sinks) -> Tensor:
@@ -261,10 +266,14 @@ class Decoding:
 
     def step(self, model, tokens: Tensor) -> None:
         """Feeds one token a row, [n], and sets the logits of the next."""
-        positions = (self.length[self.owner] + self.t)[:, None]  # [n, 1]
-        self.logits = model.get_output_embeddings()(body(model, self, tokens[:, None], positions)[:, 0])
+        self.forward(model, tokens, self.t)
         self.t += 1
-        self.masks = {window: mask for window, mask in self.masks.items() if window is None}
+
+    def forward(self, model, tokens: Tensor, place) -> None:
+        """The model's part of a step. place: t, or a tensor [1] of it."""
+        self.masks = {key: mask for key, mask in self.masks.items() if key is None}  # the others depend on the place
+        positions = (self.length[self.owner] + place)[:, None]  # [n, 1]
+        self.logits = model.get_output_embeddings()(body(model, self, tokens[:, None], positions)[:, 0])
 
     def by_prompt(self, x: Tensor) -> Tensor:
         """[K * n, Q/K, X] -> [K * B, G * Q/K, X]; empty slots hold zeros."""
@@ -292,13 +301,15 @@ class Decoding:
     def mask(self, window: int | None) -> Tensor | None:
         """[B, 1, L], -inf at padding and at what the window has left behind; None where there is neither."""
         if window not in self.masks:
-            place = torch.arange(self.prompt[0, 0].shape[2], device=self.length.device)  # [L]
-            hidden = place >= self.length[:, None]  # [B, L]
-            if window is not None:
-                hidden |= self.length[:, None] + self.t - place >= window
-            mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)[:, None]
-            self.masks[window] = mask if hidden.any() else None
+            hidden = self.hidden(window, self.t)
+            self.masks[window] = hide(hidden)[:, None] if hidden.any() else None
         return self.masks[window]
+
+    def hidden(self, window: int | None, place) -> Tensor:
+        """[B, L], True where an answer's token at this place (t, or a tensor [1] of it) sees no token of its prompt."""
+        at = torch.arange(self.prompt[0, 0].shape[2], device=self.length.device)  # [L]
+        hidden = at >= self.length[:, None]
+        return hidden if window is None else hidden | (self.length[:, None] + place - at >= window)
 
     def own_mask(self, window: int | None) -> Tensor | None:
         """What `remember` returned beyond what a row may see: nothing here (data/cuda_graph.py has more)."""

@@ -10,15 +10,17 @@ that repeat the prompt, which go on without it. Tested on the CPU, with an emula
 has met no GPU yet, so --cuda-graphs has to ask for it, and `python tests/bench_grpo.py --against eager` says what it is
 worth.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data import BadInput, first_line
-from prefix import Decoding, body
+from prefix import Decoding, hide
 
 ROOM = 128  # places in an answer's buffers at first; the unused ones are masked, and cost as much as the used ones
-SETTLED = 4  # steps without change before one is recorded: recording costs about a step
+SETTLED = 4  # steps without change before one is recorded, which takes the time of some
 
 
 def record(work, device: torch.device):
@@ -54,9 +56,10 @@ class Replayed(Decoding):
                 self.own[at] = F.pad(x, (0, 0, 0, max(ROOM, x.shape[2] // 4)))
         self.tokens.copy_(tokens)
         self.place.fill_(self.t)
+        forward = partial(self.forward, model, self.tokens, self.place)
         if self.settled == SETTLED:
             try:
-                self.graph = record(lambda: self.forward(model), self.tokens.device)
+                self.graph = record(forward, self.tokens.device)
             except RuntimeError as error:
                 cause = error.__context__ or error  # the end of a recording that failed raises too
                 if isinstance(cause, torch.OutOfMemoryError):
@@ -64,16 +67,10 @@ class Replayed(Decoding):
                 raise BadInput("--cuda-graphs: a decode step of this model cannot be recorded "
                                f"({first_line(cause)}); leave the option out") from None
         if self.graph is None:
-            self.forward(model)
+            forward()
         else:
             self.graph.replay()
         self.settled, self.t = self.settled + 1, self.t + 1
-
-    def forward(self, model) -> None:
-        """The part of a step that is recorded: from self.tokens and self.place to self.logits."""
-        self.masks = {None: self.masks[None]} if None in self.masks else {}  # the others depend on the place
-        positions = (self.length[self.owner] + self.place)[:, None]  # [n, 1]
-        self.logits = model.get_output_embeddings()(body(model, self, self.tokens[:, None], positions)[:, 0])
 
     def remember(self, at: tuple[int, int], x: Tensor, window: int | None) -> Tensor:
         """Adds the newest token's keys or values [n, K, 1, D]; returns whole buffers [K * n, capacity, D]."""
@@ -86,9 +83,7 @@ class Replayed(Decoding):
         """As in Decoding, but behind a window always a tensor: whether one is needed only Python could ask."""
         if window is None or window in self.masks:
             return super().mask(window)
-        place = torch.arange(self.prompt[0, 0].shape[2], device=self.length.device)  # [L]
-        distance = self.length[:, None] + self.place - place  # [B, L]
-        self.masks[window] = hide((distance >= window) | (place >= self.length[:, None]))[:, None]
+        self.masks[window] = hide(self.hidden(window, self.place))[:, None]
         return self.masks[window]
 
     def own_mask(self, window: int | None) -> Tensor:
@@ -99,8 +94,3 @@ class Replayed(Decoding):
             hidden = place > self.place
             self.masks[key] = hide(hidden if window is None else hidden | (self.place - place >= window))
         return self.masks[key]
-
-
-def hide(hidden: Tensor) -> Tensor:
-    """A mask to add to scores: 0, and -inf where hidden."""
-    return torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)

@@ -81,8 +81,8 @@ def expected(
 
     rows answers of row_tokens tokens each (prompt included) decode at a time; micro_tokens, but never less than one
     row, go through one training forward; shards GPUs share weights, gradients, optimiser and reference (--shard), and
-    gather the weights while rows decode. teacher: another model in the reference's place, whose rankings
-    are learned (--mode sft --teacher).
+    gather the weights while rows decode. teacher: another model in the reference's place, whose
+    rankings are learned (--mode sft --teacher).
     """
     stored, state = STORED[optimizer]
     compute = 4 if optimizer == "fp32" else 2  # bytes of a number in the cache and the activations
@@ -97,10 +97,9 @@ def expected(
         need["reference"] = teacher.parameters * stored if teacher else own
     need = {name: size / shards for name, size in need.items()}
     row_tokens = min(row_tokens, shape.context)
-    a_token = max(2 * s.layers * s.kv_heads * s.head_dim for s in (shape, teacher or shape))
-    need["KV cache"] = rows * row_tokens * a_token * compute
-    largest = max(s.parameters for s in (shape, teacher or shape))
-    need["gathered weights"] = largest * compute if shards > 1 else 0.0
+    decoding = (shape, teacher or shape)  # one at a time
+    need["KV cache"] = rows * row_tokens * 2 * max(s.layers * s.kv_heads * s.head_dim for s in decoding) * compute
+    need["gathered weights"] = max(s.parameters for s in decoding) * compute if shards > 1 else 0.0
     need["activations"] = activations(shape, max(micro_tokens, row_tokens), compute, checkpointing) * train
     return need
 

@@ -139,8 +139,7 @@ def fit(args, before: dict, problems: list[Problem]) -> tuple[str, bool, list[st
     settings = dict(
         train=not args.eval_only, kl=args.kl > 0 or args.mode == "sft", lora=args.lora, rows=args.rows,
         micro_tokens=args.micro_tokens, row_tokens=longest + args.max_new_tokens,
-        shards=ranks.world() if args.shard else 1,
-        teacher=teacher,
+        shards=ranks.world() if args.shard else 1, teacher=teacher,
     )
     given = args.optimizer or before.get("optimizer")
     kind, settings["checkpointing"] = memory.choose(shape, there, (given,) if given else memory.STORED, **settings)

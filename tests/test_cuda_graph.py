@@ -21,7 +21,7 @@ class Emulated(TorchDispatchMode):
 
     def __init__(self, work):
         super().__init__()
-        self.steps, before = [], {}
+        self.steps = []
         with self:
             work()
 
