@@ -27,15 +27,16 @@ from tqdm import tqdm
 import grpo
 import rank_prompt
 import sandbox
-from data import BadInput, Problem, derive, memory, ranks, write_whole
-from data.chat import decode, encode, encode_answers, show_first, writes_one_form
-from data.model import (SHORT_NAMES, adapters_off, add_lora, checkpoint_layers, eos_ids, frozen_copy, gathered,
-                        leaves_room, load_checkpoint, load_config, load_model, make_optimizer, save_checkpoint,
+from plumbing import memory, ranks
+from plumbing.problems import BadInput, Problem, seed_for, write_atomic
+from plumbing.chat import decode, encode, encode_answers, show_first, writes_one_form
+from plumbing.models import (SHORT_NAMES, lora_disabled, add_lora, checkpoint_layers, eos_ids, frozen_copy, gathered,
+                        fits_context, load_checkpoint, load_config, load_model, make_optimizer, save_checkpoint,
                         save_model, warm_up)
-from data.presets import DATA, PRESETS, arg, command_line
-from data.progress import Clock, Journal
-from data.report import EVAL_CANDIDATES, describe_rollouts, final_groups, mean, write_report
-from data.runs import (check_args, check_groups, find_run, fit, open_run, plan, problems_of, what_to_put_right,
+from plumbing.presets import DATA, PRESETS, arg, command_line
+from plumbing.progress import Clock, Journal
+from plumbing.report import EVAL_CANDIDATES, describe_rollouts, final_groups, mean, write_report
+from plumbing.runs import (check_args, check_groups, find_run, fit, open_run, plan, problems_of, what_to_put_right,
                        without_long_ones)
 
 HERE = Path(__file__).resolve().parent
@@ -124,7 +125,6 @@ class Args:
     shard: bool = arg(False, "spread weights, gradients and optimiser over torchrun's processes (FSDP2)")
     save_every: int = arg(1, "steps between checkpoints")
     rows: int = arg(256, "answers that are decoded at a time: bounds the memory")
-    cuda_graphs: bool = arg(False, "replay decode steps as CUDA graphs, for few rows on a GPU: not yet tried on one")
 
     repeats: int = arg(2, "R, evaluation groups drawn for each problem [10]", section="evaluation (paper 3.1)")
     eval_temperature: float = arg(0.6, "temperature of the evaluation, for programs and rankings")
@@ -178,11 +178,11 @@ class Group:
 
     def shuffled(self, *seed) -> "Group":
         """The same group in another order, for a judge must not learn positions (it would: trap 3 in tutorial.md)."""
-        return Group(self.problem, random.Random(derive(*seed)).sample(self.candidates, len(self.candidates)))
+        return Group(self.problem, random.Random(seed_for(*seed)).sample(self.candidates, len(self.candidates)))
 
 
 @dataclass
-class Judged:
+class RankedGroup:
     """One evaluation group as a judge ordered it, and the words that it was ordered with."""
 
     group: Group  # as it was shown: shuffled, without the answers that hold no program
@@ -234,7 +234,7 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
     copies = count if sampling["temperature"] == 0 else 1  # then all answers to a problem are one
 
     def draw_batch(chosen: range) -> dict[str, list]:  # problem -> [[answer, whether it ended], ...]
-        seeds = [[derive(seed, problems[i].id, number) for number in range(count // copies)] for i in chosen]
+        seeds = [[seed_for(seed, problems[i].id, number) for number in range(count // copies)] for i in chosen]
         asked = [prompts[problems[i].id] for i in chosen]
         rollouts = roll_out(model, tokenizer, asked, args, answers=count // copies, seeds=seeds, **sampling)
         units = {}
@@ -270,7 +270,7 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, n
     """
     tests = {p.id: p.tests for p in problems}
     programs = list(dict.fromkeys((c.problem_id, c.code) for c in candidates if c.code is not None))
-    keys = {program: f"{program[0]}/{derive(program[1])}/{len(program[1])}" for program in programs}
+    keys = {program: f"{program[0]}/{seed_for(program[1])}/{len(program[1])}" for program in programs}
     waiting = [program for program in programs if keys[program] not in journal.done]
     with clock.stage(name, len(programs), len(programs) - len(waiting)) as progress:
         with open_sandbox(args) as pool:
@@ -335,15 +335,15 @@ def base_groups(model, tokenizer, problems: list[Problem], args: Args, clock: Cl
     Raises BadInput where there is nothing to rank.
     """
     candidates = sample(
-        model, tokenizer, problems, args, name="sample", count=args.candidates, seed=derive(args.seed, "sample"),
+        model, tokenizer, problems, args, name="sample", count=args.candidates, seed=seed_for(args.seed, "sample"),
         journal=Journal(out / "journal" / "samples.jsonl"), clock=clock, temperature=args.temperature, top_p=1.0,
         top_k=0,
     )
     label(problems, candidates, args, name="label", journal=Journal(out / "journal" / "labels.jsonl"), clock=clock)
     if ranks.rank() == 0:
-        write_whole(out / "candidates.jsonl", "".join(json.dumps(asdict(c)) + "\n" for c in candidates))
+        write_atomic(out / "candidates.jsonl", "".join(json.dumps(asdict(c)) + "\n" for c in candidates))
     mixed = make_groups(problems, candidates, args.group_size)
-    groups = [g for g in mixed if leaves_room(model, ranking_ids(tokenizer, g, args), args.max_new_tokens)]
+    groups = [g for g in mixed if fits_context(model, ranking_ids(tokenizer, g, args), args.max_new_tokens)]
     check_groups(candidates, mixed, groups, args.group_size)
     return groups
 
@@ -360,20 +360,20 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
     supervised = args.mode == "sft"
     teacher = frozen_teacher(model, tokenizer, args) if supervised else None
     if args.lora:
-        add_lora(model, args.lora, derive(args.seed, "lora"))
+        add_lora(model, args.lora, seed_for(args.seed, "lora"))
     reference = frozen_copy(model, args) if args.kl and not supervised else None
     optimizer = make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
     checkpoint, metrics_file = out / "checkpoint.pt", out / "metrics.jsonl"
     first = load_checkpoint(checkpoint, model, optimizer)
     if ranks.rank() == 0:
         lines = metrics_file.read_text(errors="replace").splitlines()[:first] if metrics_file.exists() else []
-        write_whole(metrics_file, "".join(line + "\n" for line in lines))
+        write_atomic(metrics_file, "".join(line + "\n" for line in lines))
     fresh = args.mode not in ("rank", "sft")  # candidates are drawn and labelled in each step
     running = open_sandbox(args) if fresh else contextlib.nullcontext()
     with clock.stage("train", args.steps, first) as progress, running as pool:
         for step in range(first, args.steps):
             began = time.time()
-            generator = torch.Generator().manual_seed(derive(args.seed, "train", step))
+            generator = torch.Generator().manual_seed(seed_for(args.seed, "train", step))
             rollouts, metrics = experience(model, tokenizer, problems, groups, step, args, generator, pool, teacher)
             warm_up(optimizer, args.lr, step, args.warmup)
             metrics |= grpo.update(
@@ -421,7 +421,7 @@ def experience(model, tokenizer, problems, groups, step: int, args: Args, genera
         chosen = pick(problems, step, args)
         _, candidates = draw_programs(model, tokenizer, chosen, 2 * args.group_size, args, generator, pool)
         batch = make_groups(chosen, sum(candidates, []), args.group_size)
-        batch = [g for g in batch if leaves_room(model, ranking_ids(tokenizer, g, args), args.max_new_tokens)]
+        batch = [g for g in batch if fits_context(model, ranking_ids(tokenizer, g, args), args.max_new_tokens)]
         batch = batch[: args.batch]
     else:
         batch = pick(groups, step, args)
@@ -472,7 +472,7 @@ def frozen_teacher(model, tokenizer, args: Args):
         frozen = frozen_copy(model, args)
 
         def repeat(groups, prompts, generator):
-            with adapters_off(frozen):  # with LoRA it is the model itself
+            with lora_disabled(frozen):  # with LoRA it is the model itself
                 return draw_answers(frozen, tokenizer, prompts, args.answers, args, generator)
 
         return repeat
@@ -505,7 +505,7 @@ def pick(units: list, step: int, args: Args) -> list:
     """The groups (or problems) of one step: all of them in a new random order for each pass, cut into batches."""
     first, last = step * args.batch, (step + 1) * args.batch
     passes = range(first // len(units), (last - 1) // len(units) + 1)
-    orders = [random.Random(derive(args.seed, "order", number)).sample(units, len(units)) for number in passes]
+    orders = [random.Random(seed_for(args.seed, "order", number)).sample(units, len(units)) for number in passes]
     start = first - passes.start * len(units)
     return sum(orders, [])[start : start + args.batch]
 
@@ -513,7 +513,7 @@ def pick(units: list, step: int, args: Args) -> list:
 def roll_out(model, tokenizer, prompts: list[torch.Tensor], args: Args, **sampling) -> list[grpo.Rollout]:
     """grpo.rollout with the run's own limits: the longest answer, what ends one, rows at a time."""
     return grpo.rollout(model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model, tokenizer),
-                        max_rows=args.rows, cuda_graphs=args.cuda_graphs, **sampling)
+                        max_rows=args.rows, **sampling)
 
 
 def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout], reward: str,
@@ -543,7 +543,7 @@ def draw(model, tokenizer, problems: list[Problem], args: Args, clock: Clock, *,
     journals = out / "journal"
     candidates = sample(
         model, tokenizer, problems, args, name=f"{name}: programs", count=EVAL_CANDIDATES * args.repeats,
-        seed=derive(args.seed, "evaluate"), journal=Journal(journals / f"{name}-samples.jsonl"), clock=clock,
+        seed=seed_for(args.seed, "evaluate"), journal=Journal(journals / f"{name}-samples.jsonl"), clock=clock,
         temperature=args.eval_temperature, top_p=args.top_p, top_k=args.top_k,
     )
     label(problems, candidates, replace(args, labels="binary"), name=f"{name}: label",
@@ -555,7 +555,7 @@ def draw(model, tokenizer, problems: list[Problem], args: Args, clock: Clock, *,
     return [Group(p, own) for p in problems for own in parts(by_problem[p.id] or none, EVAL_CANDIDATES)]
 
 
-def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, name: str, out: Path) -> list[Judged]:
+def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, name: str, out: Path) -> list[RankedGroup]:
     """Each evaluation group in the model's order (paper 2.1). Every model is shown the same shuffle of a group.
 
     Answers without a program are not shown and come last. A malformed ranking, or a prompt that does not fit, leaves
@@ -567,7 +567,7 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
     for i, group in enumerate(groups):
         shuffled = group.shuffled(args.seed, "judge", i)
         shown.append(Group(group.problem, [c for c in shuffled.candidates if c.code is not None]))
-    fits = [len(s.candidates) > 1 and leaves_room(model, ranking_ids(tokenizer, s, args), args.max_new_tokens)
+    fits = [len(s.candidates) > 1 and fits_context(model, ranking_ids(tokenizer, s, args), args.max_new_tokens)
             for s in shown]
     if any(fits):
         show_first(out, "rankings", tokenizer, ranking_ids(tokenizer, shown[fits.index(True)], args))
@@ -577,7 +577,7 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
         prompts = [ranking_ids(tokenizer, shown[i], args) for i in fitting]
         rollouts = roll_out(model, tokenizer, prompts, args, answers=1, temperature=args.eval_temperature,
                             top_p=args.top_p, top_k=args.top_k,
-                            seeds=[[derive(args.seed, "judge", i)] for i in fitting])
+                            seeds=[[seed_for(args.seed, "judge", i)] for i in fitting])
         return {str(i): decode(tokenizer, r.prompt, r.answers[0]) for i, r in zip(fitting, rollouts)}
 
     waiting = [chunk for chunk in parts(range(len(groups)), args.rows)
@@ -593,7 +593,7 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
         ranking = rank_prompt.READERS[args.parser](answer, k)
         ordered = [seen.candidates[index - 1] for index in ranking or range(1, k + 1)]
         ordered += [c for c in group.candidates if c.code is None]
-        judged.append(Judged(seen, ordered, answer, malformed=ranking is None and k > 1))
+        judged.append(RankedGroup(seen, ordered, answer, malformed=ranking is None and k > 1))
     return judged
 
 

@@ -21,9 +21,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from data import ranks
-from data.cuda_graph import Replayed
-from data.model import adapters_off, run_forward, whole
+from plumbing import ranks
+from plumbing.models import lora_disabled, run_forward, whole
 from prefix import NAME, Decoding, cut, evaluating, logprobs, plain_decode, shares_prompts, sharing
 
 DRAWS = 64  # random numbers a row draws ahead
@@ -70,7 +69,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, to
 def rollout(
     model, prompts: list[Tensor], *, answers: int, max_new_tokens: int, eos_ids, temperature: float = 1.0,
     top_p: float = 1.0, top_k: int = 0, generator: torch.Generator | None = None, max_rows: int = 256,
-    progress=None, seeds: list[list[int]] | None = None, cuda_graphs: bool = False,
+    progress=None, seeds: list[list[int]] | None = None,
 ) -> list[Rollout]:
     """Sample `answers` answers to each prompt (LongTensors [L_i] of unequal lengths, at least one token each).
 
@@ -78,7 +77,7 @@ def rollout(
     length go together, and a prompt is encoded again only where its answers alone are more than max_rows. What an
     answer draws depends on the generator's state and on its place in the list, not on who shares its batch; or on its
     own seed, where seeds (answers of them for each prompt) are given.
-    progress(n) is called whenever n more answers have ended. cuda_graphs: see data/cuda_graph.py. Returns one Rollout
+    progress(n) is called whenever n more answers have ended. Returns one Rollout
     a prompt, in the order given.
     Best-of-N evaluation is the same call with answers=N.
     """
@@ -86,8 +85,7 @@ def rollout(
     seeds = seeds or torch.randint(2**62, (len(prompts), answers), generator=generator, device=where).tolist()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     parts = [(i, seeds[i][at : at + max_rows]) for i in order for at in range(0, answers, max_rows)]
-    layout = Replayed if cuda_graphs else Decoding
-    decode_part = partial(decode, layout) if shares_prompts(model) else plain_decode
+    decode_part = partial(decode, Decoding) if shares_prompts(model) else plain_decode
     rows = [[] for _ in prompts]
     with evaluating(model):
         for chosen in cut([len(own) for _, own in parts], max_rows):
@@ -375,7 +373,7 @@ def update(
     if not supervised and (epochs > 1 or len(rollouts) > mini_batch):  # else a single step, with ratio 1
         remember_logprobs(model, "old_logp", groups, micro_tokens, temperature)
     if kl > 0:
-        with adapters_off(ref_model):  # with LoRA the reference is the model itself
+        with lora_disabled(ref_model):  # with LoRA the reference is the model itself
             remember_logprobs(ref_model, "ref_logp", groups, micro_tokens, temperature)
     settings = dict(supervised=supervised, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl=kl)
     order = [torch.randperm(len(rollouts), generator=generator).split(mini_batch) for _ in range(epochs)]

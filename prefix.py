@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data.memory import HEAD_BLOCK
+from plumbing.memory import HEAD_BLOCK
 
 NAME = "grpo_shared"
 PREFILL_TOKENS = 8192  # prompt tokens encoded in one forward of a rollout: bounds its memory
@@ -312,7 +312,7 @@ class Decoding:
         return hidden if window is None else hidden | (self.length[:, None] + place - at >= window)
 
     def own_mask(self, window: int | None) -> Tensor | None:
-        """What `remember` returned beyond what a row may see: nothing here (data/cuda_graph.py has more)."""
+        """What `remember` returned beyond what a row may see: nothing here."""
         return None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks, last: bool) -> Tensor:

@@ -3,7 +3,7 @@
 The text side of DuST, without a model or a tensor in it: two prompts (write a program, rank K programs), two readers
 (the program in an answer, the ranking in an answer) and three rewards (paper 2.3). Everything here is a pure function
 of its arguments, so that each can be tried by hand. Answers come with their thinking part between <think> and
-</think>, whatever the model's family calls it: data/chat.py sees to that.
+</think>, whatever the model's family calls it: plumbing/chat.py sees to that.
 
 The readers are strict on purpose. A lenient parser pays for nonsense: one that takes the first K numbers it meets
 reads "Candidate 1 fails on n=2 but 3 and 4 are fine. Ranking: 4, 3, 2, 1" as 1, 2, 3, 4, and training then rewards

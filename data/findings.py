@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import BadInput, report
+from plumbing import report
+from plumbing.problems import BadInput
 
 SHOWN = {"pass1": "pass@1", "ndcg_all": "NDCG", "ndcg_mixed": "NDCG mixed", "best_of_4": "Best-of-4"}
 GAINS = {"judge": "trained_judge", "both": "trained"}  # each minus the base

@@ -27,7 +27,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import BadInput, findings, write_whole  # noqa: E402
+from data import findings  # noqa: E402
+from plumbing.problems import BadInput, write_atomic  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------- what is run
 
@@ -265,7 +266,7 @@ def probe_model(folder: Path, file: Path) -> None:
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    write_whole(file, json.dumps(make_tiny.probe(model, AutoTokenizer.from_pretrained(folder))))
+    write_atomic(file, json.dumps(make_tiny.probe(model, AutoTokenizer.from_pretrained(folder))))
 
 
 def probe_all(args, variants: tuple[str, ...]) -> dict:
@@ -328,8 +329,8 @@ def write_results(name: str, args, variants: tuple[str, ...]) -> Path:
     results = args.out / "results" if args.quick else args.results
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name}.md"
-    write_whole(results / f"{name}.json", json.dumps(result, indent=1))
-    write_whole(path, findings.markdown(result, PREDICTION if name == "transfer" else ""))
+    write_atomic(results / f"{name}.json", json.dumps(result, indent=1))
+    write_atomic(path, findings.markdown(result, PREDICTION if name == "transfer" else ""))
     try:
         findings.draw_study(result, results / f"{name}.png")
     except ImportError:

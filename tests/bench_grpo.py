@@ -1,12 +1,11 @@
 """How much faster one prompt for G answers is: ours against repeating the prompt, in one run, taking turns.
 
-    python tests/bench_grpo.py [--rounds 5] [--vocabulary 4096] [--against plain|trl|eager] 2>/dev/null
+    python tests/bench_grpo.py [--rounds 5] [--vocabulary 4096] [--against plain|trl] 2>/dev/null
 
 One prompt, G = 8 answers of a fixed length, one thread, fp32, a random model of Qwen3's shape: hidden 256, 6 layers,
 8 heads, 4 KV heads. `plain` is the repeated form written the best way we can: transformers' generate with
 num_return_sequences, then one batch of 8 rows through fused attention, the head on answer positions only, one backward
 pass and one optimiser step. `trl` is TRL's GRPOTrainer (pip install trl), which is timed step by step.
-`eager` is for a GPU: rollouts without and with --cuda-graphs, in bf16, of the shape of Qwen3-4B with 12 of its layers.
 
 Seconds are theirs/ours, medians; a ratio is theirs by ours, the median over rounds in which both took their turn.
 Memory is what the tensors that were made meanwhile held at their peak, theirs/ours.
@@ -177,42 +176,16 @@ def against_trl(args) -> None:
         print(f"{f'{length}/{tokens}':<9}{theirs:6.2f}/{own:.2f} s {ratio:4.1f}x", flush=True)
 
 
-def against_eager(args) -> None:
-    """What a recorded decode step saves, for few rows and for many. Written without a GPU to run it on."""
-    if not torch.cuda.is_available():
-        raise SystemExit("bench_grpo: --against eager needs a CUDA GPU")
-    with torch.device("cuda"):
-        model = Qwen3ForCausalLM(Qwen3Config(
-            vocab_size=args.vocabulary, hidden_size=2560, intermediate_size=9728, num_hidden_layers=12,
-            num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=4096,
-        )).to(torch.bfloat16).eval()
-    assert prefix.shares_prompts(model)
-
-    def seconds(prompts: list, cuda_graphs: bool) -> float:
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        grpo.rollout(model, prompts, answers=G, max_new_tokens=256, eos_ids=[], cuda_graphs=cuda_graphs)
-        return time.perf_counter() - began
-
-    print(f"{torch.cuda.get_device_name()}: prompts of 2048 tokens, 256 decode steps, prefill included")
-    for count in (1, 4, 16):
-        prompts = [torch.randint(args.vocabulary, (2048,)) for _ in range(count)]
-        pairs = [(seconds(prompts, False), seconds(prompts, True)) for _ in range(args.rounds + 1)][1:]
-        theirs, own = (statistics.median(column) for column in zip(*pairs))
-        ratio = statistics.median(a / b for a, b in pairs)
-        print(f"{count * G:4d} rows {theirs:6.2f}/{own:.2f} s {ratio:4.1f}x", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--against", choices=["plain", "trl", "eager"], default="plain")
+    parser.add_argument("--against", choices=["plain", "trl"], default="plain")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    where = "1 GPU, bf16" if args.against == "eager" else f"1 thread of {os.cpu_count()} cores, fp32"
+    where = f"1 thread of {os.cpu_count()} cores, fp32"
     print(f"G = {G}, vocabulary {args.vocabulary}, {where}, torch {torch.__version__}")
-    {"plain": against_plain, "trl": against_trl, "eager": against_eager}[args.against](args)
+    {"plain": against_plain, "trl": against_trl}[args.against](args)
 
 
 if __name__ == "__main__":

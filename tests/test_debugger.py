@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import dust
 import sandbox
-from data import load_problems
+from plumbing.problems import load_problems
 from data.make_tiny import LINES
 
 ROOT = Path(dust.__file__).resolve().parent

@@ -14,9 +14,10 @@ import torch
 
 import dust
 import rank_prompt
-from data import Problem, progress, report
+from plumbing import progress, report
+from plumbing.problems import Problem
 from conftest import SMALL
-from dust import Candidate, Group, Judged
+from dust import Candidate, Group, RankedGroup
 
 torch.set_num_threads(1)  # tiny models gain nothing from more; and a forked child must not need the parent's threads
 dust.tqdm.monitor_interval = 0
@@ -460,8 +461,8 @@ def test_the_same_program_runs_once_and_only_for_its_own_problem(tmp_path, monke
     assert [c.correct for c in drawn] == [True, True, False, True, False, False, False, False]
 
 
-def judged(name: str, *rankings: list[int]) -> list[Judged]:
-    return [Judged(Group(problem(name), []), [Candidate(name, "", "", bool(y)) for y in labels], "", False)
+def judged(name: str, *rankings: list[int]) -> list[RankedGroup]:
+    return [RankedGroup(Group(problem(name), []), [Candidate(name, "", "", bool(y)) for y in labels], "", False)
             for labels in rankings]
 
 

@@ -11,7 +11,7 @@ import transformers
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import grpo
 import prefix
-from data.model import checkpoint_layers
+from plumbing.models import checkpoint_layers
 
 torch.set_num_threads(1)
 EOS = 5

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data import load_problems
+from plumbing.problems import load_problems
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 sys.path.insert(0, str(DATA))

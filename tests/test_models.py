@@ -13,9 +13,10 @@ import dust
 import prefix
 import rank_prompt
 from conftest import SMALL, bytes_kept
-from data import BadInput, Problem, chat, memory, progress, runs
-from data.model import SHORT_NAMES, SmallStepAdam, full_name, load_config, load_model, make_optimizer, warm_up
-from data.presets import PAPER
+from plumbing import chat, memory, progress, runs
+from plumbing.problems import BadInput, Problem
+from plumbing.models import SHORT_NAMES, SmallStepAdam, full_name, load_config, load_model, make_optimizer, warm_up
+from plumbing.presets import PAPER
 from dust import Candidate, Group
 from test_dust import check_run, error_of, run_dust
 
@@ -290,7 +291,7 @@ def test_a_model_that_does_not_load_is_called_by_its_own_option(option, tmp_path
 
 def test_a_download_that_was_stopped_goes_on(monkeypatch):
     """Its configuration is here, its weights are not: as "local" the model would never load again."""
-    from data.model import from_hub
+    from plumbing.models import from_hub
 
     asked = []
 
@@ -330,7 +331,6 @@ def test_presets_and_data_follow_the_model_and_what_is_given_wins():
 
 
 @pytest.mark.parametrize("arguments, reason", [
-    (["--cuda-graphs"], "--cuda-graphs is for --device cuda"),
     (["--dual-clip", "0.5"], "--dual-clip is 0.5; it has to be above 1"),
     (["--rank-with", "nowhere"], "--rank-with only measures"),
     (["--warmup", "-1"], "--warmup is -1"),

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dust
 import rank_prompt
-from data import Problem
-from dust import Candidate, Group, Judged
+from plumbing.problems import Problem
+from dust import Candidate, Group, RankedGroup
 from test_dust import ROOT, error_of, run_dust
 
 MODES = ["rank", "rank-onpolicy", "generate", "iterative", "sft"]
@@ -160,7 +160,7 @@ def test_the_final_of_eight_holds_the_better_half_of_each_group():
     for problem in problems:
         for repeat in range(3):
             own = [Candidate(problem.id, f"{repeat}{place}", "x") for place in range(4)]
-            judged.append(Judged(Group(problem, own[::-1]), own, "", False))
+            judged.append(RankedGroup(Group(problem, own[::-1]), own, "", False))
     finals = dust.final_groups(judged, 3)
     assert [final.problem.id for final in finals] == ["a", "b"]
     assert [c.answer for c in finals[1].candidates] == ["00", "01", "10", "11"]
@@ -169,7 +169,7 @@ def test_the_final_of_eight_holds_the_better_half_of_each_group():
 def test_a_teacher_under_adapters_is_the_base(llama, tmp_path, monkeypatch):
     """With LoRA the frozen copy is the model itself: with its adapters on, the student would learn its own answers."""
     pytest.importorskip("peft")
-    from data.model import lora_layers
+    from plumbing.models import lora_layers
 
     off, draw_answers = [], dust.draw_answers
 

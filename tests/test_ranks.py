@@ -16,8 +16,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import dust
 import grpo
 import prefix
-from data import Problem, ranks
-from data.model import gathered, load_checkpoint, make_optimizer, save_checkpoint, shard_model, whole
+from plumbing import ranks
+from plumbing.problems import Problem
+from plumbing.models import gathered, load_checkpoint, make_optimizer, save_checkpoint, shard_model, whole
 from test_grpo import distance, qwen3, scored
 
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ import torch
 
 import dust
 import sandbox
-from data import load_problems
+from plumbing.problems import load_problems
 
 EASY = {  # function -> what it returns, arguments, a value: a model of 135 M parameters gets some of them right
     "add": ("the sum of a and b", "a, b", ["add(2, 3) == 5", "add(-1, 1) == 0"]),

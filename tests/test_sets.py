@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import sandbox
-from data import BadInput, Problem, load_problems, sets, without_overlap
+from plumbing import sets
+from plumbing.problems import BadInput, Problem, load_problems, without_overlap
 
 
 def write(path: Path, *records) -> Path:

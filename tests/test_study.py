@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data import Problem, findings, report, study
+from data import findings, study
+from plumbing import report
+from plumbing.problems import Problem
 
 
 PROGRAM = SimpleNamespace(code="print(1)", correct=True)

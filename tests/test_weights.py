@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 import dust
 import prefix
 from conftest import bytes_kept
-from data import BadInput, memory, runs
-from data.model import (SmallStepAdam, adapters_off, add_lora, checkpoint_layers, load_checkpoint, make_optimizer,
+from plumbing import memory, runs
+from plumbing.problems import BadInput
+from plumbing.models import (SmallStepAdam, lora_disabled, add_lora, checkpoint_layers, load_checkpoint, make_optimizer,
                         save_checkpoint, save_model)
 
 torch.set_num_threads(1)
@@ -156,7 +157,7 @@ def test_adapters_can_be_switched_off_and_are_merged_in_what_is_saved(tmp_path):
     with torch.no_grad():
         for p in trained:
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
-    with torch.no_grad(), adapters_off(model):
+    with torch.no_grad(), lora_disabled(model):
         torch.testing.assert_close(model(ids).logits, base(ids).logits)
     assert all(p.requires_grad for p in trained)
     adapted = model(ids).logits.detach()

@@ -3,7 +3,7 @@ import torch
 
 import dust
 import rank_prompt
-from data import Problem
+from plumbing.problems import Problem
 
 PROBLEM = Problem("p", "?", [])
 

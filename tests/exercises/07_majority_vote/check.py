@@ -1,5 +1,5 @@
 import dust
-from data import Problem
+from plumbing.problems import Problem
 
 TESTS = [{"input": f"{n}\n", "output": "looked at"} for n in (1, 2, 3)]
 SAME, SAME_TOO = "print(int(input()) + 1)", "n = int(input())\nprint(n + 1)"
@@ -10,7 +10,7 @@ def order(*codes) -> list:
     """The codes as the vote orders them; the labels say the opposite, so whoever reads them is seen."""
     candidates = [dust.Candidate("p", "", code, correct=code in (CRASH, LONELY)) for code in codes]
     judged = dust.vote(dust.Group(Problem("p", "?", TESTS), candidates), dust.Args(workers=1))
-    assert isinstance(judged, dust.Judged) and not judged.malformed and judged.group.candidates == candidates
+    assert isinstance(judged, dust.RankedGroup) and not judged.malformed and judged.group.candidates == candidates
     return [c.code for c in judged.ordered]
 
 

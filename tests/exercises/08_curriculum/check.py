@@ -3,7 +3,7 @@ import math
 import pytest
 
 import dust
-from data import Problem
+from plumbing.problems import Problem
 
 
 def groups() -> list:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 import sandbox
-from data import BadInput, load_problems, read_problem
+from plumbing.problems import BadInput, load_problems, read_problem
 
 RECORD = {"id": "p1", "question": "Double each digit.", "examples": ["2 0 0 -> 4 0 0", "1 5 9 -> 2 0 8"]}
 

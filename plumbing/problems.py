@@ -1,6 +1,6 @@
 """Problems: what the model is asked, and the tests that decide whether a program is correct.
 
-    from data import load_problems
+    from plumbing.problems import load_problems
     problems = load_problems("data/train.jsonl")
 
 Reads public sets by their name or from a file in their format (sets.py), and the project's own JSONL, one problem a
@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
 
-HERE = Path(__file__).resolve().parent
-NAMES = {"micro-train": HERE / "train.jsonl", "micro-eval": HERE / "eval.jsonl"}  # the shipped micro-lab
+DATA = Path(__file__).resolve().parent.parent / "data"
+NAMES = {"micro-train": DATA / "train.jsonl", "micro-eval": DATA / "eval.jsonl"}  # the shipped micro-lab
 
 
 class BadInput(Exception):
@@ -53,7 +53,7 @@ def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
     that is not as it should be: one bad line spoils a long run much later, or silently shrinks a test set. Only what is
     known to be broken in a public set is left out, and one line on stderr says how much of it.
     """
-    from data import sets  # not above: it stands on this module
+    from plumbing import sets  # not above: it stands on this module
 
     name = str(path_or_name)
     problems, place, statements, left_out = [], {}, set(), Counter()
@@ -100,7 +100,7 @@ def read_json(path: str) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"line {number}", record
     except (OSError, UnicodeDecodeError) as error:
-        from data.sets import HUB
+        from plumbing.sets import HUB
 
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         names = ", ".join([*NAMES, *HUB])
@@ -158,12 +158,12 @@ def check_test(test, where: str) -> None:
                          'or "asserts"')
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """A file is there in full or not at all."""
     path.with_suffix(".new").write_text(text, encoding="utf-8")
     path.with_suffix(".new").replace(path)
 
 
-def derive(*parts) -> int:
+def seed_for(*parts) -> int:
     """A seed for one unit of work. Each unit has its own, so that a resumed run draws what the whole one would have."""
     return zlib.crc32("/".join(map(str, parts)).encode())

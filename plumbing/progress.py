@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import BadInput, ranks
+from plumbing import ranks
+from plumbing.problems import BadInput
 
 
 class Journal:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from data import BadInput, first_line, ranks
+from plumbing import ranks
+from plumbing.problems import BadInput, first_line
 
 # bytes of each weight (its gradient has as many), and of its optimiser state: fp32 m and v (8 together), then the fp32
 # master (4) or the bf16 compensation (2); see SmallStepAdam in model.py

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import BadInput, ranks, write_whole
+from plumbing import ranks
+from plumbing.problems import BadInput, write_atomic
 
 OPEN, CLOSE = "<think>", "</think>"
 SAME = {"[THINK]": OPEN, "[/THINK]": CLOSE, "<seed:think>": OPEN, "</seed:think>": CLOSE}  # other names for the two
@@ -119,7 +120,7 @@ def show_first(out: Path, kind: str, tokenizer, prompt: torch.Tensor) -> None:
     if ranks.rank() or heading in text:
         return
     asked = tokenizer.decode(prompt)
-    write_whole(path, f"{text}{heading}{asked}\n\n")
+    write_atomic(path, f"{text}{heading}{asked}\n\n")
     half, more = LONGEST_SHOWN // 2, len(asked) - LONGEST_SHOWN
     shown = f"{asked[:half]}\n[... {more} characters, all in {path} ...]\n{asked[-half:]}" if more > 0 else asked
     tqdm.write(heading + shown + "\n-----")

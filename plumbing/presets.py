@@ -3,7 +3,7 @@ import argparse
 from dataclasses import field, fields
 from pathlib import Path
 
-from data.model import full_name, model_folder
+from plumbing.models import full_name, model_folder
 
 PAPER = dict(  # section 3.1, appendix B, table 4
     candidates=64, batch=64, ppo_epochs=3, steps=180, lr=1e-6, max_new_tokens=32768, repeats=10, save_every=10

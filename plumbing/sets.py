@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from typing import Any, Callable, Iterator, NamedTuple
 
-from data import BadInput, Problem, check_test, first_line, read_json, read_problem
+from plumbing.problems import BadInput, Problem, check_test, first_line, read_json, read_problem
 
 KEPT_TESTS = 50  # of an rStar-Coder problem, as many as the release keeps
 KEPT_CHARACTERS = 1 << 20  # of them together: some generated inputs have a gigabyte

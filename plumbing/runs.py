@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import (NAMES, BadInput, Problem, derive, first_line, load_problems, memory, ranks, without_overlap,
-                  write_whole)
-from data.model import leaves_room, load_config
-from data.progress import Clock
-from data.report import EVAL_CANDIDATES
+from plumbing import memory, ranks
+from plumbing.problems import NAMES, BadInput, Problem, seed_for, first_line, load_problems, without_overlap, write_atomic
+from plumbing.models import fits_context, load_config
+from plumbing.progress import Clock
+from plumbing.report import EVAL_CANDIDATES
 
-NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick", "cuda_graphs"}
+NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick"}
 
 
 def check_args(args):
@@ -69,8 +69,6 @@ def check_args(args):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
         raise BadInput(f"--device {device} does not work here: {first_line(error)}") from None
-    if args.cuda_graphs and (args.shard or not device.startswith("cuda")):
-        raise BadInput("--cuda-graphs is for --device cuda, without --shard")
     return replace(args, device=device)
 
 
@@ -157,7 +155,7 @@ def open_run(out: Path, before: dict, args, problems: list[Problem], held_out: l
     if changed:
         values = ", ".join(f"{name} was {before[name]!r}" for name in changed)
         raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {values}")
-    digests = {"train": derive(*problems), "eval": derive(*held_out)}
+    digests = {"train": seed_for(*problems), "eval": seed_for(*held_out)}
     for name in digests:
         if before and before["digests"].get(name) != digests[name]:
             raise BadInput(f"the problems of --{name} {getattr(args, name)} are not those that {out} was started with")
@@ -166,7 +164,7 @@ def open_run(out: Path, before: dict, args, problems: list[Problem], held_out: l
     except OSError as error:
         raise BadInput(f"--out {out}: cannot make this folder: {error.strerror}") from None
     if ranks.rank() == 0:
-        write_whole(out / "args.json", json.dumps(asdict(args) | {"digests": digests}, indent=1))
+        write_atomic(out / "args.json", json.dumps(asdict(args) | {"digests": digests}, indent=1))
 
 
 def plan(problems: list[Problem], held_out: list[Problem], args, out: Path, needs: list[str]) -> Clock:
@@ -203,7 +201,7 @@ def plan(problems: list[Problem], held_out: list[Problem], args, out: Path, need
 
 def without_long_ones(model, problems: list[Problem], prompts: dict[str, torch.Tensor], answer_tokens: int) -> list:
     """The problems whose prompt [L], found by their id, leaves room for an answer. Raises BadInput where none does."""
-    kept = [p for p in problems if leaves_room(model, prompts[p.id], answer_tokens)]
+    kept = [p for p in problems if fits_context(model, prompts[p.id], answer_tokens)]
     if not kept:
         raise BadInput(f"no problem's prompt fits the model's context with --max-new-tokens {answer_tokens}")
     if len(kept) < len(problems):

@@ -10,8 +10,9 @@ import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import BadInput, first_line, ranks
-from data.chat import check_template
+from plumbing import ranks
+from plumbing.problems import BadInput, first_line
+from plumbing.chat import check_template
 from prefix import shares_prompts
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -113,7 +114,7 @@ def eos_ids(model, tokenizer) -> list[int]:
     return sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
 
 
-def leaves_room(model, prompt: torch.Tensor, answer_tokens: int) -> bool:
+def fits_context(model, prompt: torch.Tensor, answer_tokens: int) -> bool:
     """Whether a prompt [L] and the longest answer fit the model's context; beyond it are positions it never saw."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return not context or len(prompt) + answer_tokens <= context
@@ -264,7 +265,7 @@ def frozen_copy(model, args):
 
 
 @contextlib.contextmanager
-def adapters_off(model):
+def lora_disabled(model):
     """Within it the model is the one that the adapters were added to; a model without adapters is as it is."""
     for _, layer in lora_layers(model):
         layer.enable_adapters(False)

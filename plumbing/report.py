@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from data import write_whole
+from plumbing.problems import write_atomic
 from rank_prompt import ndcg, pair_accuracy, random_ndcg
 
 EVAL_CANDIDATES = 4  # N of Best-of-N (section 3.1)
@@ -297,10 +297,10 @@ def write_report(rows: dict[str, list], finals: dict[str, list], args: dict, sec
     spent = [f"- {name}: {s:.0f} s ({s / total:.0%})" for name, s in seconds.items()]
     parts += ["## Counts\n\n" + "\n".join(counted), f"## Time of this process: {total:.0f} s\n\n" + "\n".join(spent)]
     text = "\n\n".join(parts) + "\n"
-    write_whole(out / "judged.jsonl", judged_lines(rows, finals))
-    write_whole(out / "report.json", json.dumps(summary, indent=1))
-    write_whole(out / "report.md", text)
-    write_whole(out / "examples.md", examples(rows))
+    write_atomic(out / "judged.jsonl", judged_lines(rows, finals))
+    write_atomic(out / "report.json", json.dumps(summary, indent=1))
+    write_atomic(out / "report.md", text)
+    write_atomic(out / "examples.md", examples(rows))
     with contextlib.suppress(ImportError):
         draw_best_of_n(summary["best_of_n"], out)
         draw_curves(out)
