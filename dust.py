@@ -1,162 +1,192 @@
 """DuST: train a model to judge its own programs, and see whether it writes better ones.
 
-"Primal Generation, Dual Judgment: Self-Training from Test-Time Scaling" (arXiv 2605.11299), from top to bottom:
+"Primal Generation, Dual Judgment: Self-Training from Test-Time Scaling" (arXiv 2605.11299), in the paper's order:
 
-    problems -> sample -> label -> make_groups -> train (rollout -> score -> update) -> draw -> judge -> write_report
+    section 2.2   sample, label, make_groups        programs, their labels, mixed groups of K = 4
+    section 2.3   score_rollouts                    what a ranking earns (rank_prompt.py)
+    section 2.4   train                             rollout -> reward -> advantage -> loss -> step (grpo.py)
+    section 3.1   evaluation_groups, rank_candidates, METRICS        pass@1, NDCG, Best-of-4
+    tables 2, 3   run, train                        the three rows; the five modes of training
 
-`run` near the end of this file is the method; each stage is a function from one list to the next. The model's side of
-training is in grpo.py, the prompts and rewards are in rank_prompt.py, the programs run in sandbox.py.
+Read `run` first, near the end of this file, then from `sample` on. Each stage is a function from one list to the next.
 
-    python dust.py                      # the whole method on the shipped model, about six minutes on a laptop
+    python dust.py                      # the whole method on the shipped model, a few minutes on a laptop
     python dust.py --quick              # the same in about a minute
     python dust.py --model Qwen3-4B     # a real model on real problems, with the paper's settings
 """
-import contextlib
+import copy
 import json
 import os
 import random
+import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from math import comb
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from tqdm import tqdm
-
-import grpo
 import rank_prompt
 import sandbox
-from plumbing import memory, ranks
-from plumbing.problems import BadInput, Problem, seed_for, write_atomic
-from plumbing.chat import decode, encode, encode_answers, show_first, writes_one_form
-from plumbing.models import (SHORT_NAMES, lora_disabled, add_lora, checkpoint_layers, eos_ids, frozen_copy, gathered,
-                        fits_context, load_checkpoint, load_config, load_model, make_optimizer, save_checkpoint,
-                        save_model, warm_up)
-from plumbing.presets import DATA, PRESETS, arg, command_line
-from plumbing.progress import Clock, Journal
-from plumbing.report import EVAL_CANDIDATES, describe_rollouts, final_groups, mean, write_report
-from plumbing.runs import (check_args, check_groups, find_run, fit, open_run, plan, problems_of, what_to_put_right,
-                       without_long_ones)
+from plumbing.problems import BadInput, Problem, load_problems, seed_for, without_overlap
+from plumbing.settings import arg, check_bounds, read_options
 
 HERE = Path(__file__).resolve().parent
 
-# ------------------------------------------------------------------------------------------------------ arguments
+# ---------------------------------------------------------------------------------------------------------- settings
 
 
 @dataclass
 class Args:
-    """Every setting of a run. The defaults are the laptop's; the paper's value stands in brackets where it differs.
+    """Every setting of a run. The defaults suit the shipped model; the paper's value stands in brackets.
 
     Where the paper and its authors' release disagree there is one field, with the paper's value as its default.
     """
 
-    model: str = arg(str(HERE / "data" / "tiny"), "model folder, name on the Hub, or one of\n" + ", ".join(SHORT_NAMES),
+    model: str = arg(str(HERE / "data" / "tiny"), "model folder, name on the Hub, or a short name such as Qwen3-4B",
                      section="what to run")
-    train: str = arg("micro-train", f"training problems: a file or a known set [for any other model: {DATA['train']}]")
-    eval: str = arg("micro-eval", f"evaluation problems: likewise [for any other model: {DATA['eval']}]")
+    train: str = arg("micro-train", "training problems: a file or a known set [rstar-coder]")
+    eval: str = arg("micro-eval", "evaluation problems: a file or a known set [livecodebench-v6]")
     out: str = arg("", "folder of the run; without it a new one below runs/ (with --resume: the newest there)")
-    preset: str = arg("", "laptop: for the micro-lab, default for the shipped model; paper: the paper's "
-                      "settings,\ndefault for any other model; release: what its authors' code does instead; quick: a "
-                      "real model on\none 24 GB GPU: 500 problems x 16 candidates, 60 steps, answers of 8192 tokens, "
-                      "LoRA", choices=list(PRESETS))
+    preset: str = arg("", "laptop: for the shipped model, and its default; paper: the paper's settings, the default\n"
+                      "for any other model; release: the settings of the authors' code; quick: a real model on\n"
+                      "one 24 GB GPU", choices=["laptop", "paper", "release", "quick"])
     quick: bool = arg(False, "a run of about a minute: fewer problems, candidates and steps")
-    eval_only: bool = arg(False, "measure the model as it is: no training")
-    rank_with: str = arg("", "with --eval-only: another model orders the programs that --model writes")
+    eval_only: bool = arg(False, "measure the model as it is, without training")
     resume: bool = arg(False, "go on with the run in --out where it was stopped")
     seed: int = arg(0, "seed of everything random")
-    device: str = arg("", "cpu, cuda, mps; without it cuda where there is one, else cpu")
-    workers: int = arg(os.cpu_count() or 1, "sandbox processes; 0: none, for a debugger: all in this process and one "
-                       "thread,\nthe shipped problems' programs included, which then run without isolation")
+    device: str = arg("", "cpu, cuda or mps; without it cuda where there is a GPU, else cpu")
+    workers: int = arg(os.cpu_count() or 1, "sandbox processes", least=1)
 
-    mode: str = arg("rank", "rank: rankings of the base's candidates; rank-onpolicy: of candidates drawn anew for each "
-                    "step;\ngenerate: programs, for pass or fail; iterative: blocks of steps of the last two in turn; "
-                    "sft: no\nreward, the teacher's own rankings where each pair is right",
+    mode: str = arg("rank", "rank: rank the base model's candidates; rank-onpolicy: rank candidates drawn anew for\n"
+                    "each step; generate: write programs that pass; iterative: blocks of the last two in turn;\n"
+                    "sft: imitate right rankings, without a reward",
                     choices=["rank", "rank-onpolicy", "generate", "iterative", "sft"],
-                    section="what is trained on (paper, table 3 and figure 3)")
-    block: int = arg(50, "steps in a block of --mode iterative")
-    teacher: str = arg("", "the model whose rankings --mode sft learns; without it the model itself, before training")
-    init: str = arg("", "start training from the model of another run (its folder), or from another model folder")
+                    section="what training learns from (paper, table 3 and figure 3)")
+    block: int = arg(50, "steps in a block of --mode iterative", least=1)
+    teacher: str = arg("", "model whose rankings --mode sft imitates; without it the model itself, before training")
+    init: str = arg("", "start training from another run's model (its folder), or from another model folder")
 
-    limit: int = arg(0, "use only the first so many training problems; 0: all",
+    limit: int = arg(0, "use only the first so many training problems; 0: all", least=0,
                      section="problems, candidates and groups (paper 2.2)")
-    eval_limit: int = arg(0, "use only so many evaluation problems, evenly spread over the file; 0: all")
-    candidates: int = arg(16, "M, programs sampled for each training problem [64]")
-    group_size: int = arg(4, "K, candidates in a ranking group")
-    labels: str = arg("binary", "a program's label: 1 if all tests pass, else 0; or the share of them that pass;\n"
-                      "the evaluation is always binary", choices=["binary", "fractional"])
-    timeout: float = arg(10.0, "seconds a program may take for one test")
-    memory_mb: int = arg(1024, "memory a program may take")
+    eval_limit: int = arg(0, "use only so many evaluation problems, evenly spread over the file; 0: all", least=0)
+    candidates: int = arg(16, "M, programs sampled for each training problem [64]", least=1)
+    group_size: int = arg(4, "K, candidates in a ranking group [4]", least=2)
+    timeout: float = arg(10.0, "seconds that a program may take for one test", above=0)
+    memory_mb: int = arg(1024, "megabytes of memory that a program may take", least=1)
 
-    reward: str = arg("pairacc", "what a ranking is paid for, in the modes that reward rankings",
-                      choices=list(rank_prompt.REWARDS), section="judging (paper 2.3)")
+    reward: str = arg("pairacc", "what a ranking is rewarded for", choices=list(rank_prompt.REWARDS),
+                      section="judging (paper 2.3)")
     thinking: str = arg("both", "which answers have a thinking part (the chat template's enable_thinking)",
                         choices=["both", "programs", "rankings", "none"])
-    reasoning_effort: str = arg("", "how long a model thinks whose template asks for it, as GPT-OSS's does",
+    reasoning_effort: str = arg("", "how long a model thinks whose chat template asks for it, such as GPT-OSS",
                                 choices=["low", "medium", "high"])
-    question: str = arg("problem", "what a ranking prompt starts with: the problem, or all of the prompt for a program",
-                        choices=["problem", "prompt"])
-    shuffle: bool = arg(True, "show a group's candidates in a new order at each training step")
-    parser: str = arg("strict", "how rankings are read; lenient takes the first numbers it finds",
-                      choices=list(rank_prompt.READERS))
+    shuffle: bool = arg(True, "show a group's candidates in the order of sampling, not in a new order at each step")
 
-    answers: int = arg(8, "G, answers sampled for each prompt: rankings, or programs with --mode generate",
-                       section="GRPO (paper 2.4, table 4)")
-    batch: int = arg(16, "prompts a step [64]")
-    mini_batch: int = arg(16, "prompts an optimiser step")
-    ppo_epochs: int = arg(1, "passes over each batch [3]")
-    steps: int = arg(60, "steps in all, over as many passes through the groups as they need [180]")
-    lr: float = arg(1e-4, "learning rate of AdamW, constant [1e-6; a model of 1 M parameters needs a larger one]")
-    weight_decay: float = arg(0.0, "weight decay of AdamW")
-    warmup: int = arg(0, "steps in which the learning rate grows to --lr")
-    loss: str = arg("sequence", "mean over each answer's tokens, then over answers; or over all tokens",
+    answers: int = arg(8, "G, answers sampled for each prompt [8]", least=2, section="GRPO (paper 2.4, table 4)")
+    batch: int = arg(16, "prompts in a step [64]", least=1)
+    mini_batch: int = arg(16, "prompts in an optimiser step [16]", least=1)
+    ppo_epochs: int = arg(1, "passes over each batch [3]", least=1)
+    steps: int = arg(60, "steps in all, over as many passes through the groups as they need [180]", least=0)
+    lr: float = arg(1e-4, "learning rate of AdamW, constant [1e-6; a tiny model needs a larger one]", above=0)
+    weight_decay: float = arg(0.0, "weight decay of AdamW", least=0)
+    warmup: int = arg(0, "steps in which the learning rate grows to --lr", least=0)
+    loss: str = arg("sequence", "sequence: mean over an answer's tokens, then over answers; token: over all tokens",
                     choices=["sequence", "token"])
-    clip: float = arg(0.2, "clip range of the ratio, both ways")
-    clip_high: float = arg(0.0, "clip range upwards; 0: the same as --clip")
-    dual_clip: float = arg(0.0, "bound of the ratio where an answer did worse than its siblings; 0: none")
-    kl: float = arg(0.001, "weight of the KL term to the frozen model that training starts from; 0: none")
-    temperature: float = arg(1.0, "temperature of candidates and training answers")
-    max_new_tokens: int = arg(192, "longest answer, thinking included [32768]")
-    micro_tokens: int = arg(16384, "tokens in one training forward, padding included: bounds the memory")
-    optimizer: str = arg("", "how weights are kept: fp32; bf16 with fp32 masters; bf16 with kahan compensation, for\n"
-                         "one 80 GB GPU; without it the first of these that fits the memory",
-                         choices=list(memory.STORED))
-    lora: int = arg(0, "train adapters of this rank instead of all weights (package peft); 0: all weights")
+    clip: float = arg(0.2, "clip range of the ratio, in both directions [0.2]", least=0)
+    clip_high: float = arg(0.0, "clip range of the ratio upwards; 0: the same as --clip", least=0)
+    dual_clip: float = arg(0.0, "upper bound of the ratio for tokens with a negative advantage; 0: off", least=0)
+    kl: float = arg(0.001, "weight of the KL term to the model that training starts from; 0: off [0.001]", least=0)
+    temperature: float = arg(1.0, "temperature of candidates and training answers [1.0]", above=0)
+    max_new_tokens: int = arg(192, "longest answer in tokens, thinking included [32768]", least=1)
+    micro_tokens: int = arg(16384, "tokens in one training forward: bounds the memory, not the result", least=1)
+    optimizer: str = arg("", "how weights are kept: fp32; masters: bf16 with fp32 masters; kahan: bf16 with kahan\n"
+                         "compensation; without it the first of these that fits the memory",
+                         choices=["fp32", "masters", "kahan"])
+    lora: int = arg(0, "train adapters of this rank instead of all weights (package peft); 0: all weights", least=0)
     shard: bool = arg(False, "spread weights, gradients and optimiser over torchrun's processes (FSDP2)")
-    save_every: int = arg(1, "steps between checkpoints")
-    rows: int = arg(256, "answers that are decoded at a time: bounds the memory")
+    save_every: int = arg(1, "steps between checkpoints", least=1)
+    rows: int = arg(256, "answers that are decoded at a time: bounds the memory, not the result", least=1)
 
-    repeats: int = arg(2, "R, evaluation groups drawn for each problem [10]", section="evaluation (paper 3.1)")
-    eval_temperature: float = arg(0.6, "temperature of the evaluation, for programs and rankings")
-    top_p: float = arg(0.95, "nucleus of the evaluation")
-    top_k: int = arg(20, "top-k of the evaluation")
-
-
-def parse_args(argv: list[str] | None) -> Args:
-    """Command line -> Args, checked. What is given wins over --quick, which wins over the preset."""
-    return check_args(Args(**command_line(Args, argv, __doc__.split("\n\n")[0])))
+    repeats: int = arg(2, "R, evaluation groups drawn for each problem [10]", least=1, section="evaluation (paper 3.1)")
+    eval_temperature: float = arg(0.6, "temperature of programs and rankings in the evaluation [0.6]", least=0)
+    top_p: float = arg(0.95, "nucleus of the evaluation [0.95]", above=0)
+    top_k: int = arg(20, "top-k of the evaluation [20]", least=0)
 
 
-# ---------------------------------------------------------------------------------------- what flows, and what stays
+PAPER = dict(  # section 3.1, appendix B, table 4
+    candidates=64, batch=64, ppo_epochs=3, steps=180, lr=1e-6, max_new_tokens=32768, repeats=10, save_every=10,
+)
+RELEASE = PAPER | dict(  # where the authors' code differs from the paper
+    clip_high=0.28, dual_clip=10.0, loss="token", kl=0.0, weight_decay=0.1, warmup=10, shuffle=False, repeats=6,
+    eval_temperature=1.0,
+)
+QUICK_REAL = dict(  # a real model on one GPU of 24 GB: adapters, which need a larger learning rate
+    limit=500, candidates=16, batch=16, steps=60, lr=2e-5, lora=16, max_new_tokens=8192, repeats=2, save_every=5,
+    rows=8, optimizer="kahan",
+)
+PRESETS = {"laptop": {}, "paper": PAPER, "release": RELEASE, "quick": QUICK_REAL}
+REAL_PROBLEMS = dict(train="rstar-coder", eval="livecodebench-v6")  # the paper's, for every model but the shipped one
+QUICK = dict(limit=60, eval_limit=60, candidates=8, steps=10, repeats=1)  # --quick, on top of any preset
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The settings of a command line. An option wins over --quick, and --quick over the preset.
+
+    Raises BadInput for settings that cannot work.
+    """
+    given = read_options(Args, argv, __doc__.split("\n\n")[0])
+    shipped = Path(given.get("model", Args.model)).resolve() == Path(Args.model).resolve()
+    preset = given.get("preset") or ("laptop" if shipped else "paper")
+    problems = {} if shipped or preset == "laptop" else REAL_PROBLEMS
+    quick = QUICK if given.get("quick") else {}
+    args = Args(**problems | PRESETS[preset] | quick | given | {"preset": preset})
+    check_bounds(args)
+    wrong = {
+        f"--group-size {args.group_size} is larger than --candidates {args.candidates}; sample at least as many "
+        "candidates as stand in a group": args.group_size > args.candidates,
+        f"--timeout is {args.timeout}; it has to be below 1000000 seconds": args.timeout >= 1e6,
+        f"--dual-clip is {args.dual_clip}; it has to be above 1, the ratio of an unchanged model, or 0":
+            0 < args.dual_clip <= 1,
+        "--init works only without --eval-only; to measure a run's model: --eval-only --model FOLDER":
+            args.init and args.eval_only,
+        "--teacher works only with --mode sft": args.teacher and args.mode != "sft",
+        "--lora needs the package peft: pip install peft": args.lora and not find_spec("peft"),
+        "--shard spreads all weights over torchrun's processes: start it with torchrun, without --lora":
+            args.shard and (args.lora or "WORLD_SIZE" not in os.environ),
+    }
+    for message, applies in wrong.items():
+        if applies:
+            raise BadInput(message)
+    return args
+
+
+if __name__ == "__main__":  # --help and a wrong option answer at once: only what follows imports torch, which is slow
+    try:
+        parse_args()
+    except BadInput as error:
+        print(f"dust: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+import torch  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import grpo  # noqa: E402
+from grpo import Rollout, Sampling  # noqa: E402
+from plumbing import models, ranks, report, runs  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------ what flows through
 
 
 @dataclass
 class Candidate:
-    """One sampled answer. code is None where no program could be extracted; correct only once it has been run.
-
-    share: of its tests that it passes, where labels are fractional.
-    """
+    """One sampled answer to a problem. code is None where it holds no program; correct is set once the code was run."""
 
     problem_id: str
     answer: str
     code: str | None
-    correct: bool = False
-    share: float | None = None
-
-    @property
-    def label(self) -> float:
-        """y (paper 2.2): 1 or 0; where labels are fractional the share of the tests that it passes."""
-        return int(self.correct) if self.share is None else self.share
+    correct: bool = False  # y (paper 2.2): the program passes every test
 
 
 @dataclass
@@ -167,156 +197,194 @@ class Group:
     candidates: list[Candidate]
 
     @property
-    def labels(self) -> list[float]:
-        """y of each candidate, in the order shown."""
-        return [c.label for c in self.candidates]
-
-    @property
-    def mixed(self) -> bool:
-        """Whether there is a pair to put in order (paper 2.2)."""
-        return len(set(self.labels)) > 1
+    def labels(self) -> list[int]:
+        """y of each candidate, 1 or 0, in the order shown."""
+        return [int(candidate.correct) for candidate in self.candidates]
 
     def shuffled(self, *seed) -> "Group":
-        """The same group in another order, for a judge must not learn positions (it would: trap 3 in tutorial.md)."""
-        return Group(self.problem, random.Random(seed_for(*seed)).sample(self.candidates, len(self.candidates)))
+        """The same group in another order, because a judge must not learn positions (trap 3 in tutorial.md)."""
+        order = random.Random(seed_for(*seed)).sample(self.candidates, len(self.candidates))
+        return Group(self.problem, order)
 
 
 @dataclass
 class RankedGroup:
-    """One evaluation group as a judge ordered it, and the words that it was ordered with."""
+    """An evaluation group in the order that a judge gave it, and the words in which it did."""
 
     group: Group  # as it was shown: shuffled, without the answers that hold no program
-    ordered: list[Candidate]  # best-ranked first; those answers come last
+    ordered: list[Candidate]  # best first; answers without a program come last
     answer: str
     malformed: bool
 
     @property
     def ranked(self) -> list[int]:
-        """1 for a correct program, 0 for a wrong one, the best-ranked first."""
-        return [int(c.correct) for c in self.ordered]
+        """The labels in the judge's order: 1 for a correct program, 0 for a wrong one."""
+        return [int(candidate.correct) for candidate in self.ordered]
 
 
-def parts(work, size: int) -> list:
-    """A list or range cut into pieces of this size, the last one shorter."""
-    return [work[start : start + size] for start in range(0, len(work), size)]
+# ---------------------------------------------------------------------------------------- problems, model and prompts
 
 
-# ---------------------------------------------------------------------------------------------------------- the model
+def read_problems(args: Args) -> tuple[list[Problem], list[Problem]]:
+    """The problems of --train (none with --eval-only) and those of --eval.
+
+    A training problem that also stands in --eval is left out and counted, because a gain on what was trained on is no
+    gain. Only where both options name the same file nothing is left out: then the user wants to see memorising.
+    """
+    held_out = load_problems(args.eval)
+    count = min(args.eval_limit or len(held_out), len(held_out))
+    spread = [held_out[i * len(held_out) // count] for i in range(count)]
+    if args.eval_only:
+        return [], spread
+    if args.train == args.eval:
+        tqdm.write(f"--train and --eval are the same, {args.train}: what is measured was trained on")
+        return load_problems(args.train, args.limit), spread
+    enough = args.limit and args.limit + len(held_out)  # a public set can be long, and few of it are wanted
+    problems, removed = without_overlap(load_problems(args.train, enough), held_out)
+    if removed:
+        tqdm.write(f"{removed} of {removed + len(problems)} problems of --train left out: they stand in --eval too")
+    if not problems:
+        raise BadInput(f"every problem of --train {args.train} stands in --eval {args.eval} too: use others")
+    return problems[: args.limit or None], spread
+
+
+def load(name: str, args: Args, option: str = "--model"):
+    """(model, tokenizer) of a name or folder, ready for rollouts and updates. option: the setting that named it."""
+    model, tokenizer = models.load_model(name, args, option)
+    with ranks.unsharded(model):
+        reason = grpo.share_prompts(model)
+    if reason:
+        tqdm.write(f"{option} {name} reads a prompt again for each of its answers, which is slower: {reason}")
+    return model, tokenizer
+
+
+def load_init(tokenizer, args: Args):
+    """The model of --init. Raises BadInput if it has other tokens than --model."""
+    model, its_tokenizer = load(args.init, args, "--init")
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
+    return model
+
+
+def end_ids(model, tokenizer) -> list[int]:
+    """The ids that end an answer: those of the tokenizer and of the generation config, because the two can differ."""
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    return sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
 
 
 def program_ids(tokenizer, problem: Problem, args: Args) -> torch.Tensor:
     """The prompt that asks for a program, as token ids [L]."""
     prompt = rank_prompt.generation_prompt(problem.question, problem.starter_code)
-    return encode(tokenizer, prompt, args.thinking in ("both", "programs"), args.reasoning_effort)
+    return models.encode(tokenizer, prompt, args.thinking in ("both", "programs"), args.reasoning_effort)
 
 
 def ranking_ids(tokenizer, group: Group, args: Args) -> torch.Tensor:
     """The prompt that asks for a ranking (paper 2.3), as token ids [L]."""
-    question, starter_code = group.problem.question, group.problem.starter_code
-    if args.question == "prompt":
-        question = rank_prompt.generation_prompt(question, starter_code)
-    prompt = rank_prompt.ranking_prompt(question, [c.code for c in group.candidates])
-    return encode(tokenizer, prompt, args.thinking in ("both", "rankings"), args.reasoning_effort)
+    prompt = rank_prompt.ranking_prompt(group.problem.question, [c.code for c in group.candidates])
+    return models.encode(tokenizer, prompt, args.thinking in ("both", "rankings"), args.reasoning_effort)
 
 
-# -------------------------------------------------------------------------------------------------------- the stages
+def fits(model, prompt: torch.Tensor, args: Args) -> bool:
+    """Whether a prompt [L] and the longest answer fit the model's context."""
+    return models.fits_context(model, prompt, args.max_new_tokens)
 
 
-def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, count: int, seed: int,
-           journal: Journal, clock: Clock, **sampling) -> list[Candidate]:
-    """`count` answers to each problem (paper 2.2), their programs extracted; ordered by problem.
+def draw(model, tokenizer, prompts: list[torch.Tensor], seeds: list[list[int]], args: Args, sampling: Sampling):
+    """Answers to each prompt [L], one Rollout a prompt; one answer a seed. Every answer of a run is drawn here."""
+    return grpo.rollout(model, prompts, seeds, sampling=sampling, max_new_tokens=args.max_new_tokens,
+                        eos_ids=end_ids(model, tokenizer), max_rows=args.rows)
 
-    sampling: temperature, top_p, top_k of grpo.rollout. About args.rows answers at a time; each draws from a seed of
-    its own, so that the batches change nothing. A problem whose prompt leaves no room gets none (they are counted).
+
+# -------------------------------------------------------------------------------- section 2.2: sample, label, group
+
+
+def sample(model, tokenizer, problems: list[Problem], args: Args, file: Path, evaluation=False) -> list[Candidate]:
+    """M answers to each problem (paper 2.2) and the program in each; with evaluation R times N (paper 3.1).
+
+    file: keeps the answers. Each answer is drawn from a seed of its own, so batches change nothing. A problem whose
+    prompt does not fit the context gets no answers; such problems are counted.
     """
-    prompts = {p.id: program_ids(tokenizer, p, args) for p in problems}
-    problems = without_long_ones(model, problems, prompts, args.max_new_tokens)
-    copies = count if sampling["temperature"] == 0 else 1  # then all answers to a problem are one
+    count, seed, sampling = args.candidates, seed_for(args.seed, "sample"), Sampling(args.temperature)
+    if evaluation:
+        count, seed = BEST_OF * args.repeats, seed_for(args.seed, "evaluate")
+        sampling = Sampling(args.eval_temperature, args.top_p, args.top_k)
+    copies = count if sampling.temperature == 0 else 1  # at temperature 0 all answers to a problem are the same
+    problems, prompts = fitting_problems(model, tokenizer, problems, args)
 
-    def draw_batch(chosen: range) -> dict[str, list]:  # problem -> [[answer, whether it ended], ...]
-        seeds = [[seed_for(seed, problems[i].id, number) for number in range(count // copies)] for i in chosen]
-        asked = [prompts[problems[i].id] for i in chosen]
-        rollouts = roll_out(model, tokenizer, asked, args, answers=count // copies, seeds=seeds, **sampling)
-        units = {}
-        for i, r in zip(chosen, rollouts):
-            bare = [answer[: len(answer) - ended] for answer, ended in zip(r.answers, r.finished)]  # no EOS
-            texts = [decode(tokenizer, r.prompt, answer) for answer in bare]
-            units[problems[i].id] = list(zip(texts, r.finished)) * copies
-        return units
+    def answer(chunk: list[Problem]) -> list[list]:  # for each problem [[text, whether it ended], ...]
+        seeds = [[seed_for(seed, problem.id, i) for i in range(count // copies)] for problem in chunk]
+        rollouts = draw(model, tokenizer, [prompts[problem.id] for problem in chunk], seeds, args, sampling)
+        return [[[text, ended] for text, ended in zip(texts_of(tokenizer, r), r.finished)] * copies for r in rollouts]
 
-    batches = parts(range(len(problems)), max(1, args.rows // count))
-    waiting = [chosen for chosen in batches if not all(problems[i].id in journal.done for i in chosen)]
-    found = len(problems) - sum(map(len, waiting))
-    with clock.stage(name, len(problems), found) as progress, gathered(model):
-        for units in ranks.in_rounds(waiting, draw_batch):
-            journal.add(units)
-            progress.update(len(units))
-            clock.propose(name, progress)
-    answers = [(p.id, text, ended) for p in problems for text, ended in journal.done[p.id]]
-    candidates = [Candidate(problem_id, text, rank_prompt.extract_code(text)) for problem_id, text, _ in answers]
-    without, cut = sum(c.code is None for c in candidates), sum(not ended for *_, ended in answers)
-    limit = args.max_new_tokens
-    tqdm.write(f"  {len(candidates)} answers, {without} without a program, {cut} cut off at {limit} tokens")
+    work = {problem.id: problem for problem in problems}
+    answers = runs.resumable(file, work, answer, size=max(1, args.rows // count))
+    candidates = [Candidate(problem_id, text, rank_prompt.extract_code(text))
+                  for problem_id, drawn in answers.items() for text, _ in drawn]
+    without = sum(candidate.code is None for candidate in candidates)
+    cut = sum(not ended for drawn in answers.values() for _, ended in drawn)
+    tqdm.write(f"  {len(candidates)} answers, {without} without a program, {cut} cut off at {args.max_new_tokens} "
+               "tokens")
     return candidates
 
 
-def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, name: str, journal: Journal,
-          clock: Clock) -> None:
-    """Runs every program and sets `correct` (paper 2.2): y = 1 only when every test passes; and `share` where labels
-    are fractional.
+def fitting_problems(model, tokenizer, problems: list[Problem], args: Args):
+    """(the problems whose prompt fits the context, id -> prompt [L] of each). Raises BadInput where none fits."""
+    prompts = {problem.id: program_ids(tokenizer, problem, args) for problem in problems}
+    kept = [problem for problem in problems if fits(model, prompts[problem.id], args)]
+    if not kept:
+        raise BadInput(f"no problem's prompt fits the model's context with --max-new-tokens {args.max_new_tokens}")
+    if len(kept) < len(problems):
+        tqdm.write(f"  {len(problems) - len(kept)} of {len(problems)} problems get no answer: their prompts and "
+                   f"{args.max_new_tokens} tokens for the answer are longer than the model's context")
+    return kept, prompts
 
-    The same program for the same problem runs once. Programs run in sandbox.py; in this process with --workers 0 alone.
-    Raises SandboxError where the sandbox itself fails.
+
+def texts_of(tokenizer, rollout: Rollout) -> list[str]:
+    """The G answers of a rollout as text, in the form that rank_prompt.py reads, without the token that ended them."""
+    bare = [answer[: len(answer) - ended] for answer, ended in zip(rollout.answers, rollout.finished)]
+    return [models.answer_text(tokenizer, rollout.prompt, answer) for answer in bare]
+
+
+def label(problems: list[Problem], candidates: list[Candidate], args: Args, file: Path) -> None:
+    """Run every program and set `correct` (paper 2.2): y = 1 only when every test passes. file: keeps the labels.
+
+    The same program for the same problem runs once. Raises SandboxError where the sandbox itself fails.
     """
-    tests = {p.id: p.tests for p in problems}
-    programs = list(dict.fromkeys((c.problem_id, c.code) for c in candidates if c.code is not None))
-    keys = {program: f"{program[0]}/{seed_for(program[1])}/{len(program[1])}" for program in programs}
-    waiting = [program for program in programs if keys[program] not in journal.done]
-    with clock.stage(name, len(programs), len(programs) - len(waiting)) as progress:
-        with open_sandbox(args) as pool:
-            size = 32 * min(ranks.every(pool.workers))  # the same on each rank, whose machines may differ
-
-            def run_chunk(chunk: list[tuple[str, str]]) -> dict[str, float]:
-                return dict(zip(map(keys.get, chunk), run_tests(pool, chunk, tests, args)))
-
-            for units in ranks.in_rounds(parts(waiting, size), run_chunk):
-                journal.add(units)
-                progress.update(len(units))
-    set_labels(candidates, {program: journal.done[key] for program, key in keys.items()}, args)
+    tests = {problem.id: problem.tests for problem in problems}
+    programs = dict.fromkeys((c.problem_id, c.code) for c in candidates if c.code is not None)
+    work = {f"{problem_id}/{seed_for(code)}/{len(code)}": (problem_id, code) for problem_id, code in programs}
+    with open_sandbox(args) as pool:
+        labels = runs.resumable(file, work, lambda chunk: run_programs(pool, chunk, tests), size=PROGRAMS_AT_A_TIME)
+    set_labels(candidates, dict(zip(work.values(), labels.values())))
     share = sum(c.correct for c in candidates) / max(len(candidates), 1)
     tqdm.write(f"  {len(programs)} different programs; {share:.1%} of the answers are correct")
 
 
+PROGRAMS_AT_A_TIME = 128  # labelled before they are kept: so many labels a kill can lose
+
+
 def open_sandbox(args: Args) -> sandbox.Pool:
-    """A pool for a `with`: this process's share of --workers; with 0 of them, one that a debugger can step into."""
-    workers = max(1, args.workers // ranks.on_this_machine())
-    limits = dict(timeout=args.timeout, memory_mb=args.memory_mb)
-    return sandbox.Pool(workers=workers, **limits) if args.workers else sandbox.InThisProcess()
+    """The sandbox, for a `with`; processes on one machine share the workers."""
+    workers = max(1, args.workers // ranks.local_world())
+    return sandbox.Pool(workers=workers, timeout=args.timeout, memory_mb=args.memory_mb)
 
 
-def run_tests(pool, programs: list[tuple[str, str]], tests: dict[str, list], args: Args) -> list[float]:
-    """The label of each (problem id, code): 1 where every test passes, else 0.
-
-    With fractional labels the share of the tests that pass: each is a job of its own, for a job ends where one fails.
-    """
-    if args.labels == "binary":
-        return [int(passed) for passed in pool.label([(code, tests[name]) for name, code in programs])]
-    passed = iter(pool.label([(code, [test]) for name, code in programs for test in tests[name]]))
-    return [mean([next(passed) for _ in tests[name]]) for name, _ in programs]
+def run_programs(pool: sandbox.Pool, programs: list[tuple[str, str]], tests: dict[str, list]) -> list[int]:
+    """y of each (problem id, code). tests: problem id -> its tests."""
+    return [int(passed) for passed in pool.label([(code, tests[problem_id]) for problem_id, code in programs])]
 
 
-def set_labels(candidates: list[Candidate], labels: dict[tuple, float], args: Args) -> None:
-    """labels: (problem id, code) -> what run_tests said. An answer without a program is wrong."""
-    for c in candidates:
-        value = labels.get((c.problem_id, c.code), 0)
-        c.correct, c.share = value == 1, value if args.labels == "fractional" else None
+def set_labels(candidates: list[Candidate], labels: dict[tuple[str, str], int]) -> None:
+    """labels: (problem id, code) -> y. An answer without a program is wrong."""
+    for candidate in candidates:
+        candidate.correct = bool(labels.get((candidate.problem_id, candidate.code), 0))
 
 
 def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) -> list[Group]:
-    """Cuts each problem's candidates into groups of k and keeps the mixed ones, 0 < sum(y) < k (paper 2.2).
+    """Cut each problem's candidates into groups of k and keep the mixed ones, 0 < sum(y) < k (paper 2.2).
 
-    With fractional labels: those where not all are equal. Answers without a program are dropped first; fewer than k
-    left over at the end are dropped too.
+    Answers without a program are dropped first. Fewer than k candidates left over at the end are dropped too.
     """
     by_problem = defaultdict(list)
     for candidate in candidates:
@@ -324,352 +392,370 @@ def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) ->
             by_problem[candidate.problem_id].append(candidate)
     groups = []
     for problem in problems:
-        own = by_problem[problem.id]
-        groups += [Group(problem, own[i : i + k]) for i in range(0, len(own) - k + 1, k)]
-    return [group for group in groups if group.mixed]
+        drawn = by_problem[problem.id]
+        groups += [Group(problem, drawn[i : i + k]) for i in range(0, len(drawn) - k + 1, k)]
+    return [group for group in groups if 0 < sum(group.labels) < k]
 
 
-def base_groups(model, tokenizer, problems: list[Problem], args: Args, clock: Clock, out: Path) -> list[Group]:
-    """Groups for the whole training, built once from the base model: the paper's "off-policy ranking".
-
-    Raises BadInput where there is nothing to rank.
-    """
-    candidates = sample(
-        model, tokenizer, problems, args, name="sample", count=args.candidates, seed=seed_for(args.seed, "sample"),
-        journal=Journal(out / "journal" / "samples.jsonl"), clock=clock, temperature=args.temperature, top_p=1.0,
-        top_k=0,
-    )
-    label(problems, candidates, args, name="label", journal=Journal(out / "journal" / "labels.jsonl"), clock=clock)
-    if ranks.rank() == 0:
-        write_atomic(out / "candidates.jsonl", "".join(json.dumps(asdict(c)) + "\n" for c in candidates))
-    mixed = make_groups(problems, candidates, args.group_size)
-    groups = [g for g in mixed if fits_context(model, ranking_ids(tokenizer, g, args), args.max_new_tokens)]
-    check_groups(candidates, mixed, groups, args.group_size)
-    return groups
+# --------------------------------------------------------------------------------- sections 2.3 and 2.4: the training
 
 
-# ------------------------------------------------------------------------------------------------------ the training
+def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: Args, out: Path) -> None:
+    """Train the model to rank (paper 2.4), or on what --mode says, and save it as an ordinary model folder.
 
-
-def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: Args, clock: Clock, out: Path) -> None:
-    """Trains the model (paper 2.4) by what experience() gives it in each step; saves it as an ordinary model folder.
-
-    Everything random in a step is seeded by its number, so a run that was killed and resumed makes the same steps as
-    one that was not.
+    All randomness of a step follows from its number, so a run that was killed and resumed makes the same steps.
     """
     supervised = args.mode == "sft"
-    teacher = frozen_teacher(model, tokenizer, args) if supervised else None
+    teacher = load_teacher(model, tokenizer, args) if supervised else None
     if args.lora:
-        add_lora(model, args.lora, seed_for(args.seed, "lora"))
+        models.add_lora(model, args.lora, seed_for(args.seed, "lora"))
     reference = frozen_copy(model, args) if args.kl and not supervised else None
-    optimizer = make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
-    checkpoint, metrics_file = out / "checkpoint.pt", out / "metrics.jsonl"
-    first = load_checkpoint(checkpoint, model, optimizer)
-    if ranks.rank() == 0:
-        lines = metrics_file.read_text(errors="replace").splitlines()[:first] if metrics_file.exists() else []
-        write_atomic(metrics_file, "".join(line + "\n" for line in lines))
-    fresh = args.mode not in ("rank", "sft")  # candidates are drawn and labelled in each step
-    running = open_sandbox(args) if fresh else contextlib.nullcontext()
-    with clock.stage("train", args.steps, first) as progress, running as pool:
+    optimizer = models.make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
+    first = models.load_checkpoint(out / "checkpoint.pt", model, optimizer)
+    runs.keep_lines(out / "metrics.jsonl", first)
+    with runs.progress_bar("train", args.steps, first) as bar:
         for step in range(first, args.steps):
-            began = time.time()
-            generator = torch.Generator().manual_seed(seed_for(args.seed, "train", step))
-            rollouts, metrics = experience(model, tokenizer, problems, groups, step, args, generator, pool, teacher)
-            warm_up(optimizer, args.lr, step, args.warmup)
-            metrics |= grpo.update(
-                model, optimizer, rollouts, mini_batch=args.mini_batch, epochs=args.ppo_epochs, aggregation=args.loss,
-                temperature=args.temperature, clip_low=args.clip, clip_high=args.clip_high or args.clip,
-                dual_clip=args.dual_clip or None, kl=0.0 if supervised else args.kl, ref_model=reference,
-                supervised=supervised, micro_tokens=args.micro_tokens, generator=generator,
-            )
+            began, generator = time.time(), torch.Generator().manual_seed(seed_for(args.seed, "train", step))
+            batch = batch_at(groups if args.mode in ("rank", "sft") else problems, step, args)
+            rollouts, metrics = experience(model, tokenizer, batch, step, args, generator, teacher)
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
+            metrics |= grpo.update(model, optimizer, rollouts, args, reference=reference, generator=generator)
             metrics |= {"step": step + 1, "seconds": time.time() - began}
             trained = metrics["prompts"] * args.answers * metrics["answer_tokens"]
             metrics["tokens_per_second"] = trained / metrics["seconds"]  # of training answers, without fresh candidates
-            if ranks.rank() == 0:
-                with metrics_file.open("a") as file:
-                    file.write(json.dumps(metrics) + "\n")
+            runs.append_lines(out / "metrics.jsonl", [metrics])
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                save_checkpoint(checkpoint, model, optimizer, step + 1)
-            progress.set_postfix_str(
-                f"reward {metrics['reward']:.2f}, malformed {metrics['malformed']:.0%}, "
-                f"cut {metrics['truncated']:.0%}, KL {metrics['ref_kl']:.3f}"
-            )
-            progress.update()
-            clock.propose("train", progress)
-    save_model(out / "model", model, tokenizer)
+                models.save_checkpoint(out / "checkpoint.pt", model, optimizer, step + 1)
+            bar.set_postfix_str(f"reward {metrics['reward']:.2f}, malformed {metrics['malformed']:.0%}, "
+                                f"cut {metrics['truncated']:.0%}, KL {metrics['ref_kl']:.3f}")
+            bar.update()
+            if step == first:
+                runs.warn_if_long(bar)
+    models.save_model(out / "model", model, tokenizer)
 
 
-def experience(model, tokenizer, problems, groups, step: int, args: Args, generator, pool, teacher):
-    """What one step learns from: (scored rollouts, metrics). All differences between the modes are here.
+def experience(model, tokenizer, batch: list, step: int, args: Args, generator, teacher) -> tuple[list[Rollout], dict]:
+    """What one step learns from: scored rollouts, and what to log. All differences between the modes are here.
 
-    rank           rankings of groups that were built once from the base's candidates (paper 2.2)
-    rank-onpolicy  rankings of groups of candidates that the current policy has just drawn
-    generate       programs, paid for passing their tests: the way that the paper does without
-    iterative      args.block steps of rank-onpolicy, as many of generate, and so on
-    sft            the teacher's rankings, those with every pair in order; see grpo.update for supervised
+    rank           rankings of groups built once from the base's candidates (paper 2.2); batch: groups
+    rank-onpolicy  rankings of candidates that the current policy has just drawn; batch: problems
+    generate       programs, rewarded for passing their tests: the reward that DuST itself never uses; batch: problems
+    iterative      --block steps of rank-onpolicy, then as many of generate, and so on; batch: problems
+    sft            the teacher's rankings with every pair in the right order, to be imitated; batch: groups
     """
-    turn = ("rank-onpolicy", "generate")[step // args.block % 2]
-    mode = turn if args.mode == "iterative" else args.mode
+    mode = args.mode
+    if mode == "iterative":
+        mode = "rank-onpolicy" if step // args.block % 2 == 0 else "generate"
     if mode == "generate":
-        chosen = pick(problems, step, args)
-        rollouts, candidates = draw_programs(model, tokenizer, chosen, args.answers, args, generator, pool)
-        for rollout, own in zip(rollouts, candidates):
-            rollout.rewards = torch.tensor([float(c.label) for c in own])
-        without = [c.code is None for own in candidates for c in own]
-        return rollouts, describe_rollouts(rollouts) | {"malformed": mean(without)}
+        rollouts, candidates = draw_programs(model, tokenizer, batch, args.answers, args, generator)
+        for rollout, drawn in zip(rollouts, candidates):
+            rollout.rewards = torch.tensor([float(candidate.correct) for candidate in drawn])
+        without_program = [candidate.code is None for drawn in candidates for candidate in drawn]
+        return rollouts, describe(rollouts) | {"malformed": mean(without_program)}
     if mode == "rank-onpolicy":
-        chosen = pick(problems, step, args)
-        _, candidates = draw_programs(model, tokenizer, chosen, 2 * args.group_size, args, generator, pool)
-        batch = make_groups(chosen, sum(candidates, []), args.group_size)
-        batch = [g for g in batch if fits_context(model, ranking_ids(tokenizer, g, args), args.max_new_tokens)]
-        batch = batch[: args.batch]
-    else:
-        batch = pick(groups, step, args)
+        batch = fresh_groups(model, tokenizer, batch, args, generator)
     if args.shuffle:
         batch = [group.shuffled(args.seed, "train", step, i) for i, group in enumerate(batch)]
-    prompts = [ranking_ids(tokenizer, group, args) for group in batch]
     if mode == "sft":
-        rollouts = teacher(batch, prompts, generator)
-        metrics = score_rollouts(tokenizer, batch, rollouts, "pairacc", args.parser)
-        return [only_perfect(r) for r in rollouts], metrics
-    rollouts = draw_answers(model, tokenizer, prompts, args.answers, args, generator)
-    return rollouts, score_rollouts(tokenizer, batch, rollouts, args.reward, args.parser)
+        rollouts = teacher_rankings(teacher, model, tokenizer, batch, args, generator)
+        metrics = score_rollouts(tokenizer, batch, rollouts, "pairacc")
+        return [only_perfect(rollout) for rollout in rollouts], metrics
+    prompts = [ranking_ids(tokenizer, group, args) for group in batch]
+    rollouts = draw_for_training(model, tokenizer, prompts, args.answers, args, generator)
+    return rollouts, score_rollouts(tokenizer, batch, rollouts, args.reward)
 
 
-def draw_answers(model, tokenizer, prompts: list[torch.Tensor], count: int, args: Args, generator):
-    """`count` answers to each prompt as training needs them, one Rollout a prompt; each rank draws its share."""
-    seeds = torch.randint(2**62, (len(prompts), count), generator=generator).tolist()
+def score_rollouts(tokenizer, groups: list[Group], rollouts: list[Rollout], reward: str) -> dict[str, float]:
+    """Set the rewards [G] of each rollout (paper 2.3); return what to log about them.
 
-    def draw(own: list[int]) -> list[grpo.Rollout]:
-        return roll_out(model, tokenizer, [prompts[i] for i in own], args, answers=count, temperature=args.temperature,
-                        seeds=[seeds[i] for i in own])
-
-    with gathered(model):
-        return ranks.spread(list(range(len(prompts))), draw)
-
-
-def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: Args, generator, pool):
-    """`count` fresh candidates for each problem, labelled: (one Rollout a problem, [candidates of each problem])."""
-    prompts = [program_ids(tokenizer, problem, args) for problem in problems]
-    rollouts = draw_answers(model, tokenizer, prompts, count, args, generator)
-    texts = [[decode(tokenizer, r.prompt, answer) for answer in r.answers] for r in rollouts]
-    candidates = [[Candidate(p.id, text, rank_prompt.extract_code(text)) for text in own]
-                  for p, own in zip(problems, texts)]
-    tests = {problem.id: problem.tests for problem in problems}
-    programs = list(dict.fromkeys((c.problem_id, c.code) for own in candidates for c in own if c.code is not None))
-    labels = ranks.spread(programs, lambda own: run_tests(pool, own, tests, args))
-    set_labels(sum(candidates, []), dict(zip(programs, labels)), args)
-    return rollouts, candidates
-
-
-def frozen_teacher(model, tokenizer, args: Args):
-    """Whose rankings --mode sft learns: a function (groups, the model's own prompts, generator) -> rollouts.
-
-    Another model is asked through its own chat template, and what it says is written in the model's own tokens. Raises
-    BadInput where those mark the thinking part in another way than rank_prompt.py reads it.
+    "constant" is what the answer 1, 2, ..., K would have earned: a judge that always gives it has learned nothing.
+    Malformed and truncated answers are counted separately, because the remedies differ.
     """
-    if not args.teacher:
-        frozen = frozen_copy(model, args)
-
-        def repeat(groups, prompts, generator):
-            with lora_disabled(frozen):  # with LoRA it is the model itself
-                return draw_answers(frozen, tokenizer, prompts, args.answers, args, generator)
-
-        return repeat
-    if not writes_one_form(tokenizer):
-        raise BadInput(f"--teacher: {args.model} marks its thinking part in a way of its own; leave --teacher out")
-    frozen, own = load_model(args.teacher, optimizer=args.optimizer, shard=args.shard, device=args.device,
-                             option="--teacher")
-
-    def teach(groups, prompts, generator):
-        asked = [ranking_ids(own, group, args) for group in groups]
-        rollouts = draw_answers(frozen, own, asked, args.answers, args, generator)
-        end = eos_ids(model, tokenizer)[0]
-        for rollout, prompt in zip(rollouts, prompts):
-            texts = [decode(own, rollout.prompt, answer) for answer in rollout.answers]
-            rollout.answers, rollout.prompt = encode_answers(tokenizer, prompt, texts, end), prompt
-            rollout.logps = [torch.zeros(len(answer)) for answer in rollout.answers]
-        return rollouts
-
-    return teach
+    malformed, constant = [], []
+    for group, rollout in zip(groups, rollouts):
+        rewards = [rank_prompt.score(text, group.labels, reward) for text in texts_of(tokenizer, rollout)]
+        rollout.rewards = torch.tensor(rewards)
+        malformed += [r == rank_prompt.FORMAT_PENALTY for r in rewards]
+        constant.append(rank_prompt.REWARDS[reward](list(range(1, len(group.candidates) + 1)), group.labels))
+    return describe(rollouts) | {"malformed": mean(malformed), "constant": mean(constant)}
 
 
-def only_perfect(rollout: grpo.Rollout) -> grpo.Rollout:
-    """The answers of a reward of 1."""
-    kept = [i for i, reward in enumerate(rollout.rewards.tolist()) if reward == 1.0 and rollout.finished[i]]
-    answers, logps = [rollout.answers[i] for i in kept], [rollout.logps[i] for i in kept]
-    return grpo.Rollout(rollout.prompt, answers, logps, [True] * len(kept), rollout.rewards[kept])
+def describe(rollouts: list[Rollout]) -> dict[str, float]:
+    """What to log of scored rollouts; means over all their answers."""
+    return {
+        "prompts": len(rollouts),
+        "reward": mean([reward for r in rollouts for reward in r.rewards.tolist()]),
+        "truncated": mean([not ended for r in rollouts for ended in r.finished]),
+        "answer_tokens": mean([len(answer) for r in rollouts for answer in r.answers]),
+    }
 
 
-def pick(units: list, step: int, args: Args) -> list:
-    """The groups (or problems) of one step: all of them in a new random order for each pass, cut into batches."""
+def mean(values: list) -> float:
+    """0 for an empty list: a step of --mode rank-onpolicy may find no mixed group."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def batch_at(items: list, step: int, args: Args) -> list:
+    """The groups or problems of one step: all of them in a new random order for each pass, cut into batches."""
     first, last = step * args.batch, (step + 1) * args.batch
-    passes = range(first // len(units), (last - 1) // len(units) + 1)
-    orders = [random.Random(seed_for(args.seed, "order", number)).sample(units, len(units)) for number in passes]
-    start = first - passes.start * len(units)
+    passes = range(first // len(items), (last - 1) // len(items) + 1)
+    orders = [random.Random(seed_for(args.seed, "order", number)).sample(items, len(items)) for number in passes]
+    start = first - passes.start * len(items)
     return sum(orders, [])[start : start + args.batch]
 
 
-def roll_out(model, tokenizer, prompts: list[torch.Tensor], args: Args, **sampling) -> list[grpo.Rollout]:
-    """grpo.rollout with the run's own limits: the longest answer, what ends one, rows at a time."""
-    return grpo.rollout(model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model, tokenizer),
-                        max_rows=args.rows, **sampling)
+def draw_for_training(model, tokenizer, prompts: list, count: int, args: Args, generator) -> list[Rollout]:
+    """`count` answers to each prompt [L] at the training's temperature, without filters (paper 2.4)."""
+    seeds = torch.randint(2**62, (len(prompts), count), generator=generator).tolist()
+
+    def answer(chunk: list[tuple]) -> list[Rollout]:
+        asked, drawn = [prompt for prompt, _ in chunk], [seeds for _, seeds in chunk]
+        return draw(model, tokenizer, asked, drawn, args, Sampling(args.temperature))
+
+    return ranks.spread(list(zip(prompts, seeds)), answer)
 
 
-def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout], reward: str,
-                   parser: str = "strict") -> dict[str, float]:
-    """Sets the rewards of each rollout (paper 2.3); returns what to log about them.
+def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: Args, generator):
+    """`count` fresh candidates for each problem, labelled: (one Rollout a problem, [candidates of each problem])."""
+    prompts = [program_ids(tokenizer, problem, args) for problem in problems]
+    rollouts = draw_for_training(model, tokenizer, prompts, count, args, generator)
+    candidates = []
+    for problem, rollout in zip(problems, rollouts):
+        texts = texts_of(tokenizer, rollout)
+        candidates.append([Candidate(problem.id, text, rank_prompt.extract_code(text)) for text in texts])
+    tests = {problem.id: problem.tests for problem in problems}
+    programs = list(dict.fromkeys((c.problem_id, c.code) for drawn in candidates for c in drawn if c.code is not None))
+    with open_sandbox(args) as pool:
+        labels = ranks.spread(programs, lambda chunk: run_programs(pool, chunk, tests))
+    set_labels(sum(candidates, []), dict(zip(programs, labels)))
+    return rollouts, candidates
 
-    "constant" is what the answer 1, 2, ..., K would have earned, for comparison: a judge that always gives it has
-    learned nothing. Malformed and truncated answers are counted apart, for the remedies differ.
+
+def fresh_groups(model, tokenizer, problems: list[Problem], args: Args, generator) -> list[Group]:
+    """At most --batch mixed groups of candidates that the model draws now: two groups a problem, before the filter."""
+    _, candidates = draw_programs(model, tokenizer, problems, 2 * args.group_size, args, generator)
+    groups = make_groups(problems, sum(candidates, []), args.group_size)
+    return [group for group in groups if fits(model, ranking_ids(tokenizer, group, args), args)][: args.batch]
+
+
+def frozen_copy(model, args: Args):
+    """The model as it is now, for the KL term (paper 2.4). With LoRA it is the model itself with its adapters off."""
+    if args.lora:
+        return model
+    if args.shard:  # a sharded model cannot be copied, so it is loaded again
+        return load(args.init or args.model, args)[0].requires_grad_(False)
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def load_teacher(model, tokenizer, args: Args) -> tuple:
+    """(model, tokenizer) whose rankings --mode sft imitates: --teacher, or the model itself before training.
+
+    Raises BadInput where the student marks its thinking part in another way than rank_prompt.py reads it.
     """
+    if not args.teacher:
+        return frozen_copy(model, args), tokenizer
+    if not models.writes_one_form(tokenizer):
+        raise BadInput(f"--teacher: {args.model} marks its thinking part in a way of its own; leave --teacher out")
+    return load(args.teacher, args, "--teacher")
+
+
+def teacher_rankings(teacher: tuple, model, tokenizer, groups: list[Group], args: Args, generator) -> list[Rollout]:
+    """The teacher's rankings of some groups, as rollouts of the student (model, tokenizer).
+
+    Another model is asked through its own chat template; what it says is then written in the student's tokens.
+    """
+    frozen, its_tokenizer = teacher
+    asked = [ranking_ids(its_tokenizer, group, args) for group in groups]
+    with models.lora_disabled(frozen):  # with LoRA and no --teacher it is the student itself
+        rollouts = draw_for_training(frozen, its_tokenizer, asked, args.answers, args, generator)
+    if its_tokenizer is tokenizer:
+        return rollouts
+    end = end_ids(model, tokenizer)[0]
     for group, rollout in zip(groups, rollouts):
-        texts = [decode(tokenizer, rollout.prompt, answer) for answer in rollout.answers]
-        rollout.rewards = torch.tensor([rank_prompt.score(text, group.labels, reward, parser) for text in texts])
-    orders = [list(range(1, len(group.candidates) + 1)) for group in groups]
-    constant = [rank_prompt.REWARDS[reward](order, group.labels) for order, group in zip(orders, groups)]
-    malformed = [reward == rank_prompt.FORMAT_PENALTY for r in rollouts for reward in r.rewards.tolist()]
-    return describe_rollouts(rollouts) | {"malformed": mean(malformed), "constant": mean(constant)}
+        prompt, texts = ranking_ids(tokenizer, group, args), texts_of(its_tokenizer, rollout)
+        rollout.prompt, rollout.answers = prompt, models.encode_answers(tokenizer, prompt, texts, end)
+        rollout.logps = [torch.zeros(len(answer)) for answer in rollout.answers]
+    return rollouts
 
 
-# ---------------------------------------------------------------------------------------------------- the evaluation
+def only_perfect(rollout: Rollout) -> Rollout:
+    """The answers with a reward of 1 that ended by themselves."""
+    kept = [i for i, reward in enumerate(rollout.rewards.tolist()) if reward == 1.0 and rollout.finished[i]]
+    answers, logps = [rollout.answers[i] for i in kept], [rollout.logps[i] for i in kept]
+    return Rollout(rollout.prompt, answers, logps, [True] * len(kept), rollout.rewards[kept])
 
 
-def draw(model, tokenizer, problems: list[Problem], args: Args, clock: Clock, *, name: str, out: Path) -> list[Group]:
-    """Evaluation groups (section 3.1): R times N = 4 labelled candidates a problem, at the evaluation's temperature.
+# ----------------------------------------------------------------------------------------- section 3.1: the evaluation
 
-    Every model draws them from the same seeds.
+BEST_OF = 4  # N of Best-of-N: programs in an evaluation group
+
+
+def evaluation_groups(model, tokenizer, problems: list[Problem], args: Args, stem: Path) -> list[Group]:
+    """R groups of N = 4 labelled candidates a problem, at the evaluation's temperature (paper 3.1).
+
+    Every model draws them from the same seeds. stem: path of the files that keep them, without "-samples.jsonl".
     """
-    journals = out / "journal"
-    candidates = sample(
-        model, tokenizer, problems, args, name=f"{name}: programs", count=EVAL_CANDIDATES * args.repeats,
-        seed=seed_for(args.seed, "evaluate"), journal=Journal(journals / f"{name}-samples.jsonl"), clock=clock,
-        temperature=args.eval_temperature, top_p=args.top_p, top_k=args.top_k,
-    )
-    label(problems, candidates, replace(args, labels="binary"), name=f"{name}: label",
-          journal=Journal(journals / f"{name}-labels.jsonl"), clock=clock)
+    candidates = sample(model, tokenizer, problems, args, Path(f"{stem}-samples.jsonl"), evaluation=True)
+    label(problems, candidates, args, Path(f"{stem}-labels.jsonl"))
     by_problem = defaultdict(list)
     for candidate in candidates:
         by_problem[candidate.problem_id].append(candidate)
-    none = [Candidate("", "", None)] * EVAL_CANDIDATES * args.repeats  # a problem without answers is not solved
-    return [Group(p, own) for p in problems for own in parts(by_problem[p.id] or none, EVAL_CANDIDATES)]
+    unsolved = [Candidate("", "", None)] * BEST_OF * args.repeats  # a problem without answers counts as not solved
+    groups = []
+    for problem in problems:
+        drawn = by_problem[problem.id] or unsolved
+        groups += [Group(problem, drawn[i : i + BEST_OF]) for i in range(0, len(drawn), BEST_OF)]
+    return groups
 
 
-def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, name: str, out: Path) -> list[RankedGroup]:
-    """Each evaluation group in the model's order (paper 2.1). Every model is shown the same shuffle of a group.
+def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Path) -> list[RankedGroup]:
+    """Each evaluation group in the order that the model gives it (paper 2.1). file: keeps the model's words.
 
-    Answers without a program are not shown and come last. A malformed ranking, or a prompt that does not fit, leaves
-    the shown, shuffled order, which is what a system would have to fall back on: it costs what knowing nothing costs,
-    and it is counted. name: of the stage and its journal, as in "base: rankings".
+    Every model is shown the same shuffle of a group. Answers without a program are not shown and come last. A malformed
+    ranking, or a prompt that does not fit the context, falls back to the shuffled order that was shown, that is, to a
+    random choice; malformed rankings are counted.
     """
-    journal = Journal(out / "journal" / f"{name.replace(': ', '-')}.jsonl")
-    shown = []
+    shown, prompts = [], {}
     for i, group in enumerate(groups):
         shuffled = group.shuffled(args.seed, "judge", i)
         shown.append(Group(group.problem, [c for c in shuffled.candidates if c.code is not None]))
-    fits = [len(s.candidates) > 1 and fits_context(model, ranking_ids(tokenizer, s, args), args.max_new_tokens)
-            for s in shown]
-    if any(fits):
-        show_first(out, "rankings", tokenizer, ranking_ids(tokenizer, shown[fits.index(True)], args))
+        prompt = ranking_ids(tokenizer, shown[i], args)
+        if len(shown[i].candidates) > 1 and fits(model, prompt, args):
+            prompts[str(i)] = prompt
+    if prompts:
+        models.show_first(file.parent, "rankings", tokenizer, next(iter(prompts.values())))
 
-    def judge_chunk(chunk: range) -> dict[str, str]:
-        fitting = [i for i in chunk if fits[i]]
-        prompts = [ranking_ids(tokenizer, shown[i], args) for i in fitting]
-        rollouts = roll_out(model, tokenizer, prompts, args, answers=1, temperature=args.eval_temperature,
-                            top_p=args.top_p, top_k=args.top_k,
-                            seeds=[[seed_for(args.seed, "judge", i)] for i in fitting])
-        return {str(i): decode(tokenizer, r.prompt, r.answers[0]) for i, r in zip(fitting, rollouts)}
+    def answer(chunk: list[str]) -> list[str]:
+        seeds = [[seed_for(args.seed, "judge", key)] for key in chunk]
+        sampling = Sampling(args.eval_temperature, args.top_p, args.top_k)
+        rollouts = draw(model, tokenizer, [prompts[key] for key in chunk], seeds, args, sampling)
+        return [texts_of(tokenizer, rollout)[0] for rollout in rollouts]
 
-    waiting = [chunk for chunk in parts(range(len(groups)), args.rows)
-               if not all(str(i) in journal.done for i in chunk if fits[i])]
-    found = len(groups) - sum(map(len, waiting))
-    with clock.stage(name, len(groups), found) as progress, gathered(model):
-        for units in ranks.in_rounds(waiting, judge_chunk):
-            journal.add(units)
-            progress.update(len(units))
-    judged = []
+    answers = runs.resumable(file, {key: key for key in prompts}, answer, size=args.rows)
+    ranked = []
     for i, (group, seen) in enumerate(zip(groups, shown)):
-        answer, k = journal.done.get(str(i), ""), len(seen.candidates)
-        ranking = rank_prompt.READERS[args.parser](answer, k)
+        words, k = answers.get(str(i), ""), len(seen.candidates)
+        ranking = rank_prompt.parse_ranking(words, k)
         ordered = [seen.candidates[index - 1] for index in ranking or range(1, k + 1)]
         ordered += [c for c in group.candidates if c.code is None]
-        judged.append(RankedGroup(seen, ordered, answer, malformed=ranking is None and k > 1))
-    return judged
+        ranked.append(RankedGroup(seen, ordered, words, malformed=ranking is None and k > 1))
+    return ranked
 
 
-def judge_all(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, name: str, out: Path):
-    """(every evaluation group in the model's order, the finals likewise, if any): a row of the report."""
-    judged = judge(model, tokenizer, groups, args, clock, name=f"{name}: rankings", out=out)
-    finals = final_groups(judged, args.repeats)
-    return judged, judge(model, tokenizer, finals, args, clock, name=f"{name}: finals", out=out) if finals else []
+def final_groups(ranked: list[RankedGroup], repeats: int) -> list[Group]:
+    """The finals of Best-of-8: of each two groups of a problem the better half of both, to be ranked once more.
+
+    So a ranking never has more candidates than in training. ranked: R groups a problem; an odd one is left out.
+    """
+    finals = []
+    for start in range(0, len(ranked), repeats):
+        of_problem = ranked[start : start + repeats]
+        for first, second in zip(of_problem[::2], of_problem[1::2]):
+            best = [c for one in (first, second) for c in one.ordered[: len(one.ordered) // 2]]
+            finals.append(Group(first.group.problem, best))
+    return finals
 
 
-# --------------------------------------------------------------------------------------------------------------- main
+def rank_all(model, tokenizer, groups: list[Group], args: Args, stem: Path) -> tuple[list, list]:
+    """A row of the report: every evaluation group as the model ranks it, and its finals as it ranks those."""
+    ranked = rank_candidates(model, tokenizer, groups, args, Path(f"{stem}-rankings.jsonl"))
+    finals = final_groups(ranked, args.repeats)
+    return ranked, rank_candidates(model, tokenizer, finals, args, Path(f"{stem}-finals.jsonl")) if finals else []
+
+
+def best_of(n: int, ranked: list[int]) -> float:
+    """The chance of submitting a correct program with n of the K ranked ones: the mean over all subsets of n.
+
+    ranked: labels, best-ranked first. The best-ranked of a subset is submitted: place i is that of C(K - 1 - i, n - 1)
+    of the C(K, n) subsets. The order is that of all K candidates.
+    """
+    k = len(ranked)
+    return sum(label * comb(k - 1 - i, n - 1) for i, label in enumerate(ranked)) / comb(k, n)
+
+
+def in_order(measure, ranked: list[int]) -> float:
+    """A measure of rank_prompt.py for labels that stand in the judge's order already."""
+    return measure(list(range(1, len(ranked) + 1)), ranked)
+
+
+def if_mixed(measure):
+    """The measure for groups with both correct and wrong programs; None for other groups, which then do not count."""
+    return lambda ranked: measure(ranked) if 0 < sum(ranked) < len(ranked) else None
+
+
+METRICS = {  # of the labels of one group, best-ranked first
+    "pass1": lambda ranked: sum(ranked) / len(ranked),
+    "ndcg_all": lambda ranked: in_order(rank_prompt.ndcg, ranked),  # 0 without a correct candidate, as in the paper
+    "ndcg_mixed": if_mixed(lambda ranked: in_order(rank_prompt.ndcg, ranked)),
+    "ndcg_random": if_mixed(rank_prompt.random_ndcg),
+    "pair_accuracy": if_mixed(lambda ranked: in_order(rank_prompt.pair_accuracy, ranked)),
+    "best_of_2": lambda ranked: best_of(2, ranked),
+    "best_of_4": lambda ranked: float(ranked[0]),
+    "oracle": lambda ranked: float(any(ranked)),
+}
+
+# ------------------------------------------------------------------------------------------------------------ the run
 
 
 def run(args: Args) -> None:
-    """The method, stage by stage. Each stage keeps a journal below out/, so each goes on where it was stopped."""
-    if args.workers == 0:
-        torch.set_num_threads(1)
-    for option in ("model", "init", "teacher", "rank_with"):
-        if getattr(args, option):
-            load_config(getattr(args, option), f"--{option.replace('_', '-')}")
-    problems, held_out = problems_of(args)
-    out, before = ranks.on_first(lambda: find_run(args))
-    optimizer, checkpointing, needs = fit(args, before, problems + held_out)
-    args = replace(args, optimizer=optimizer)
-    loading = dict(optimizer=optimizer, shard=args.shard, device=args.device)
-    model, tokenizer = load_model(args.model, **loading, effort="" if args.rank_with else args.reasoning_effort)
-    if checkpointing:
-        checkpoint_layers(model)
-    open_run(out, before, args, problems, held_out)
-    clock = plan(problems, held_out, args, out, needs)
-    show_first(out, "programs", tokenizer, program_ids(tokenizer, (problems or held_out)[0], args))
-    ranking = args.mode in ("rank", "sft") and not args.eval_only
-    groups = base_groups(model, tokenizer, problems, args, clock, out) if ranking else []
-    if not ranking and not args.eval_only:
-        prompts = {p.id: program_ids(tokenizer, p, args) for p in problems}
-        problems = without_long_ones(model, problems, prompts, args.max_new_tokens)
-    drawn = draw(model, tokenizer, held_out, args, clock, name="base", out=out)
-    if args.rank_with:
-        del model  # two do not always fit
-        model, tokenizer = load_model(args.rank_with, **loading, effort=args.reasoning_effort, option="--rank-with")
-    rows, finals = {}, {}
-    rows["base"], finals["base"] = judge_all(model, tokenizer, drawn, args, clock, name="base", out=out)
+    """The method, stage by stage. Each stage keeps its results in out/, so each goes on where it was stopped."""
+    args = replace(args, device=runs.choose_device(args.device))
+    for name in ("model", "init", "teacher"):
+        if getattr(args, name):
+            models.load_config(getattr(args, name), f"--{name}")  # a wrong name is found now, not in hours
+    problems, held_out = read_problems(args)
+    out, before = ranks.on_first(lambda: runs.find_run(args))
+    args, memory = fit(args, before)
+    model, tokenizer = load(args.model, args)
+    runs.open_run(out, before, args, problems, held_out)
+    print(f"DuST -> {out}")
+    runs.show_plan(args, problems, held_out, BEST_OF, memory)
+    models.show_first(out, "programs", tokenizer, program_ids(tokenizer, (problems or held_out)[0], args))
+
+    groups = []
+    if args.mode in ("rank", "sft") and not args.eval_only:  # the other modes draw their candidates step by step
+        candidates = sample(model, tokenizer, problems, args, out / "samples.jsonl")
+        label(problems, candidates, args, out / "labels.jsonl")
+        runs.write_lines(out / "candidates.jsonl", [asdict(candidate) for candidate in candidates])
+        mixed = make_groups(problems, candidates, args.group_size)
+        groups = [group for group in mixed if fits(model, ranking_ids(tokenizer, group, args), args)]
+        runs.check_groups(candidates, mixed, groups, args.group_size)
+    elif not args.eval_only:
+        problems, _ = fitting_problems(model, tokenizer, problems, args)
+
+    base = evaluation_groups(model, tokenizer, held_out, args, out / "base")
+    rows = {"base": rank_all(model, tokenizer, base, args, out / "base")}
     if not args.eval_only:
         if args.init:
-            del model  # two do not always fit
-            model, own = load_model(args.init, **loading, option="--init")
-            if own.get_vocab() != tokenizer.get_vocab():
-                raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
-            if checkpointing:
-                checkpoint_layers(model)
-        train(model, tokenizer, problems, groups, args, clock, out)
-        rows["trained_judge"], finals["trained_judge"] = judge_all(
-            model, tokenizer, drawn, args, clock, name="judge", out=out
-        )
-        drawn = draw(model, tokenizer, held_out, args, clock, name="trained", out=out)
-        rows["trained"], finals["trained"] = judge_all(model, tokenizer, drawn, args, clock, name="trained", out=out)
-    if ranks.rank() == 0:
-        tqdm.write("\n" + write_report(rows, finals, asdict(args), clock.seconds, out) + f"\nall of it: {out}")
+            del model  # two models do not always fit the memory
+            model = load_init(tokenizer, args)
+        train(model, tokenizer, problems, groups, args, out)
+        rows["trained_judge"] = rank_all(model, tokenizer, base, args, out / "judge")
+        drawn = evaluation_groups(model, tokenizer, held_out, args, out / "trained")
+        rows["trained"] = rank_all(model, tokenizer, drawn, args, out / "trained")
+    ranked, finals = ({name: row[i] for name, row in rows.items()} for i in (0, 1))
+    text = ranks.on_first(lambda: report.write_report(ranked, finals, METRICS, asdict(args), out))
+    tqdm.write(f"\n{text}\nall of it: {out}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 with one line for what the user can put right; 130 after Ctrl-C."""
     try:
+        args = parse_args(argv)
         ranks.start()
-        run(parse_args(argv))
+        run(args)
         ranks.stop()
         return 0
     except KeyboardInterrupt:
-        ranks.say_once("\ndust: stopped; the same command with --resume goes on from here")
+        print("\ndust: stopped; the same command with --resume goes on from here", file=sys.stderr)
         return 130
     except (BadInput, sandbox.SandboxError) as error:
-        ranks.say_once(f"dust: {error}")
+        print(f"dust: {error}", file=sys.stderr)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have exceptions of their own
-        if not (text := what_to_put_right(error)):
+        if not (advice := runs.what_to_do(error)):
             raise
-        ranks.say_once(f"dust: {text}; then the same command with --resume goes on")
+        print(f"dust: {advice}; then the same command with --resume goes on", file=sys.stderr)
     return 2
 
 
