@@ -18,6 +18,7 @@ import random
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
+from math import comb
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from plumbing.models import (SHORT_NAMES, lora_disabled, add_lora, checkpoint_la
                         save_model, warm_up)
 from plumbing.presets import DATA, PRESETS, arg, command_line
 from plumbing.progress import Clock, Journal
-from plumbing.report import EVAL_CANDIDATES, describe_rollouts, final_groups, mean, write_report
+from plumbing.report import write_report
 from plumbing.runs import (check_args, check_groups, find_run, fit, open_run, plan, problems_of, what_to_put_right,
                        without_long_ones)
 
@@ -194,6 +195,75 @@ class RankedGroup:
     def ranked(self) -> list[int]:
         """1 for a correct program, 0 for a wrong one, the best-ranked first."""
         return [int(c.correct) for c in self.ordered]
+
+
+# --- what is measured (paper 3.1) -----------------------------------------------------------------------------------
+
+EVAL_CANDIDATES = 4  # N of Best-of-N: so many programs stand in an evaluation group
+
+
+def is_mixed(labels: list[int]) -> bool:
+    """Whether both correct and wrong programs are among them. Only then an order can be right or wrong."""
+    return 0 < sum(labels) < len(labels)
+
+
+def as_ranked(measure, ranked: list[int]) -> float:
+    """A measure of rank_prompt.py, applied to labels that already stand in the judge's order."""
+    return measure(list(range(1, len(ranked) + 1)), ranked)
+
+
+def best_of(n: int, ranked: list[int]) -> float:
+    """Best-of-n: the chance of submitting a correct program if only n of the K ranked ones had been drawn.
+
+    This is the mean over all C(K, n) subsets of n. From each subset the best-ranked program is submitted: place i
+    (from 0) is that one in C(K - 1 - i, n - 1) subsets. The order inside a subset is taken from the ranking of all K.
+    """
+    k = len(ranked)
+    return sum(label * comb(k - 1 - i, n - 1) for i, label in enumerate(ranked)) / comb(k, n)
+
+
+# Metrics of one group. Each takes the labels in the judge's order, the best-ranked first, and returns a number from 0
+# to 1, or None if the group does not count.
+METRICS = {
+    "pass1": lambda ranked: sum(ranked) / len(ranked),
+    "ndcg_all": lambda ranked: as_ranked(rank_prompt.ndcg, ranked),  # 0 if no program is correct, as in the paper
+    "ndcg_mixed": lambda ranked: as_ranked(rank_prompt.ndcg, ranked) if is_mixed(ranked) else None,
+    "ndcg_random": lambda ranked: rank_prompt.random_ndcg(ranked) if is_mixed(ranked) else None,
+    "pair_accuracy": lambda ranked: as_ranked(rank_prompt.pair_accuracy, ranked) if is_mixed(ranked) else None,
+    "best_of_2": lambda ranked: best_of(2, ranked),
+    "best_of_4": lambda ranked: float(ranked[0]),
+    "oracle": lambda ranked: float(any(ranked)),
+}
+
+
+def final_groups(judged: list[RankedGroup], repeats: int) -> list[Group]:
+    """The finals of Best-of-8: for every two groups of a problem, a new group of the better half of each.
+
+    The same judge ranks that group once more, so it never sees more candidates at a time than in training. judged
+    holds R = repeats groups for each problem, one problem after the other; an odd last group is left out.
+    """
+    finals = []
+    for start in range(0, len(judged), repeats):
+        own = judged[start : start + repeats]
+        for first, second in zip(own[::2], own[1::2]):
+            best = [c for one in (first, second) for c in one.ordered[: len(one.ordered) // 2]]
+            finals.append(replace(first.group, candidates=best))
+    return finals
+
+
+def mean(values: list) -> float:
+    """The mean; 0 for an empty list, because a step of --mode rank-onpolicy may find no mixed group."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def describe_rollouts(rollouts: list[grpo.Rollout]) -> dict[str, float]:
+    """What is logged about any scored rollouts: means over all their answers."""
+    return {
+        "prompts": len(rollouts),
+        "reward": mean([reward for r in rollouts for reward in r.rewards.tolist()]),
+        "truncated": mean([not ended for r in rollouts for ended in r.finished]),
+        "answer_tokens": mean([len(answer) for r in rollouts for answer in r.answers]),
+    }
 
 
 def parts(work, size: int) -> list:
@@ -651,7 +721,7 @@ def run(args: Args) -> None:
         drawn = draw(model, tokenizer, held_out, args, clock, name="trained", out=out)
         rows["trained"], finals["trained"] = judge_all(model, tokenizer, drawn, args, clock, name="trained", out=out)
     if ranks.rank() == 0:
-        tqdm.write("\n" + write_report(rows, finals, asdict(args), clock.seconds, out) + f"\nall of it: {out}")
+        tqdm.write("\n" + write_report(rows, finals, METRICS, asdict(args), out) + f"\nall of it: {out}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,8 +18,8 @@ from plumbing import memory, ranks
 from plumbing.problems import NAMES, BadInput, Problem, seed_for, first_line, load_problems, without_overlap, write_atomic
 from plumbing.models import fits_context, load_config
 from plumbing.progress import Clock
-from plumbing.report import EVAL_CANDIDATES
 
+EVAL_CANDIDATES = 4  # the same as in dust.py
 NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick"}
 
 
