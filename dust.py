@@ -394,7 +394,7 @@ def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) ->
     for problem in problems:
         drawn = by_problem[problem.id]
         groups += [Group(problem, drawn[i : i + k]) for i in range(0, len(drawn) - k + 1, k)]
-    return [group for group in groups if 0 < sum(group.labels) < k]
+    return [group for group in groups if is_mixed(group.labels)]
 
 
 # --------------------------------------------------------------------------------- sections 2.3 and 2.4: the training
@@ -674,22 +674,22 @@ def best_of(n: int, ranked: list[int]) -> float:
     return sum(label * comb(k - 1 - i, n - 1) for i, label in enumerate(ranked)) / comb(k, n)
 
 
-def in_order(measure, ranked: list[int]) -> float:
-    """A measure of rank_prompt.py for labels that stand in the judge's order already."""
+def as_ranked(measure, ranked: list[int]) -> float:
+    """A measure of rank_prompt.py, applied to labels that already stand in the judge's order."""
     return measure(list(range(1, len(ranked) + 1)), ranked)
 
 
-def if_mixed(measure):
-    """The measure for groups with both correct and wrong programs; None for other groups, which then do not count."""
-    return lambda ranked: measure(ranked) if 0 < sum(ranked) < len(ranked) else None
+def is_mixed(labels: list[int]) -> bool:
+    """Whether both correct and wrong programs are among them. Only then can an order be right or wrong."""
+    return 0 < sum(labels) < len(labels)
 
 
-METRICS = {  # of the labels of one group, best-ranked first
+METRICS = {  # of the labels of one group, best-ranked first; None: the group does not count
     "pass1": lambda ranked: sum(ranked) / len(ranked),
-    "ndcg_all": lambda ranked: in_order(rank_prompt.ndcg, ranked),  # 0 without a correct candidate, as in the paper
-    "ndcg_mixed": if_mixed(lambda ranked: in_order(rank_prompt.ndcg, ranked)),
-    "ndcg_random": if_mixed(rank_prompt.random_ndcg),
-    "pair_accuracy": if_mixed(lambda ranked: in_order(rank_prompt.pair_accuracy, ranked)),
+    "ndcg_all": lambda ranked: as_ranked(rank_prompt.ndcg, ranked),  # 0 if no program is correct, as in the paper
+    "ndcg_mixed": lambda ranked: as_ranked(rank_prompt.ndcg, ranked) if is_mixed(ranked) else None,
+    "ndcg_random": lambda ranked: rank_prompt.random_ndcg(ranked) if is_mixed(ranked) else None,
+    "pair_accuracy": lambda ranked: as_ranked(rank_prompt.pair_accuracy, ranked) if is_mixed(ranked) else None,
     "best_of_2": lambda ranked: best_of(2, ranked),
     "best_of_4": lambda ranked: float(ranked[0]),
     "oracle": lambda ranked: float(any(ranked)),

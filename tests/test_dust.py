@@ -8,16 +8,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import dust
-import rank_prompt
-from plumbing import progress, report
+from plumbing import progress
 from plumbing.problems import Problem
 from conftest import SMALL
-from dust import Candidate, Group, RankedGroup
+from dust import Candidate, Group
 
 torch.set_num_threads(1)  # tiny models gain nothing from more; and a forked child must not need the parent's threads
 dust.tqdm.monitor_interval = 0
@@ -459,44 +457,3 @@ def test_the_same_program_runs_once_and_only_for_its_own_problem(tmp_path, monke
                clock=dust.Clock({}))
     assert Counter(ran) == Counter((code, out) for code in ("x = 1", "x = 2") for out in ("yes", "no"))
     assert [c.correct for c in drawn] == [True, True, False, True, False, False, False, False]
-
-
-def judged(name: str, *rankings: list[int]) -> list[RankedGroup]:
-    return [RankedGroup(Group(problem(name), []), [Candidate(name, "", "", bool(y)) for y in labels], "", False)
-            for labels in rankings]
-
-
-def test_the_metrics_of_a_hand_made_evaluation():
-    groups = judged("a", [1, 0, 0, 0], [0, 0, 0, 0]) + judged("b", [0, 1, 1, 0]) + judged("c", [1, 1, 1, 1])
-    mean = {m: report.interval([report.per_problem(groups, m)])["mean"] for m in report.METRICS}
-    second = rank_prompt.ndcg([1, 2, 3, 4], [0, 1, 1, 0])
-    assert mean["pass1"] == pytest.approx(100 * (1 + 0 + 2 + 4) / 16, abs=1e-3)
-    assert mean["ndcg_all"] == pytest.approx(100 * (1 + 0 + second + 1) / 4, abs=1e-3)
-    assert mean["ndcg_mixed"] == pytest.approx(100 * (1 + second) / 2, abs=1e-3)
-    assert mean["ndcg_random"] == pytest.approx((64.04 + 78.51) / 2, abs=0.02)
-    assert mean["best_of_4"] == pytest.approx(100 * 2 / 4) and mean["oracle"] == pytest.approx(100 * 3 / 4)
-
-
-def test_a_paired_difference_is_drawn_with_the_same_problems():
-    """Unpaired, the interval of a constant gain would be as wide as the problems' own spread."""
-    rng = np.random.default_rng(0)
-    base = np.stack([rng.random(50), np.ones(50)], 1)
-    better = base + np.array([0.1, 0])
-    gain = report.interval([base, better])
-    assert gain["mean"] == pytest.approx(10) and gain["high"] - gain["low"] < 0.01
-    alone = report.interval([base])
-    assert alone["low"] < alone["mean"] < alone["high"] and alone["high"] - alone["low"] > 5
-
-
-def test_an_interval_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(1)
-    hits = 0
-    for trial in range(200):
-        values = rng.random((60, 1)) < 0.3
-        figure = report.interval([np.concatenate([values, np.ones((60, 1))], 1)], seed=trial, draws=500)
-        hits += figure["low"] <= 30 <= figure["high"]
-    assert 180 <= hits <= 199
-
-
-def test_an_evaluation_without_mixed_groups_has_no_made_up_ndcg():
-    assert report.interval([report.per_problem(judged("a", [1, 1, 1, 1]), "ndcg_mixed")]) == {"mean": None, "low": None, "high": None}

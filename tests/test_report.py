@@ -1,0 +1,155 @@
+"""The figures of a run: Best-of-N by hand, intervals, the report's files; no model in any of it."""
+import json
+import sys
+from itertools import combinations, permutations
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import rank_prompt
+from dust import METRICS, best_of
+from plumbing import report
+from plumbing.problems import Problem
+
+SETTINGS = {"model": "m", "seed": 0}
+PROGRAM = SimpleNamespace(code="print(1)", correct=True)
+
+
+def judged(name: str, *rankings: list[int], malformed: bool = False, shown: int = 4) -> list:
+    """Groups of one problem as a judge ordered them, best-ranked label first."""
+    group = SimpleNamespace(problem=Problem(name, "Q", [], difficulty="seen order"), candidates=[PROGRAM] * shown)
+    return [SimpleNamespace(group=group, ranked=ranked, answer="", malformed=malformed) for ranked in rankings]
+
+
+# ------------------------------------------------------------------------------------------------------------ Best-of-N
+
+
+def test_best_of_two_is_the_mean_over_all_pairs_and_not_the_top_two():
+    """Of [0, 1, 0, 0] the pair (0, 1) submits the first, wrong; (1, 2) and (1, 3) the second, right; the other three
+    are wrong: 2 of 6. Taking the two best-ranked instead would say 0."""
+    assert METRICS["best_of_2"]([0, 1, 0, 0]) == pytest.approx(2 / 6)
+    assert METRICS["best_of_2"]([1, 0, 0, 0]) == pytest.approx(3 / 6)
+    assert METRICS["best_of_2"]([0, 0, 0, 1]) == 0 and METRICS["best_of_2"]([1, 1, 1, 0]) == 1
+    for labels in permutations([1, 1, 0, 0]):
+        for n in (1, 2, 3, 4):
+            picked = [labels[min(places)] for places in combinations(range(4), n)]
+            assert best_of(n, labels) == pytest.approx(np.mean(picked))
+        assert best_of(1, labels) == METRICS["pass1"](labels)
+        assert best_of(4, labels) == METRICS["best_of_4"](labels)
+
+
+def test_the_oracle_of_n_counts_all_programs_of_a_problem_together():
+    """Two groups of a problem with 2 of 8 correct: 1 - C(6, N) / C(8, N). By group it would be biased at N = 4, and
+    there would be no N = 8."""
+    oracle = report.oracle_of_n(judged("a", [1, 0, 0, 0], [0, 0, 1, 0]) + judged("b", [0, 0, 0, 0], [0, 0, 0, 0]))
+    assert list(oracle) == ["1", "2", "4", "8"]
+    assert [own[0, 0] for own in oracle.values()] == pytest.approx([2 / 8, 1 - 15 / 28, 1 - 15 / 70, 1])
+    assert all((own[1] == [0, 1]).all() for own in oracle.values())
+    assert list(report.oracle_of_n(judged("a", [1, 0, 0, 0]))) == ["1", "2", "4"]  # no 8 of four
+
+
+def test_best_of_eight_is_the_finals_winner_and_absent_without_finals(tmp_path):
+    rows = {"base": judged("a", [0, 1, 0, 0], [1, 0, 0, 0]) + judged("b", [0, 0, 1, 0], [0, 0, 0, 0])}
+    finals = {"base": judged("a", [1, 1, 0, 0]) + judged("b", [0, 0, 0, 0])}
+    for own, eight in ((finals, 50.0), ({}, None)):
+        report.write_report(rows, own, METRICS, SETTINGS, tmp_path)
+        curve = json.loads((tmp_path / "report.json").read_text())["best_of_n"]["base"]
+        means = [curve[n]["mean"] for n in "124"]
+        assert means == pytest.approx([100 * 3 / 16, 100 * (2 + 3 + 1) / 24, 25], abs=1e-3)
+        assert curve["random"] == curve["1"] and curve["oracle"]["8"]["mean"] == 100
+        assert curve["8"]["mean"] == eight if eight else "8" not in curve
+        table = (tmp_path / "report.md").read_text().split("## Best-of-N")[1].splitlines()
+        lines = [line for line in table if line.startswith("|")][2:5]
+        assert ["oracle" in lines[0], lines[1].startswith("| base |"), "random" in lines[2]] == [True] * 3
+        assert lines[1].split("|")[-2].startswith(" 50.0" if eight else " -")
+
+
+def test_one_group_a_problem_leaves_no_empty_column_for_best_of_eight(tmp_path):
+    """A quick run's report had a column of dashes, and a reader looked for what had failed."""
+    rows = {"base": judged("a", [0, 1, 0, 0]) + judged("b", [0, 0, 1, 0])}
+    report.write_report(rows, {}, METRICS, SETTINGS, tmp_path)
+    table = (tmp_path / "report.md").read_text().split("## Best-of-N")[1]
+    assert "| Best-of-N | N = 1 | N = 2 | N = 4 |\n" in table and "N = 8, where a problem has two groups" in table
+    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {5}
+
+
+def test_every_figure_can_be_computed_again_from_judged_jsonl(tmp_path):
+    rows = {"base": judged("a", [1, 0, 0, 0], shown=3) + judged("b", [0, 1, 1, 0], malformed=True),
+            "trained": judged("a", [1, 1, 0, 0]) + judged("b", [1, 1, 1, 0])}
+    finals = {"trained": judged("a", [1, 1, 1, 0], malformed=True)}
+    report.write_report(rows, finals, METRICS, SETTINGS, tmp_path)
+    saved = json.loads((tmp_path / "report.json").read_text())
+    again, again_finals = report.read_judged(tmp_path / "judged.jsonl")
+    assert report.curves(again, again_finals, METRICS) == saved["best_of_n"]
+    for name, part in report.summarise(again, METRICS).items():
+        assert part == {row: {key: saved[name][row][key] for key in own} for row, own in part.items()}
+    assert saved["counts"]["base"]["answers without a program"] == saved["counts"]["base"]["malformed rankings"] == 1
+    assert saved["counts"]["trained"]["malformed finals"] == 1
+
+
+def test_a_run_has_its_figures_where_matplotlib_is_and_its_tables_where_it_is_not(tmp_path, monkeypatch):
+    rows = {"base": judged("a", [1, 0, 0, 0])}
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report.write_report(rows, {}, METRICS, SETTINGS, tmp_path)
+    assert (tmp_path / "report.md").exists() and not (tmp_path / "best_of_n.png").exists()
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "reward": 1}\n')
+    report.write_report(rows, {}, METRICS, SETTINGS, tmp_path)
+    assert (tmp_path / "best_of_n.png").stat().st_size > 5000 and (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize("logged, panels", [
+    ({"reward": 1.0, "constant": 0.5, "loss": 0.0, "ref_kl": 0.1, "zero_variance": 0.0},
+     {"reward (dashed: constant)": 2, "KL to the reference, nats a token": 1, "groups of equal rewards, share": 1}),
+    ({"reward": 1.0, "loss": 2.0, "ref_kl": 0.0}, {"reward": 1, "loss": 1}),
+])
+def test_the_curves_show_the_constant_answer_and_the_loss_only_where_it_falls(logged, panels, tmp_path, monkeypatch):
+    """The loss of GRPO is about zero at every step: its panel said nothing, and beginners read it first."""
+    pyplot, seen = pytest.importorskip("matplotlib.pyplot"), {}
+    monkeypatch.setattr(pyplot, "close", lambda figure: seen.update(
+        {axis.get_title(): len(axis.lines) for axis in figure.axes if axis.axison}))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1} | logged) + "\n")
+    report.draw_curves(tmp_path)
+    assert seen == panels
+
+
+# ------------------------------------------------------------------------------------------------- means and intervals
+
+
+def test_the_metrics_of_a_hand_made_evaluation():
+    groups = judged("a", [1, 0, 0, 0], [0, 0, 0, 0]) + judged("b", [0, 1, 1, 0]) + judged("c", [1, 1, 1, 1])
+    mean = {m: report.interval([report.per_problem(groups, METRICS[m])])["mean"] for m in METRICS}
+    second = rank_prompt.ndcg([1, 2, 3, 4], [0, 1, 1, 0])
+    assert mean["pass1"] == pytest.approx(100 * (1 + 0 + 2 + 4) / 16, abs=1e-3)
+    assert mean["ndcg_all"] == pytest.approx(100 * (1 + 0 + second + 1) / 4, abs=1e-3)
+    assert mean["ndcg_mixed"] == pytest.approx(100 * (1 + second) / 2, abs=1e-3)
+    assert mean["ndcg_random"] == pytest.approx((64.04 + 78.51) / 2, abs=0.02)
+    assert mean["best_of_4"] == pytest.approx(100 * 2 / 4) and mean["oracle"] == pytest.approx(100 * 3 / 4)
+
+
+def test_a_paired_difference_is_drawn_with_the_same_problems():
+    """Unpaired, the interval of a constant gain would be as wide as the problems' own spread."""
+    rng = np.random.default_rng(0)
+    base = np.stack([rng.random(50), np.ones(50)], 1)
+    better = base + np.array([0.1, 0])
+    gain = report.interval([base, better])
+    assert gain["mean"] == pytest.approx(10) and gain["high"] - gain["low"] < 0.01
+    alone = report.interval([base])
+    assert alone["low"] < alone["mean"] < alone["high"] and alone["high"] - alone["low"] > 5
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for trial in range(200):
+        values = rng.random((60, 1)) < 0.3
+        figure = report.interval([np.concatenate([values, np.ones((60, 1))], 1)], seed=trial, draws=500)
+        hits += figure["low"] <= 30 <= figure["high"]
+    assert 180 <= hits <= 199
+
+
+def test_an_evaluation_without_mixed_groups_has_no_made_up_ndcg():
+    nothing = report.interval([report.per_problem(judged("a", [1, 1, 1, 1]), METRICS["ndcg_mixed"])])
+    assert nothing == {"mean": None, "low": None, "high": None}
