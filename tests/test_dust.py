@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dust
-from plumbing import progress
+from plumbing import runs
 from plumbing.problems import Problem
 from conftest import SMALL
 from dust import Candidate, Group
@@ -70,7 +70,7 @@ def test_the_shipped_model_goes_from_sample_to_report(tmp_path, capsys):
     check_run(out, 10, 8, 2)
     printed = capsys.readouterr().out
     assert "| trained generator and judge |" in printed
-    for stage in ("sample", "label", "group", "train", "evaluate"):  # the plan
+    for stage in ("memory", "sample", "train", "evaluate"):  # the plan
         assert f"  {stage} " in printed
     from transformers import AutoModelForCausalLM
 
@@ -93,7 +93,7 @@ def test_penalties_in_a_models_own_generation_config_do_not_reach_the_candidates
     plain, other = tmp_path / "plain", tmp_path / "other"
     assert run_dust(*llama["arguments"], "--eval-only", "--out", plain) == 0
     assert run_dust(*llama["arguments"], "--eval-only", "--model", folder, "--out", other) == 0
-    name = Path("journal") / "base-samples.jsonl"
+    name = "base-samples.jsonl"
     assert (plain / name).read_text() == (other / name).read_text()
 
 
@@ -112,8 +112,8 @@ def run_and_die(where: str, count: int, arguments: list[str]) -> int:
     """Runs dust in a child process that kills itself with SIGKILL at one place; returns the child's exit code.
 
     where: "save" (half a checkpoint written), "step" (after the update that follows `count` whole steps), "backward"
-    (with the gradients of that update half there) or a journal, in which the unit after the first `count` calls is torn
-    in the middle of a line.
+    (with the gradients of that update half there) or the file of a stage, in which the chunk after the first `count` ones
+    is torn in the middle of a line.
     """
     child = os.fork()
     if child:
@@ -144,18 +144,18 @@ def run_and_die(where: str, count: int, arguments: list[str]) -> int:
 
         dust.grpo.policy_loss = policy_loss
     else:
-        real_add, calls = dust.Journal.add, Counter()
+        real_append, calls = runs.append_lines, Counter()
 
-        def add(self, units):
-            calls[self.path.stem] += 1
-            if self.path.stem == where and calls[where] > count:
-                lines = "".join(json.dumps([key, value]) + "\n" for key, value in units.items())
-                with self.path.open("a") as file:
-                    file.write(torn(lines))
+        def append_lines(file, values):
+            calls[file.stem] += 1
+            if file.stem == where and calls[where] > count:
+                lines = "".join(json.dumps(value) + "\n" for value in values)
+                with file.open("a") as opened:
+                    opened.write(torn(lines))
                 die()
-            real_add(self, units)
+            real_append(file, values)
 
-        dust.Journal.add = add
+        runs.append_lines = append_lines
     code = 1
     try:
         code = dust.main(arguments)
@@ -170,7 +170,7 @@ KILLS = [("samples", 1), ("labels", 0), ("base-samples", 0), ("base-labels", 0),
 def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_was_not(llama, tmp_path):
     """SIGKILL in each stage, with a torn line or half a checkpoint on the disk; each time --resume goes on.
 
-    The result has to be the very same, and no unit of work may be in a journal twice.
+    The result has to be the very same, and no item of work may be kept twice.
     """
     arguments = [*llama["arguments"], "--rows", "16", "--steps", "4"]
     assert run_dust(*arguments, "--out", tmp_path / "whole") == 0
@@ -188,7 +188,10 @@ def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_was_not(llama, tmp
     assert all(torch.equal(p, again["model"][name]) for name, p in whole["model"].items())  # to the last bit
     for index, state in whole["optimizer"]["state"].items():
         assert all(torch.equal(value, again["optimizer"]["state"][index][name]) for name, value in state.items())
-    for path in (tmp_path / "killed" / "journal").iterdir():
+    kept = [path for path in (tmp_path / "killed").glob("*.jsonl") if path.stem.endswith(("s",)) and path.stem not in (
+        "metrics", "candidates")]
+    assert len(kept) == 8
+    for path in kept:
         keys = [json.loads(line)[0] for line in path.read_text().splitlines()]
         assert len(keys) == len(set(keys)), path.name
 
@@ -237,8 +240,8 @@ def test_a_damaged_file_of_the_run_is_one_line(llama, tmp_path, capsys):
     assert run_dust(*arguments) == 0
     for name, damage, line in (
         ("checkpoint.pt", b"PK half", "checkpoint.pt cannot be read"),
-        ("journal/labels.jsonl", b'["a", 1]\n{"b": \n["c", 1]\n', "labels.jsonl line 2 is damaged: delete the line"),
-        ("journal/samples.jsonl", b"5\n", "samples.jsonl line 1 is damaged"),
+        ("labels.jsonl", b'["a", 1]\n{"b": \n["c", 1]\n', "labels.jsonl line 2 is damaged: delete that line"),
+        ("samples.jsonl", b"5\n", "samples.jsonl line 1 is damaged"),
         ("args.json", b'{"seed": ', "args.json is damaged"),
         ("args.json", b"7", "args.json is damaged"),
     ):
@@ -256,14 +259,18 @@ def test_a_problem_file_that_was_edited_is_not_gone_on_with(llama, tmp_path, cap
     assert "--eval" in (line := error_of(capsys, *arguments, "--resume")) and "not those that" in line
 
 
-def test_the_time_left_does_not_count_what_another_process_did(monkeypatch, capsys):
-    """99 of 100 answers were there; the one that took a minute says 100 minutes for the next hundred, not one."""
-    now = [0.0]
-    monkeypatch.setattr(progress.time, "time", lambda: now[0])
-    clock = dust.Clock({"sample": 100, "train": 100})
-    with clock.stage("sample", 100, 99):
-        now[0] += 60
-    assert "sample: 60 s; about 100.0 min to go" in capsys.readouterr().out
+def test_a_stage_of_hours_says_so_and_does_not_count_what_another_process_did(monkeypatch, capsys):
+    """99 of 100 answers were there; one that took a minute says 8 hours for the next 500, not five minutes."""
+    now = [1000.0]
+    monkeypatch.setattr(runs.time, "time", lambda: now[0])
+    for total, line in ((600, "samples: about 8 hours at this speed"), (150, "")):
+        with runs.progress_bar("samples", total, 99) as bar:
+            bar.start_t = now[0]
+            now[0] += 60
+            bar.update()
+            runs.warn_if_long(bar)
+        said = capsys.readouterr().out
+        assert line in said and bool(said) is bool(line)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -349,16 +356,16 @@ def test_a_group_too_long_to_rank_is_left_out_and_counted(llama, tmp_path, capsy
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(llama, tmp_path, capsys, monkeypatch):
-    real, calls = dust.Journal.add, [0]
+    real, calls = runs.append_lines, [0]
 
-    def add(self, units):
+    def append_lines(file, values):
         calls[0] += 1
         if calls[0] == 3:
             raise OSError(28, "No space left on device")
-        real(self, units)
+        real(file, values)
 
     arguments = [*llama["arguments"], "--out", tmp_path / "run"]
-    monkeypatch.setattr(dust.Journal, "add", add)
+    monkeypatch.setattr(runs, "append_lines", append_lines)
     assert "the disk is full" in error_of(capsys, *arguments)
     monkeypatch.undo()
     assert run_dust(*arguments, "--resume") == 0
@@ -424,16 +431,16 @@ def test_a_shuffle_keeps_labels_with_their_candidates_and_depends_on_the_seed():
 def test_every_group_comes_once_in_each_pass():
     groups = [Group(problem(str(i)), []) for i in range(10)]
     args = dust.Args(batch=4)
-    picked = [g.problem.id for step in range(5) for g in dust.pick(groups, step, args)]
+    picked = [g.problem.id for step in range(5) for g in dust.batch_at(groups, step, args)]
     assert sorted(picked[:10]) == sorted(picked[10:]) == [str(i) for i in range(10)] and picked[:10] != picked[10:]
-    large = dust.pick(groups, 0, dust.Args(batch=25))  # more than two passes in one step
+    large = dust.batch_at(groups, 0, dust.Args(batch=25))  # more than two passes in one step
     assert [g.problem.id for g in large[:20]] == picked
 
 
 def test_the_groups_of_a_step_are_found_as_fast_for_a_large_run():
     """A shuffle of all groups for each prompt took a second a step at the paper's 37,000 groups."""
     groups, began = [Group(problem("a"), [])] * 37_000, time.process_time()
-    dust.pick(groups, 300, dust.Args(batch=64))
+    dust.batch_at(groups, 300, dust.Args(batch=64))
     assert time.process_time() - began < 0.5
 
 
@@ -453,7 +460,6 @@ def test_the_same_program_runs_once_and_only_for_its_own_problem(tmp_path, monke
     monkeypatch.setattr(dust.sandbox, "Pool", Pool)
     problems = [Problem("a", "Q", [{"input": "", "output": "yes"}]), Problem("b", "Q", [{"input": "", "output": "no"}])]
     drawn = [Candidate(p, "", code) for p in "ab" for code in ("x = 1", "x = 2", None, "x = 1")]
-    dust.label(problems, drawn, dust.Args(), name="label", journal=dust.Journal(tmp_path / "labels.jsonl"),
-               clock=dust.Clock({}))
+    dust.label(problems, drawn, dust.Args(), tmp_path / "labels.jsonl")
     assert Counter(ran) == Counter((code, out) for code in ("x = 1", "x = 2") for out in ("yes", "no"))
     assert [c.correct for c in drawn] == [True, True, False, True, False, False, False, False]

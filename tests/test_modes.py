@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dust
 import rank_prompt
+from plumbing import models
 from plumbing.problems import Problem
 from dust import Candidate, Group, RankedGroup
 from test_dust import ROOT, error_of, run_dust
@@ -29,18 +30,18 @@ def weights_of(model) -> float:
 def seen(monkeypatch) -> dict:
     """What went into each update, and the weights of the model that each draw of training answers came from."""
     calls = {"rollouts": [], "weights": []}
-    update, draw_answers = dust.grpo.update, dust.draw_answers
+    update, draw_for_training = dust.grpo.update, dust.draw_for_training
 
-    def spy_update(model, optimizer, rollouts, **settings):
+    def spy_update(model, optimizer, rollouts, *arguments, **settings):
         calls["rollouts"].append(rollouts)
-        return update(model, optimizer, rollouts, **settings)
+        return update(model, optimizer, rollouts, *arguments, **settings)
 
     def spy_draw(model, *arguments):
         calls["weights"].append(weights_of(model))
-        return draw_answers(model, *arguments)
+        return draw_for_training(model, *arguments)
 
     monkeypatch.setattr(dust.grpo, "update", spy_update)
-    monkeypatch.setattr(dust, "draw_answers", spy_draw)
+    monkeypatch.setattr(dust, "draw_for_training", spy_draw)
     return calls
 
 
@@ -67,7 +68,7 @@ def test_generation_is_paid_for_passing_and_for_nothing_else(llama, tmp_path, se
     paid = {True: set(), False: set()}
     for rollout in sum(seen["rollouts"], []):
         for answer, reward in zip(rollout.answers, rollout.rewards.tolist()):
-            code = rank_prompt.extract_code(dust.decode(tokenizer, rollout.prompt, answer))
+            code = rank_prompt.extract_code(models.answer_text(tokenizer, rollout.prompt, answer))
             paid[code in ("print(1)", "print(1.0)")].add(reward)
     assert paid == {True: {1.0}, False: {0.0}}
 
@@ -148,7 +149,7 @@ def test_how_many_answers_decode_at_a_time_changes_none_of_them(llama, tmp_path)
     for rows in ("3", "256"):
         assert run_dust(*llama["arguments"], "--eval-only", "--repeats", "2", "--rows", rows, "--out", tmp_path / rows) == 0
     for name in ("base-samples.jsonl", "base-rankings.jsonl", "base-finals.jsonl"):
-        few, many = (dict(map(json.loads, (tmp_path / rows / "journal" / name).read_text().splitlines()))
+        few, many = (dict(map(json.loads, (tmp_path / rows / name).read_text().splitlines()))
                      for rows in ("3", "256"))
         assert few == many and few
 
@@ -169,15 +170,13 @@ def test_the_final_of_eight_holds_the_better_half_of_each_group():
 def test_a_teacher_under_adapters_is_the_base(llama, tmp_path, monkeypatch):
     """With LoRA the frozen copy is the model itself: with its adapters on, the student would learn its own answers."""
     pytest.importorskip("peft")
-    from plumbing.models import lora_layers
-
-    off, draw_answers = [], dust.draw_answers
+    off, draw_for_training = [], dust.draw_for_training
 
     def spy(model, *arguments):
-        off.append([layer.disable_adapters for _, layer in lora_layers(model)])
-        return draw_answers(model, *arguments)
+        off.append([layer.disable_adapters for layer in model.modules() if hasattr(layer, "lora_A")])
+        return draw_for_training(model, *arguments)
 
-    monkeypatch.setattr(dust, "draw_answers", spy)
+    monkeypatch.setattr(dust, "draw_for_training", spy)
     assert run_dust(*llama["arguments"], "--mode", "sft", "--lora", "2", "--out", tmp_path / "run") == 0
     assert len(off) == 2 and all(layers and all(layers) for layers in off)
 
@@ -194,18 +193,18 @@ def test_a_thinking_part_that_both_templates_open_is_opened_once(monkeypatch):
 
     end = student.eos_token_id
     student.eos_token = None  # the generation config may be alone in naming an end
-    monkeypatch.setattr(dust, "load_model", lambda *_, **__: (None, teacher))
-    monkeypatch.setattr(dust, "draw_answers", draw)
+    monkeypatch.setattr(dust, "load", lambda *_, **__: (torch.nn.Linear(1, 1), teacher))
+    monkeypatch.setattr(dust, "draw_for_training", draw)
     args = dust.parse_args(["--mode", "sft", "--teacher", "other"])
     group = Group(Problem("p", "Read.", []), [Candidate("p", "", "print(1)")] * 4)
     prompt = dust.ranking_ids(student, group, args)
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[end]))
-    [rollout] = dust.frozen_teacher(model, student, args)([group], [prompt], None)
+    [rollout] = dust.teacher_rankings(dust.load_teacher(model, student, args), model, student, [group], args, None)
     whole = student.decode(torch.cat([rollout.prompt, rollout.answers[0]]))
     assert whole.count("<think>") == 1 and whole.endswith("Ranking: 1, 2, 3, 4<|im_end|>")
     student.chat_template = "<|channel|>"
     with pytest.raises(dust.BadInput, match="in a way of its own"):
-        dust.frozen_teacher(None, student, args)
+        dust.load_teacher(None, student, args)
 
 
 @pytest.mark.parametrize("arguments, reason", [

@@ -32,24 +32,16 @@ def test_there_is_always_a_batch():
     assert names(dust.curriculum(groups(), 0, dust.Args(steps=60, batch=5))) == EASIEST[:5]
 
 
-class Seen(Exception):
-    pass
-
-
 @pytest.mark.parametrize("flag", [True, False])
-def test_a_step_picks_from_it_only_when_asked(monkeypatch, flag):
-    """What the first step's prompts are made of, caught before a model is needed."""
-    args, seen = dust.Args(steps=6, batch=2, curriculum=flag, shuffle=False), []
+def test_a_batch_comes_from_it_only_when_asked(flag):
+    args = dust.Args(steps=6, batch=2, curriculum=flag)
+    assert (set(names(dust.batch_at(groups(), 0, args))) == {"p2", "p5"}) is flag
 
-    def caught(model, tokenizer, prompts, *rest):
-        raise Seen
 
-    monkeypatch.setattr(dust, "ranking_ids", lambda tokenizer, group, args: seen.append(group.problem.id))
-    monkeypatch.setattr(dust, "draw_answers", caught)
-    with pytest.raises(Seen):
-        dust.experience(None, None, [], groups(), 0, args, None, None, None)
-    every = names(dust.pick(groups(), 0, args))
-    assert set(seen) == ({"p2", "p5"} if flag else set(every)) and set(every) != {"p2", "p5"}
+def test_modes_that_draw_from_problems_have_no_curriculum():
+    problems = [Problem(f"p{i}", "?", []) for i in range(12)]
+    args = dust.Args(steps=6, batch=2, mode="generate", curriculum=True)
+    assert len(dust.batch_at(problems, 0, args)) == 2
 
 
 def test_the_command_line_knows_it():
