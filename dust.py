@@ -288,10 +288,10 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, n
 
 
 def open_sandbox(args: Args) -> sandbox.Pool:
-    """A pool for a `with`: this process's share of --workers; with 0 of them, one that a debugger can step into."""
+    """Return a pool for a `with`: this process's share of --workers."""
     workers = max(1, args.workers // ranks.on_this_machine())
     limits = dict(timeout=args.timeout, memory_mb=args.memory_mb)
-    return sandbox.Pool(workers=workers, **limits) if args.workers else sandbox.InThisProcess()
+    return sandbox.Pool(workers=workers, **limits)
 
 
 def run_tests(pool, programs: list[tuple[str, str]], tests: dict[str, list], args: Args) -> list[float]:

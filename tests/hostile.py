@@ -1,6 +1,6 @@
 """Programs that cheat, and the naive runner that they defeat. Used by test_sandbox.py.
 
-Each attack succeeds against `naive_run` or `naive_judge`, so a test that sees it fail in the sandbox means something.
+Each attack succeeds against `naive_run` or `naive_verdict`, so a test that sees it fail in the sandbox means something.
 They are bounded: a bomb stops at a number, a flood at a size, an orphan after seconds.
 """
 import json
@@ -21,7 +21,7 @@ def naive_run(code: str, stdin: str = "", timeout: float = 5.0, cwd: str | None 
     return out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), time.monotonic() - start
 
 
-def one_process_judge(code: str, tests: list, cwd: str) -> bool:
+def one_process_verdict(code: str, tests: list, cwd: str) -> bool:
     """As many runners do: all tests in one process, each with a namespace and streams of its own."""
     script = ("import contextlib, io, json, sys\ncode, inputs = json.load(sys.stdin)\nout = []\nfor text in inputs:\n"
               " sys.stdin = io.StringIO(text)\n with contextlib.redirect_stdout(io.StringIO()) as o:\n"
@@ -32,7 +32,7 @@ def one_process_judge(code: str, tests: list, cwd: str) -> bool:
     return json.loads(last) == [test["output"] for test in tests]
 
 
-def naive_judge(code: str, tests: list, cwd: str) -> bool:
+def naive_verdict(code: str, tests: list, cwd: str) -> bool:
     """A function passes if asserts in its own process end with exit code 0; a program if its stdout is right."""
     for test in tests:
         if "fn_name" in test:
@@ -51,7 +51,7 @@ NONE = [{"fn_name": "f", "args": [3], "expected": None}]
 PRINT = [{"input": "", "output": "7"}]
 TWICE = [{"input": "", "output": "1"}, {"input": "", "output": "2"}]
 
-# Wrong programs that look right: name -> (code, tests). The naive judge passes each of them.
+# Wrong programs that look right: name -> (code, tests). The naive runner passes each of them.
 FORGERIES = {
     "exit_0_at_import": ("import sys\nsys.exit(0)", CALL),
     "os_exit_0_at_import": ("import os\nos._exit(0)", CALL),

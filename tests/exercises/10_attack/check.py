@@ -31,9 +31,9 @@ def test_the_naive_judge_is_fooled_and_the_sandbox_is_not(name):
     assert (HERE / "attack.py").exists(), "write attack.py"
     code, tests = load("attack").ATTACKS[name], unsolvable()
     assert JUDGES[name](code, tests), "the naive judge did not believe it"
-    verdict = sandbox.judge(code, tests)
+    verdict = sandbox.run_tests(code, tests)
     assert not verdict.passed and verdict.failed_test == 0, "the sandbox believed it: tell us"
-    assert sandbox.judge(RIGHT, SUMS).passed  # and is none the worse for it
+    assert sandbox.run_tests(RIGHT, SUMS).passed  # and is none the worse for it
 
 
 @pytest.mark.parametrize("name", JUDGES)

@@ -1,0 +1,1 @@
+"""What carries the method: files, processes, models. Nothing in here is in the paper."""
