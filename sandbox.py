@@ -46,7 +46,7 @@ from plumbing.sandbox_worker import SandboxError, Worker, WorkerDied, memory_fil
 class Result(NamedTuple):
     """One run of a program."""
 
-    status: str  # ok, error, timeout, memory, output (too much of it) or refused (the code is no source text)
+    status: str  # ok, error, timeout, memory, output (too much of it) or refused (no compiler could read the code)
     stdout: str
     stderr: str
     exit_code: "int | None"  # negative for a signal, None where the sandbox ended the run
@@ -74,13 +74,14 @@ def run_tests(code: str, tests: "list[dict]", *, timeout: float = 10.0, memory_m
 
     A test is {"input": ..., "output": ...}, {"fn_name": ..., "args": [...], "expected": ...} or {"asserts": Python that
     calls the program's functions, "entry_point": the name of the one that counts, or ""}. The timeout is in seconds and
-    holds for each test. Raises SandboxError where the sandbox itself fails, ValueError without tests or with limits
-    that are none.
+    holds for each test. Raises SandboxError if the sandbox itself fails, ValueError for an empty list of tests or for
+    impossible limits.
     """
     return reach_verdict(shared_pool, code, tests, timeout, memory_mb)
 
 
 def reach_verdict(pool: "Pool", code: str, tests: "list[dict]", timeout: float, memory_mb: int) -> Verdict:
+    """Do what run_tests() says, with the workers of a pool."""
     if not tests:
         raise ValueError("sandbox: a program without tests has no label")
     if refused := refusal(code):
@@ -97,7 +98,7 @@ def reach_verdict(pool: "Pool", code: str, tests: "list[dict]", timeout: float, 
 
 
 def why_wrong(test: dict, result: Result, answer: bytes) -> str:
-    """Say why a run does not pass its test, or "". answer: the JSON of what the function returned."""
+    """Return why a run does not pass its test, or "". answer: the JSON of what the function returned."""
     if result.status != "ok":
         return result.status
     if "fn_name" in test or "asserts" in test:
@@ -106,7 +107,7 @@ def why_wrong(test: dict, result: Result, answer: bytes) -> str:
 
 
 def difference(expected: str, got: str) -> str:
-    """Say why an output is wrong, or "". Compares as LiveCodeBench: line by line, as text or as exact decimals."""
+    """Return why an output is wrong, or "". Like LiveCodeBench: line by line, as text or as exact decimals."""
     wanted, lines = ([line.strip() for line in text.strip().split("\n")] for text in (expected, got))
     for number, (want, line) in enumerate(zip(wanted, lines), 1):
         if want != line and not same_decimals(want, line):
@@ -115,7 +116,7 @@ def difference(expected: str, got: str) -> str:
 
 
 def same_decimals(want: str, line: str) -> bool:
-    """Say whether two lines hold the same numbers, however these are written."""
+    """Return whether two lines hold the same numbers, however these are written."""
     try:
         return [decimal.Decimal(item) for item in want.split()] == [decimal.Decimal(item) for item in line.split()]
     except (ArithmeticError, ValueError):
@@ -123,7 +124,7 @@ def same_decimals(want: str, line: str) -> bool:
 
 
 def same_value(expected: Any, answer: bytes) -> bool:
-    """Say whether an answer is the JSON of the expected value. A candidate wrote the answer: it can be anything."""
+    """Return whether an answer is the JSON of the expected value. A candidate wrote the answer: it can be anything."""
     wanted = json.dumps(encode(expected))
     try:
         return len(answer) < 32 * len(wanted) + 1024 and json.loads(answer) == json.loads(wanted)
@@ -135,14 +136,14 @@ def same_value(expected: Any, answer: bytes) -> bool:
 
 
 def run(code: str, stdin: str = "", *, timeout: float = 10.0, memory_mb: int = 1024) -> Result:
-    """Run a program once. Raises SandboxError where the sandbox itself fails, ValueError for limits that are none."""
+    """Run a program once, without a verdict. Raises SandboxError and ValueError as run_tests() does."""
     with contextlib.ExitStack() as stack:
         return refusal(code) or run_once(
             shared_pool, program_file(stack, code), {"input": stdin}, timeout, memory_mb)[0]
 
 
 def refusal(code: str) -> "Result | None":
-    """Return the result of a code that is no source text; None where there is something to compile."""
+    """Return the result of code that no compiler could read; None if it can be run."""
     try:
         code.encode()
     except UnicodeEncodeError:
@@ -169,10 +170,11 @@ def run_once(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: 
 def run_process(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: int,
                 *wire: int) -> "tuple[Result, bytes]":
     """Run a program in one process: on the test's input, or to call the test's function."""
-    key, call = os.urandom(16), b""  # the key shows that our code wrote the answer, and not a blind write
+    key = os.urandom(16)  # stands before the answer: a program that writes into all its descriptors does not know it
     if "fn_name" in test:
-        call = marshal.dumps((key, test["fn_name"], list(test["args"])))
-    stdin = test.get("input", "").encode("utf-8", "replace")
+        stdin, call = b"", marshal.dumps((key, test["fn_name"], list(test["args"])))
+    else:
+        stdin, call = test["input"].encode("utf-8", "replace"), b""
     with contextlib.ExitStack() as stack:
         files = [memory_file(stack, data) for data in (stdin, b"", b"", call)]
         how, code, seconds = pool.use_worker([program, *files, *wire], timeout, memory_mb)
@@ -184,7 +186,7 @@ def run_process(pool: "Pool", program: int, test: dict, timeout: float, memory_m
 
 
 def status_of(how: bytes, code: int, longest: int, stderr: bytes) -> str:
-    """Name the end of a run. how: one of the child's EXITED, TIMED_OUT, ...; longest: bytes of the longest output."""
+    """Return the status of a run. how: EXITED, TIMED_OUT or OUT_OF_MEMORY; longest: bytes of its longest output."""
     if longest >= OUTPUT_CAP:
         return "output"
     if how == TIMED_OUT or code == -signal.SIGXCPU:
@@ -197,8 +199,8 @@ def status_of(how: bytes, code: int, longest: int, stderr: bytes) -> str:
 def run_asserts(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: int) -> "tuple[Result, bytes]":
     """Run the asserts in one worker, and in another one the program whose functions they call through a socket.
 
-    So an exit, patched builtins or an object that equals everything do not touch the asserts. Only plain values and
-    exceptions pass; a change that a function makes in its arguments is not seen.
+    So an exit, patched builtins or an object that equals everything cannot change the asserts. Only plain values and
+    exceptions travel; if a function changes its arguments, the asserts do not see it.
     """
     def run_side(program: int, test: dict, end: socket.socket) -> "tuple[Result, bytes]":
         with end:  # closing its last copy tells the other side that this one has ended
@@ -221,8 +223,8 @@ def run_asserts(pool: "Pool", program: int, test: dict, timeout: float, memory_m
 class Pool:
     """Run the tests of many programs at a time.
 
-    workers: how many; 0 means one for each core. They stay for the next call: use the pool in a `with`, or they stay
-    until this process ends. timeout: seconds for each test; memory_mb: for each run.
+    workers: how many programs run at a time; 0 means one for each core. timeout: seconds for each test. memory_mb: for
+    each run. The workers stay for the next call, until the end of the pool's `with` or of this process.
     """
 
     def __init__(self, workers: int = 0, *, timeout: float = 10.0, memory_mb: int = 1024):
@@ -275,6 +277,7 @@ class Pool:
             self.busy.discard(worker)
 
     def take_worker(self) -> Worker:
+        """Return a worker that waits for work."""
         while True:
             try:
                 worker = self.idle.pop()

@@ -115,7 +115,7 @@ def leave_namespaces() -> None:
     uid, gid = os.getuid(), os.getgid()
     try:
         libc("unshare", MOUNTS | IPC | PIDS | NETWORK)
-    except OSError:  # neither root nor root of a container; in a user namespace we have the powers that this takes
+    except OSError:  # we are not root, or only root of a container: a user namespace gives us the powers for this
         libc("unshare", MOUNTS | IPC | PIDS | NETWORK | USERS)
         write("/proc/self/setgroups", "deny")
         write("/proc/self/uid_map", f"0 {uid} 1")
@@ -123,13 +123,13 @@ def leave_namespaces() -> None:
 
 
 class Room:
-    """Where the candidates of a worker run: their files, their user, their limits."""
+    """The place where a worker's candidates run: their files, their user and their limits."""
 
     def __init__(self, isolated: bool, box: str, paths: "list[str]", control: socket.socket):
         """Build the room in this process. box: the working folder; paths: what candidates may read besides READABLE."""
         self.isolated, self.box, self.control = isolated, box, control.fileno()
-        self.user = 0  # who candidates are, where that is not this process's own user
-        self.reads_as_root = False
+        self.user = 0  # the user of the candidates; 0 means the user of this process
+        self.reads_as_root = False  # this user has root's access to files
         self.ruleset = None  # of Landlock
         self.missing = ""  # what this system cannot give us
         self.empty_since = 0  # a time that moves with whatever is made, removed or renamed in the box
@@ -166,7 +166,7 @@ class Room:
         # Each worker takes another user, because the limit counts by user: no bomb may starve another worker.
         first = 1 << 30 if size == "4294967295" else 10_000
         self.user = first + int.from_bytes(os.urandom(2), "little") % 50_000
-        if not self.isolated:  # only root may be able to read Python; then the new user reads and writes as root does
+        if not self.isolated:  # if only root can read Python, the new user reads and writes as root does
             os.seteuid(self.user)
             self.reads_as_root = not os.access(os.__file__, os.R_OK, effective_ids=True)
             os.seteuid(0)
@@ -269,12 +269,13 @@ def landlock(readable: "list[str]", writable: "list[str]") -> int:
 # ----------------------------------------------------------------------------------------------- the life of a child
 
 
-def live(room: Room, files: "list[int]", timeout: float, memory: int, failures: int) -> None:
-    """Live a child's whole life: enter the room, run the candidate, exit. Does not return.
+def child_main(room: Room, files: "list[int]", timeout: float, memory: int, failures: int) -> None:
+    """Enter the room, run the candidate, exit. Never returns.
 
-    A failure before the candidate's code goes to the descriptor `failures`: it is the sandbox's, not the candidate's.
+    If the child cannot enter, it writes the reason to the descriptor `failures`: this is no fault of the candidate.
     """
-    leave, say, status = os._exit, os.write, 1  # a candidate can replace those of `os`
+    leave, say = os._exit, os.write  # kept here, because a candidate can replace those of `os`
+    status = 1
     program, *streams, call = files[:5]
     try:
         room.enter(streams, timeout, memory)
@@ -293,7 +294,7 @@ def live(room: Room, files: "list[int]", timeout: float, memory: int, failures: 
             elif status:
                 print(error.code, file=sys.stderr)
         except MemoryError as error:
-            error.__traceback__ = None  # frees what the program holds, so that there is memory to go on with
+            error.__traceback__ = None  # this frees what the program holds, so that there is memory to go on with
             vars(sys.modules["__main__"]).clear()
             say(2, b"MemoryError\n")
         except BaseException as error:
@@ -309,9 +310,9 @@ def live(room: Room, files: "list[int]", timeout: float, memory: int, failures: 
 
 
 def run_candidate(room: Room, program: int, call_file: int, wire_end: "int | None" = None) -> None:
-    """Run a program: on its stdin, or to call one of its functions, or as one of the two sides of asserts.
+    """Run a program on its stdin, or call one of its functions, or be one of the two sides of asserts.
 
-    Raises whatever the candidate raises. An exit within a call leaves no answer, so it never passes a test.
+    Raises whatever the candidate raises. An exit during a call leaves no answer, so it never passes a test.
     """
     code = load_program(program)
     call = os.pread(call_file, os.fstat(call_file).st_size, 0)
@@ -336,8 +337,8 @@ def run_candidate(room: Room, program: int, call_file: int, wire_end: "int | Non
 def load_program(file: int) -> types.CodeType:
     """Return the code of a program, and close its file.
 
-    The first run compiles the source. It puts the code in the place of the source, so that the runs on the other tests
-    need not compile it again. At that time no line of the candidate has run, and no candidate gets this file.
+    The first run compiles the source and writes the code over it, so that the runs on the other tests need not compile
+    it again. This is safe: no line of the candidate has run yet, and the file is closed before the first one runs.
     """
     data = os.pread(file, os.fstat(file).st_size, 0)
     if data[:1] == COMPILED:
@@ -357,7 +358,10 @@ def names_in(code: types.CodeType) -> "set[str]":
 
 
 def run_program(code: types.CodeType, prelude: "dict[str, str]", as_module: bool) -> types.ModuleType:
-    """Execute a program in __main__ and return this module. A module does not run `if __name__ == "__main__"`."""
+    """Execute a program in __main__ and return this module. as_module: skip what is under `if __name__ == "__main__"`.
+
+    Names of LiveCodeBench's prelude are there without an import.
+    """
     main = sys.modules["__main__"]
     for name in names_in(code) & prelude.keys():
         module = __import__(prelude[name])
@@ -376,7 +380,7 @@ def find_function(main: types.ModuleType, name: str) -> Any:
 
 
 def answer_calls(main: types.ModuleType, wire: BinaryIO) -> None:
-    """Call the program's functions as run_asserts() asks for it, until the wire closes."""
+    """Call the program's functions for run_asserts() in another process, until the wire closes."""
     functions = [name for name, item in vars(main).items() if callable(item)]
     while question := wire.readline():
         name, arguments, named = decode(json.loads(question))
@@ -391,8 +395,8 @@ def answer_calls(main: types.ModuleType, wire: BinaryIO) -> None:
 def run_asserts(code: types.CodeType, entry_point: str, wire: BinaryIO) -> None:
     """Run asserts with a stand-in for each function of the program. A stand-in asks the process that has the program.
 
-    A name of a builtin, or one that the asserts bind themselves, never means the program's function. The asserts have
-    no prelude: with one, gcd(4, 6) would be right without a program.
+    A builtin never gets a stand-in, and the asserts can bind any name themselves. The asserts have no prelude: with
+    one, gcd(4, 6) would be right without a program.
     """
     def ask(name: str, *arguments: Any, **named: Any) -> Any:
         try:
@@ -403,7 +407,7 @@ def run_asserts(code: types.CodeType, entry_point: str, wire: BinaryIO) -> None:
             line = b""
         if not line:
             print("the program ended before it had answered", file=sys.stderr, flush=True)
-            os._exit(1)  # asserts could catch an exception
+            os._exit(1)  # not an exception, because the asserts could catch it
         answer, *message = decode(json.loads(line))
         if not message:
             return answer
@@ -461,7 +465,7 @@ def run_child(control: socket.socket, room: Room, files: "list[int]", timeout: f
     child = os.fork()
     if child == 0:
         os.close(failures)
-        live(room, files, timeout, memory, theirs)
+        child_main(room, files, timeout, memory, theirs)
     os.close(theirs)
     try:
         how, code = watch(control, room, child, start + timeout, memory)
@@ -485,7 +489,7 @@ def watch(control: socket.socket, room: Room, child: int, deadline: float, memor
         while True:
             left = deadline - time.monotonic()
             ready = poll.poll(max(0, min(tick, left * 1000)))
-            if any(fd == control.fileno() for fd, _ in ready):  # the caller sends nothing now: it is the end of file
+            if any(fd == control.fileno() for fd, _ in ready):  # the caller sends nothing now, so this is its end
                 return FAILED, 0
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
@@ -516,10 +520,10 @@ def descendants(pid: "int | str" = "self") -> "set[int]":
 
 
 def memory_of(pids: "set[int]") -> int:
-    """Return the bytes that processes hold in memory: of what they map each its share (PSS), and nameless files."""
+    """Return the bytes that processes hold: of each mapping their share (PSS), and files without a name."""
     shares, files = {}, {}
     for pid in pids:
-        for thread in threads_of(pid):  # each: the first thread may be gone, and another one may have other files
+        for thread in threads_of(pid):  # the first thread may be gone, and another one may have other files
             with contextlib.suppress(OSError):
                 with open(thread + "/smaps_rollup") as f:
                     shares.update({pid: int(line.split()[1]) << 10 for line in f if line.startswith("Pss:")})
@@ -559,7 +563,7 @@ def make_prelude() -> "dict[str, str]":
 
 
 def warm_up(room: Room) -> None:
-    """Do once what every child would have to do: each child is a copy of this process."""
+    """Do once, before the first fork, what every child would have to do again."""
     room.prelude = make_prelude()
     site.setquit()
     sys.argv, sys.path[0] = ["solution.py"], ""
@@ -578,7 +582,7 @@ def warm_up(room: Room) -> None:
 
 
 def start_server(control_fd: str, mode: str, *paths: str) -> None:
-    """Be the launcher: make the namespaces, fork the server, and clear up after it."""
+    """Make the namespaces, fork the server inside them, wait for its end and clear up (the program's main)."""
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in (signal.SIGCHLD, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)

@@ -11,7 +11,7 @@ import tempfile
 
 from plumbing import sandbox_child
 
-ENVIRONMENT = {  # all that candidates see, with HOME and TMPDIR; hashes repeat, so that labels do
+ENVIRONMENT = {  # all that candidates see besides HOME and TMPDIR. A fixed hash seed: labels must repeat
     "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0",
     "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1",  # each arena and each thread takes from RLIMIT_AS
 }
@@ -22,7 +22,7 @@ class SandboxError(Exception):
 
 
 class WorkerDied(Exception):
-    """A fork server ended, or did not reply in time: an accident, or the work of a candidate."""
+    """A fork server ended, or did not reply in time: by accident, or because of a candidate."""
 
 
 def memory_file(stack: contextlib.ExitStack, data: bytes = b"") -> int:
@@ -46,7 +46,7 @@ class Worker:
 
     alive: "set[Worker]" = set()
     mode = "isolated"  # "plain" once it is known that this system gives us no namespaces
-    missing = ""  # what this system cannot give us; said once
+    missing = ""  # what this system cannot give us, printed once
 
     def __init__(self):
         self.owner, hello, why = os.getpid(), self.start(), ""
@@ -96,7 +96,7 @@ class Worker:
         return how, code, seconds
 
     def usable(self) -> bool:
-        """Say whether this process started it and it still waits: a word or an end of file means that it ended."""
+        """Return whether this process started the server and it still waits: a readable socket means that it ended."""
         return self.owner == os.getpid() and not select.select([self.socket], [], [], 0)[0]
 
     def close(self) -> None:

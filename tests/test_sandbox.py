@@ -1,4 +1,4 @@
-"""The sandbox against programs that cheat (hostile.py) and programs that only are unusual.
+"""The sandbox against programs that cheat (hostile.py) and programs that are only unusual.
 
 Every attack is tried twice: a naive runner must fall to it, or the test would prove nothing, and the sandbox must not.
 """
@@ -87,7 +87,7 @@ FORGED_ASSERTS = {name: (code, f"assert f(3) == {tests[0]['expected']}")
 
 @pytest.mark.parametrize("name", FORGED_ASSERTS)
 def test_wrong_program_does_not_get_past_asserts(name, tmp_path):
-    """Asserts that run beside the program are the program's to skip: the way HumanEval and MBPP are mostly judged."""
+    """If the asserts run in the program's process, the program can skip them. Most runners of HumanEval do that."""
     code, source = FORGED_ASSERTS[name]
     path = tmp_path / "solution.py"
     path.write_text(f"{code}\n{source}\n")
@@ -140,7 +140,7 @@ def test_values_keep_their_kind_on_the_way_to_the_asserts_and_back():
 
 
 def test_a_name_of_the_prelude_does_not_stand_in_for_the_program():
-    """gcd(4, 6) is 2 in any process of ours, whether or not the program has a gcd."""
+    """With the prelude, gcd(4, 6) is 2 in every process of ours, even if the program has no gcd."""
     for entry_point in ("gcd", ""):
         assert not sandbox.run_tests("x = 1", asserts("assert gcd(4, 6) == 2", entry_point))
         assert not sandbox.run_tests("def gcd(a, b): return 1", asserts("assert gcd(4, 6) == 2", entry_point))
@@ -160,7 +160,7 @@ def test_limits_hold_for_programs_behind_asserts():
 
 
 def test_both_sides_of_asserts_start_again_when_a_worker_dies():
-    """The side that is left has heard half of a talk that a new worker would begin anew."""
+    """If only one side started again, the other one would be in the middle of the exchange."""
     def kill():
         wait_until(lambda: len(sandbox.shared_pool.busy) == 2)
         time.sleep(0.3)
@@ -218,7 +218,7 @@ LATE_TESTS = [{"input": text, "output": number} for text, number in (("", ""), (
 
 
 def test_a_test_sees_no_old_names_and_no_old_generators():
-    """A generator in a cycle ends when the collector comes, and would print into whichever test runs then."""
+    """A generator in a cycle ends when the garbage collector runs, and prints into the test that runs then."""
     names = "try: n += 1\nexcept NameError: n = 1\nprint(n)"
     late = ("def f():\n try: yield\n finally: print(2)\nimport sys\nif sys.stdin.read() == 'a':\n g = [f()]\n g.append(g)\n next(g[0])\n"
             " print(1)\nelse: l = [[] for i in range(99999)]")
@@ -247,7 +247,7 @@ def test_a_test_sees_no_old_names_and_no_old_generators():
     "print('{:{0.__class__}}')", "print('{0.real} {0[0]}'.format(7) if 0 else 3)",
 ], ids=itertools.count())
 def test_every_run_of_a_program_prints_the_same(code):
-    """Streams that differ from the first test's, errors that depend on what was there before, and words of our own."""
+    """In a used process, streams, errors and frames of the runner could differ from those of the first test."""
     first = sandbox.run(code).stdout
     verdict = sandbox.run_tests(code, [{"input": "", "output": first}] * 3)
     assert verdict or verdict.failed_test == 0, verdict
@@ -330,7 +330,7 @@ def test_no_process_outlives_its_run(name):
 
 
 def test_output_held_open_by_a_grandchild_is_not_waited_for():
-    """subprocess.run waits for the end of a pipe that a grandchild holds, and then calls a finished program too slow."""
+    """subprocess.run waits until a grandchild closes the pipe, and then calls a finished program too slow."""
     code = "import os, time\nprint(7, flush=True)\nif os.fork() == 0:\n os.setsid()\n time.sleep({})\n"
     assert hostile.naive_run(code.format(3), timeout=1)[0] == ""
     result = sandbox.run(code.format(60), timeout=30)
@@ -369,7 +369,7 @@ def test_a_candidate_cannot_kill_its_worker_or_its_neighbours():
 
 
 def test_lowered_limits_of_the_worker_do_not_reach_the_next_program():
-    """A candidate of the server's uid may prlimit it; the next programs then failed for want of files or memory."""
+    """A candidate with the server's uid can lower its limits; the next programs then had too few files or memory."""
     sandbox.run("import os, resource as r\nfor k in (r.RLIMIT_NOFILE, r.RLIMIT_AS, r.RLIMIT_NPROC):\n"
                 " try: r.prlimit(os.getppid(), k, (9, 9))\n except OSError: pass")
     for _ in range(3):
@@ -628,7 +628,7 @@ def test_from_threads_and_after_a_fork():
 
 
 def script(code):
-    """Start a caller of its own; it prints a line when it is ready. A job in the background has Ctrl-C switched off."""
+    """Start a caller in another process; it prints a line when it is ready. Background jobs start with Ctrl-C off."""
     env = {**os.environ, "PYTHONPATH": os.path.dirname(HERE)}
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, env=env,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -702,7 +702,7 @@ def wait_until(condition, seconds=20):
 @pytest.mark.skipif(not LINUX or os.getuid() != 0, reason="only root can become an ordinary user")
 @pytest.mark.parametrize("rule, user", [("", 65534), ("no namespaces", 65534), ("no namespaces", 0)])
 def test_promises_hold_for_an_ordinary_user_and_without_namespaces(rule, user, tmp_path):
-    """The sandbox is mostly run by people who are not root, and in containers that allow nothing."""
+    """Most users are not root, and many containers allow no namespaces."""
     python = next((p for p in (sys.executable, "/usr/bin/python3") if not os.path.realpath(p).startswith("/root")
                    or user == 0), None)
     if not python or not os.path.exists(python):
