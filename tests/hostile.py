@@ -1,6 +1,6 @@
 """Programs that cheat, and the naive runner that they defeat. Used by test_sandbox.py.
 
-Each attack succeeds against `naive_run` or `naive_judge`, so a test that sees it fail in the sandbox means something.
+Each attack succeeds against `naive_run` or `naive_verdict`, so a test that sees it fail in the sandbox means something.
 They are bounded: a bomb stops at a number, a flood at a size, an orphan after seconds.
 """
 import json
@@ -10,7 +10,7 @@ import time
 
 
 def naive_run(code: str, stdin: str = "", timeout: float = 5.0, cwd: str | None = None):
-    """What most people write first. Returns stdout, stderr and the seconds that it took."""
+    """Run a program as most people do at first. Returns stdout, stderr and the seconds that it took."""
     start = time.monotonic()
     try:
         done = subprocess.run([sys.executable, "-c", code], input=stdin.encode(), capture_output=True,
@@ -21,8 +21,8 @@ def naive_run(code: str, stdin: str = "", timeout: float = 5.0, cwd: str | None 
     return out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), time.monotonic() - start
 
 
-def one_process_judge(code: str, tests: list, cwd: str) -> bool:
-    """As many runners do: all tests in one process, each with a namespace and streams of its own."""
+def one_process_verdict(code: str, tests: list, cwd: str) -> bool:
+    """Return whether all tests pass in one process, where each has only a new namespace and new streams."""
     script = ("import contextlib, io, json, sys\ncode, inputs = json.load(sys.stdin)\nout = []\nfor text in inputs:\n"
               " sys.stdin = io.StringIO(text)\n with contextlib.redirect_stdout(io.StringIO()) as o:\n"
               "  exec(code, {'__name__': '__main__'})\n out.append(o.getvalue().strip())\nprint(json.dumps(out))")
@@ -32,8 +32,8 @@ def one_process_judge(code: str, tests: list, cwd: str) -> bool:
     return json.loads(last) == [test["output"] for test in tests]
 
 
-def naive_judge(code: str, tests: list, cwd: str) -> bool:
-    """A function passes if asserts in its own process end with exit code 0; a program if its stdout is right."""
+def naive_verdict(code: str, tests: list, cwd: str) -> bool:
+    """Return whether all tests pass: a function if an assert beside it ends with exit code 0, a program by its stdout."""
     for test in tests:
         if "fn_name" in test:
             path = cwd + "/solution.py"
@@ -51,7 +51,7 @@ NONE = [{"fn_name": "f", "args": [3], "expected": None}]
 PRINT = [{"input": "", "output": "7"}]
 TWICE = [{"input": "", "output": "1"}, {"input": "", "output": "2"}]
 
-# Wrong programs that look right: name -> (code, tests). The naive judge passes each of them.
+# Wrong programs that look right: name -> (code, tests). The naive runner passes each of them.
 FORGERIES = {
     "exit_0_at_import": ("import sys\nsys.exit(0)", CALL),
     "os_exit_0_at_import": ("import os\nos._exit(0)", CALL),
@@ -183,7 +183,7 @@ TRACES = {
     "in_the_builtins_by_their_owner": "d = print.__self__.__dict__" + KEEP,
 }
 
-# Programs that print ESCAPED when they got through. The bool says: it takes namespaces (or Landlock) to hold it.
+# Programs that print ESCAPED when they got through. True: only namespaces (or Landlock) hold them.
 ESCAPES = {
     "secret_in_the_environment": ("import os\nif 'DUST_SECRET' in os.environ: print('ESCAPED')", False),
     "secret_in_a_file": ("if open('{folder}/secret').read(): print('ESCAPED')", True),

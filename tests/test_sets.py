@@ -51,7 +51,7 @@ def test_livecodebench_rows_keep_all_tests_of_both_kinds(tmp_path):
     assert stdin == Problem("q1", "Add, 1.", [{"input": "1 2\n", "output": "3\n"}] * 2, "", "easy")
     assert functional.tests == [{"fn_name": "go", "args": [[1, 2], "a"], "expected": [3, None]}] * 2
     assert (functional.starter_code, functional.difficulty) == ("class Solution:", "hard")
-    assert sandbox.judge("class Solution:\n def go(self, a, b): return (3, None)", functional.tests)
+    assert sandbox.run_tests("class Solution:\n def go(self, a, b): return (3, None)", functional.tests)
 
 
 class Touch:

@@ -36,7 +36,7 @@ TEXT = TUTORIAL.read_text(encoding="utf-8")
 STUDIES = ("table2", "table3", "figure3", "figure4", "transfer")
 NOT_YET = "not yet measured"
 CHECKED = ("Section 2.2", "Section 2.3", "Section 2.4", "Section 2.1", "What goes wrong", "What it costs")
-MODULES = ["dust", "grpo", "prefix", "rank_prompt", "sandbox", "sandbox_server"]
+MODULES = ["dust", "grpo", "prefix", "rank_prompt", "sandbox", "plumbing.sandbox_child"]
 MODULES += sorted(f"data.{path.stem}" for path in (ROOT / "data").glob("*.py") if path.stem != "__init__")
 OF_THE_RELEASE = {"--clip-high", "--dual-clip", "--loss", "--weight-decay", "--warmup", "--labels", "--parser",
                   "--no-shuffle", "--question"}

@@ -23,21 +23,21 @@ def unsolvable() -> list[dict]:
     return [{"input": f"{i}\n", "output": f"{random.getrandbits(64)}\n"} for i in range(3)]
 
 
-JUDGES = load("naive").JUDGES
+RUNNERS = load("naive").RUNNERS
 
 
-@pytest.mark.parametrize("name", JUDGES)
-def test_the_naive_judge_is_fooled_and_the_sandbox_is_not(name):
+@pytest.mark.parametrize("name", RUNNERS)
+def test_the_naive_runner_is_fooled_and_the_sandbox_is_not(name):
     assert (HERE / "attack.py").exists(), "write attack.py"
     code, tests = load("attack").ATTACKS[name], unsolvable()
-    assert JUDGES[name](code, tests), "the naive judge did not believe it"
-    verdict = sandbox.judge(code, tests)
+    assert RUNNERS[name](code, tests), "the naive runner did not believe it"
+    verdict = sandbox.run_tests(code, tests)
     assert not verdict.passed and verdict.failed_test == 0, "the sandbox believed it: tell us"
-    assert sandbox.judge(RIGHT, SUMS).passed  # and is none the worse for it
+    assert sandbox.run_tests(RIGHT, SUMS).passed  # and is none the worse for it
 
 
-@pytest.mark.parametrize("name", JUDGES)
-def test_the_naive_judges_know_right_from_wrong_where_nobody_cheats(name):
-    """This one passes without your attack: a judge that believes everybody would be no target."""
-    assert JUDGES[name](RIGHT, SUMS) and not JUDGES[name]("print(3)", SUMS)
-    assert not JUDGES[name]("print(input(), 1 / 0)", SUMS)
+@pytest.mark.parametrize("name", RUNNERS)
+def test_the_naive_runners_know_right_from_wrong_where_nobody_cheats(name):
+    """This one passes without your attack: a runner that believes everybody would be no target."""
+    assert RUNNERS[name](RIGHT, SUMS) and not RUNNERS[name]("print(3)", SUMS)
+    assert not RUNNERS[name]("print(input(), 1 / 0)", SUMS)

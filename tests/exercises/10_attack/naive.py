@@ -1,7 +1,7 @@
-"""Three judges as one writes them on the first evening. Each is fooled by a program that solves nothing.
+"""Three runners as one writes them on the first evening. Each is fooled by a program that solves nothing.
 
-A judge takes a program (str) and tests ([{"input", "output"}, ...]) and returns whether it believes in it. The program
-runs in another process, in a temporary folder, where the judge's harness calls it once a test.
+A runner takes a program (str) and tests ([{"input", "output"}, ...]) and returns whether it believes in it. The program
+runs in another process, in a temporary folder, where the runner's harness calls it once a test.
 """
 import json
 import os
@@ -70,4 +70,4 @@ def same_process(code: str, tests: list) -> bool:
         return answer.read() == str(len(tests)).encode()
 
 
-JUDGES = {"exit_status": exit_status, "last_word": last_word, "same_process": same_process}
+RUNNERS = {"exit_status": exit_status, "last_word": last_word, "same_process": same_process}

@@ -11,8 +11,8 @@ RECORD = {"id": "p1", "question": "Double each digit.", "examples": ["2 0 0 -> 4
 def test_an_example_is_a_test():
     problem = read_problem(RECORD)
     assert problem.tests == [{"input": "2 0 0\n", "output": "4 0 0\n"}, {"input": "1 5 9\n", "output": "2 0 8\n"}]
-    assert sandbox.judge("print(*[int(v) * 2 % 10 for v in input().split()])", problem.tests).passed
-    assert not sandbox.judge("print('4 0 0')", problem.tests).passed
+    assert sandbox.run_tests("print(*[int(v) * 2 % 10 for v in input().split()])", problem.tests).passed
+    assert not sandbox.run_tests("print('4 0 0')", problem.tests).passed
 
 
 @pytest.mark.parametrize("change", [
