@@ -97,8 +97,6 @@ class Args:
     question: str = arg("problem", "what a ranking prompt starts with: the problem, or all of the prompt for a program",
                         choices=["problem", "prompt"])
     shuffle: bool = arg(True, "show a group's candidates in a new order at each training step")
-    parser: str = arg("strict", "how rankings are read; lenient takes the first numbers it finds",
-                      choices=list(rank_prompt.READERS))
 
     answers: int = arg(8, "G, answers sampled for each prompt: rankings, or programs with --mode generate",
                        section="GRPO (paper 2.4, table 4)")
@@ -430,10 +428,10 @@ def experience(model, tokenizer, problems, groups, step: int, args: Args, genera
     prompts = [ranking_ids(tokenizer, group, args) for group in batch]
     if mode == "sft":
         rollouts = teacher(batch, prompts, generator)
-        metrics = score_rollouts(tokenizer, batch, rollouts, "pairacc", args.parser)
+        metrics = score_rollouts(tokenizer, batch, rollouts, "pairacc")
         return [only_perfect(r) for r in rollouts], metrics
     rollouts = draw_answers(model, tokenizer, prompts, args.answers, args, generator)
-    return rollouts, score_rollouts(tokenizer, batch, rollouts, args.reward, args.parser)
+    return rollouts, score_rollouts(tokenizer, batch, rollouts, args.reward)
 
 
 def draw_answers(model, tokenizer, prompts: list[torch.Tensor], count: int, args: Args, generator):
@@ -516,8 +514,7 @@ def roll_out(model, tokenizer, prompts: list[torch.Tensor], args: Args, **sampli
                         max_rows=args.rows, **sampling)
 
 
-def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout], reward: str,
-                   parser: str = "strict") -> dict[str, float]:
+def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout], reward: str) -> dict[str, float]:
     """Sets the rewards of each rollout (paper 2.3); returns what to log about them.
 
     "constant" is what the answer 1, 2, ..., K would have earned, for comparison: a judge that always gives it has
@@ -525,7 +522,7 @@ def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout],
     """
     for group, rollout in zip(groups, rollouts):
         texts = [decode(tokenizer, rollout.prompt, answer) for answer in rollout.answers]
-        rollout.rewards = torch.tensor([rank_prompt.score(text, group.labels, reward, parser) for text in texts])
+        rollout.rewards = torch.tensor([rank_prompt.score(text, group.labels, reward) for text in texts])
     orders = [list(range(1, len(group.candidates) + 1)) for group in groups]
     constant = [rank_prompt.REWARDS[reward](order, group.labels) for order, group in zip(orders, groups)]
     malformed = [reward == rank_prompt.FORMAT_PENALTY for r in rollouts for reward in r.rewards.tolist()]
@@ -590,7 +587,7 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
     judged = []
     for i, (group, seen) in enumerate(zip(groups, shown)):
         answer, k = journal.done.get(str(i), ""), len(seen.candidates)
-        ranking = rank_prompt.READERS[args.parser](answer, k)
+        ranking = rank_prompt.parse_ranking(answer, k)
         ordered = [seen.candidates[index - 1] for index in ranking or range(1, k + 1)]
         ordered += [c for c in group.candidates if c.code is None]
         judged.append(RankedGroup(seen, ordered, answer, malformed=ranking is None and k > 1))

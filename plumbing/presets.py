@@ -11,7 +11,7 @@ PAPER = dict(  # section 3.1, appendix B, table 4
 
 RELEASE = PAPER | dict(  # what the authors' code does where the paper says something else
     clip_high=0.28, dual_clip=10.0, loss="token", kl=0.0, weight_decay=0.1, warmup=10,
-    labels="fractional", parser="lenient", shuffle=False, question="prompt", repeats=6, eval_temperature=1.0,
+    labels="fractional", shuffle=False, question="prompt", repeats=6, eval_temperature=1.0,
 )
 
 QUICK_REAL = dict(  # a real model on one GPU of 24 GB: adapters, which want a larger learning rate

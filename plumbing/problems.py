@@ -146,7 +146,10 @@ def read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_parquet(path: str) -> Iterator[tuple[str, dict]]:
-    """Yield ("row 3", the row without its empty fields). Reads 16 rows at a time: a file can have gigabytes. Raises BadInput."""
+    """Yield ("row 3", the row without its empty fields), and read 16 rows at a time: a file can have gigabytes.
+
+    Raises BadInput where the file does not go on as Parquet.
+    """
     from pyarrow.parquet import ParquetFile
 
     number = 0

@@ -32,8 +32,8 @@ def copy_tree(folder: Path) -> Path:
     """What the checks need of the project, in a folder of its own."""
     tree = folder / "tree"
     nothing = shutil.ignore_patterns("__pycache__", "results")
-    shutil.copytree(ROOT / "data", tree / "data", ignore=nothing)
-    shutil.copytree(ROOT / "tests" / "exercises", tree / "tests" / "exercises", ignore=nothing)
+    for name in ("data", "plumbing", "tests/exercises"):
+        shutil.copytree(ROOT / name, tree / name, ignore=nothing)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tree)
     return tree
@@ -58,7 +58,7 @@ def check_here(tree: str, names: list[str], log: str) -> None:
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     sys.dont_write_bytecode = True
     sys.path[:] = [tree] + [path for path in sys.path if not Path(path or ".").is_relative_to(ROOT)]
-    ours = {path.stem for path in ROOT.glob("*.py")} | {"data"}
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"data", "plumbing"}
     assert not ours & sys.modules.keys(), "a module of the project was imported before the tree was"
     checks = [f"tests/exercises/{name}/check.py" for name in names]
     options = ["-q", "-rfE", "-p", "no:cacheprovider", "--import-mode=importlib", f"--rootdir={tree}"]
