@@ -1,4 +1,4 @@
-"""The micro-lab keeps its evaluation apart, and is what the shipped files were made by; a variant differs in one thing."""
+"""The micro-lab keeps its evaluation apart and still makes what is shipped. A variant differs from it in one thing."""
 import hashlib
 import random
 import shutil
@@ -64,7 +64,7 @@ def test_the_tests_of_the_shipped_problems_are_passed_by_real_python():
     for problem in make_tiny.draw_distinct(9, "validation", make_tiny.SEEN_ORDERS, 20):
         digits = tuple(rng.choices(range(10), k=3))
         printed = []
-        scope = {"input": lambda: make_tiny.write(digits), "print": lambda *values: printed.append(values)}
+        scope = {"input": lambda: make_tiny.spaced(digits), "print": lambda *values: printed.append(values)}
         exec(make_tiny.code_of(problem.truth), scope)
         assert printed == [make_tiny.states(problem.truth, digits)[-1]]
 
@@ -139,7 +139,7 @@ def test_both_notations_are_read_back_as_the_same_attempts():
 
 
 def test_only_the_rankings_of_the_notation_base_are_in_digits():
-    for base in make_tiny.MORE:
+    for base in make_tiny.BASES:
         for number, (prompt, answer, thinking) in enumerate(make_tiny.documents(0, 0, 200, base)):
             attempts = read_attempts(answer)
             assert len(attempts) == answer.count("\nTry:") + answer.count("\nCandidate")
@@ -163,8 +163,8 @@ def test_the_other_notation_needs_no_token_that_the_shipped_tokenizer_lacks():
 
 
 def test_only_the_clumsy_base_miscopies_and_only_what_was_accepted():
-    copied = {base: [] for base in make_tiny.MORE}
-    for base in make_tiny.MORE:
+    copied = {base: [] for base in make_tiny.BASES}
+    for base in make_tiny.BASES:
         stream = 0 if base == "plain" else f"{base}/0"
         problems = make_tiny.draw_pretraining_problems(stream, 0, 2000)
         for problem, (_, answer, thinking) in list(zip(problems, make_tiny.documents(0, 0, 2000, base)))[::2]:
@@ -189,7 +189,7 @@ def test_no_evaluation_statement_is_trained_on_by_a_variant_either(base, monkeyp
     first = list(drawn)
     assert first != make_tiny.draw_pretraining_problems(0, 0, 512)
     assert first == make_tiny.draw_pretraining_problems(f"{base}/0", 0, 512)
-    for chunk in range(1, -(-make_tiny.MORE[base][0] // 8)):
+    for chunk in range(1, -(-make_tiny.BASES[base][0] // 8)):
         first += make_tiny.draw_pretraining_problems(f"{base}/0", chunk, 8 * make_tiny.BATCH)
     seen = {problem.question for problem in first}
     assert len(seen) > 5000
@@ -212,7 +212,7 @@ def lab(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(make_tiny, "DATA", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(make_tiny, "probe", lambda *_, **__: {"copy": 0.7})
-    monkeypatch.setattr(make_tiny, "DEMANDS", {base: {"copy": (0.6, 0.8)} for base in make_tiny.MORE})
+    monkeypatch.setattr(make_tiny, "DEMANDS", {base: {"copy": (0.6, 0.8)} for base in make_tiny.BASES})
     return tmp_path
 
 
