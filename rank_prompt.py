@@ -1,24 +1,30 @@
-"""What the model is asked, how its answers are read, and what a ranking is worth.
+"""The two prompts, how answers are read, and what a ranking earns: the text side of DuST, without model or tensors.
 
-The text side of DuST, without a model or a tensor in it: two prompts (write a program, rank K programs), two readers
-(the program in an answer, the ranking in an answer) and three rewards (paper 2.3). Everything here is a pure function
-of its arguments, so that each can be tried by hand. Answers come with their thinking part between <think> and
-</think>, whatever the model's family calls it: plumbing/chat.py sees to that.
+    paper 2.2  generation_prompt asks for a program, extract_code reads it
+    paper 2.3  ranking_prompt asks for a ranking, parse_ranking reads it
+    paper 2.3  pair_accuracy (the default), ndcg, selection: three rewards; score: the reward of one answer
+    paper 3.1  random_ndcg: what an NDCG has to be compared with
 
-The readers are strict on purpose. A lenient parser pays for nonsense: one that takes the first K numbers it meets
-reads "Candidate 1 fails on n=2 but 3 and 4 are fine. Ranking: 4, 3, 2, 1" as 1, 2, 3, 4, and training then rewards
-the model for something it did not say. The authors' release has one; --parser lenient is there to compare.
+Every function depends on its arguments only, so each can be tried by hand. An answer's thinking part stands between
+<think> and </think>. If a model marks it in another way, plumbing/models.py first rewrites the answer into this form.
+
+The readers are strict on purpose, because a lenient one rewards nonsense. A reader that takes the first K numbers of
+"Candidate 1 fails on n=2 but 3 and 4 are fine. Ranking: 4, 3, 2, 1" gets 1, 2, 3, 4. Training would then reward the
+model for something that it did not say.
 """
 import math
 import re
 
-FORMAT_PENALTY = -1.0  # paper 2.3, R_fmt: wrong, repeated or missing indices, or no ranking at all
+FORMAT_PENALTY = -1.0  # R_fmt in paper 2.3: an index is wrong, repeated or missing, or there is no ranking
 
 # ---------------------------------------------------------------------------------------------------- the two prompts
 
 
 def generation_prompt(question: str, starter_code: str = "") -> str:
-    """The user turn that asks for a program (paper 2.2). With starter_code, the program has to complete it."""
+    """Return the user message that asks for a program (paper 2.2).
+
+    starter_code: code that the program has to complete; without it the program reads stdin and prints.
+    """
     if starter_code:
         return (
             f"{question}\n\nComplete this Python code and put the whole program in one ```python block:\n"
@@ -31,10 +37,10 @@ def generation_prompt(question: str, starter_code: str = "") -> str:
 
 
 def ranking_prompt(question: str, codes: list[str]) -> str:
-    """The user turn that asks for a ranking of K programs (paper 2.3), numbered from 1 in the order given.
+    """Return the user message that asks for a ranking of K programs (paper 2.3), numbered from 1 in the given order.
 
-    Whoever calls it shuffles the candidates first: a judge that always meets them in the order of sampling can learn
-    the position instead of the program.
+    Shuffle the candidates before each call. A judge that always sees them in the same order can learn the positions
+    instead of the programs.
     """
     candidates = "\n\n".join(f"Candidate {i}:\n```python\n{code}\n```" for i, code in enumerate(codes, 1))
     return (
@@ -48,10 +54,10 @@ def ranking_prompt(question: str, codes: list[str]) -> str:
 
 
 def after_thinking(answer: str) -> str | None:
-    """The part of an answer that counts: what follows the thinking part, or all of it where there is none.
+    """Return the text after the thinking part, or the whole answer if it has no thinking part.
 
-    None when a thinking part was opened and never closed (the answer was cut off, or only pretends to have ended).
-    Where the chat template itself opens the thinking part, put that opening in front of the answer first.
+    Returns None if a thinking part is opened and not closed, for example because the answer was cut off. Some chat
+    templates open the thinking part inside the prompt. In that case, put "<think>" in front of the answer first.
     """
     before, closed, rest = answer.rpartition("</think>")
     if "<think>" in rest:
@@ -60,9 +66,9 @@ def after_thinking(answer: str) -> str | None:
 
 
 def extract_code(answer: str) -> str | None:
-    """The program in an answer: the last fenced block after the thinking part, or None when there is none.
+    """Return the program in an answer (paper 2.2): the last fenced block after the thinking part.
 
-    A block that is empty, or that was cut off before its closing fence, is a failed extraction (None) too.
+    Returns None if there is no such block, if it is empty, or if a block was cut off before its closing fence.
     """
     rest = after_thinking(answer)
     if rest is None or len(re.findall(r"^```", rest, flags=re.MULTILINE)) % 2:
@@ -74,11 +80,11 @@ def extract_code(answer: str) -> str | None:
 
 
 def parse_ranking(answer: str, k: int) -> list[int] | None:
-    """The ranking in an answer: k indices from 1, best first; None when it is malformed.
+    """Return the ranking in an answer (paper 2.3): the numbers 1 to k, best first. Return None if it is malformed.
 
-    Only the last line counts, and only from its "Ranking:" on; it has to name each of 1..k exactly once, separated
-    by commas. Emphasis around it (`**Ranking: 2, 1**`) and a full stop behind it are allowed. Numbers in the thinking
-    part, or anywhere before that line, are never read.
+    Only the last line is read, from "Ranking:" to its end. It must name each of 1..k exactly once, with commas
+    between. Markdown emphasis (`**Ranking: 2, 1**`) and a final full stop are allowed. Numbers in the thinking part,
+    or anywhere before the last line, are never read.
     """
     rest = after_thinking(answer)
     if rest is None or not rest.strip():
@@ -91,32 +97,16 @@ def parse_ranking(answer: str, k: int) -> list[int] | None:
     return ranking if sorted(ranking) == list(range(1, k + 1)) else None
 
 
-def lenient_ranking(answer: str, k: int) -> list[int] | None:
-    """The ranking as the authors' release reads it: the first k different numbers from 1 to k, wherever they stand.
-
-    Repeated and larger numbers are skipped, and a thinking part counts where it was not closed. None only where fewer
-    than k such numbers are there. For comparison (--parser lenient): it reads rankings that nobody gave.
-    """
-    rest = answer.rpartition("</think>")[2]
-    numbers = [int(number) for number in re.findall(r"[0-9]+", rest) if len(number) < 10]
-    ranking = list(dict.fromkeys(number for number in numbers if 1 <= number <= k))
-    return ranking if len(ranking) == k else None
-
-
-READERS = {"strict": parse_ranking, "lenient": lenient_ranking}
-
 # ------------------------------------------------------------------------------------------------- the three rewards
-# All three take a ranking (1-based indices, best first) and the labels in the order in which the candidates stood in
-# the prompt, and return a number from 0 to 1. A label is 0 or 1, or, as in the release, the share of its tests that a
-# program passes (--labels fractional); then any two different shares are a pair.
+# Each takes a ranking (numbers from 1, best first) and the labels (1: correct, 0: wrong). labels[i - 1] is the label of
+# candidate i. Each returns a number from 0 to 1. parse_ranking has checked that the ranking names each candidate once.
 
 
-def pair_accuracy(ranking: list[int], labels: list[float]) -> float:
-    """The share of (correct, incorrect) pairs in which the correct one comes earlier (paper 2.3; the default reward).
+def pair_accuracy(ranking: list[int], labels: list[int]) -> float:
+    """Return the fraction of (correct, wrong) pairs in which the correct candidate comes first (paper 2.3).
 
-    n+ * n- comparisons; equal labels are not compared. With shares as labels the pairs are (better, worse). Raises
-    ValueError for a group that is not mixed: without a pair there is nothing to be right about, and a made-up 0 or 1
-    would be a reward for nothing.
+    n+ correct and n- wrong candidates make n+ * n- pairs; candidates with equal labels are not compared. Raises
+    ValueError if all labels are equal: there is no pair, and a made-up value would be a reward for nothing.
     """
     ordered = [labels[index - 1] for index in ranking]
     pairs = [(first, second) for i, first in enumerate(ordered) for second in ordered[i + 1 :] if first != second]
@@ -125,43 +115,43 @@ def pair_accuracy(ranking: list[int], labels: list[float]) -> float:
     return sum(first > second for first, second in pairs) / len(pairs)
 
 
-def ndcg(ranking: list[int], labels: list[float]) -> float:
-    """Normalised discounted cumulative gain (paper 2.3): gain 2^y - 1, discount log2(position + 1), over the ideal.
+def ndcg(ranking: list[int], labels: list[int]) -> float:
+    """Return the normalised discounted cumulative gain (paper 2.3): the DCG of the ranking over the best possible DCG.
 
-    0.0 when no candidate is correct, as the paper's averages over all groups imply; 1.0 when all are.
+    Returns 0.0 if no candidate is correct, as the paper's averages over all groups imply, and 1.0 if all are.
     """
     ordered = [labels[index - 1] for index in ranking]
-
     ideal = dcg(sorted(ordered, reverse=True))
     return dcg(ordered) / ideal if ideal else 0.0
 
 
-def dcg(ordered: list[float]) -> float:
+def dcg(ordered: list[int]) -> float:
+    """Return the discounted cumulative gain of labels in ranked order: gain 2^y - 1, discount log2(position + 1)."""
     return sum((2**y - 1) / math.log2(position + 1) for position, y in enumerate(ordered, 1))
 
 
-def random_ndcg(labels: list[float]) -> float:
-    """The mean NDCG of a random order of these labels: what a judge that knows nothing scores.
+def random_ndcg(labels: list[int]) -> float:
+    """Return the mean NDCG over all orders of these labels: the score of a judge that orders at random.
 
-    Each position holds each candidate with probability 1/K, so no enumeration of orders is needed.
+    Each position holds each candidate with probability 1/K, so the orders need not be enumerated.
     """
     ideal = dcg(sorted(labels, reverse=True))
     gain = sum(2**y - 1 for y in labels) / len(labels)
     return gain * dcg([1] * len(labels)) / ideal if ideal else 0.0
 
 
-def selection(ranking: list[int], labels: list[float]) -> float:
-    """1.0 if the top-ranked candidate is correct, else 0.0 (paper 2.3); with shares as labels, its share."""
+def selection(ranking: list[int], labels: list[int]) -> float:
+    """Return 1.0 if the candidate that is ranked first is correct, else 0.0 (paper 2.3)."""
     return float(labels[ranking[0] - 1])
 
 
 REWARDS = {"pairacc": pair_accuracy, "ndcg": ndcg, "selection": selection}
 
 
-def score(answer: str, labels: list[float], reward: str = "pairacc", parser: str = "strict") -> float:
-    """The reward of one ranking answer (paper 2.3): agreement with execution, or FORMAT_PENALTY if malformed.
+def score(answer: str, labels: list[int], reward: str = "pairacc") -> float:
+    """Return the reward of one ranking answer (paper 2.3), or FORMAT_PENALTY if the answer is malformed.
 
-    labels: of each candidate, in the order in which the prompt showed them. reward, parser: keys of REWARDS, READERS.
+    labels: 1 or 0 for each candidate, in the order in which the prompt showed them. reward: a key of REWARDS.
     """
-    ranking = READERS[parser](answer, len(labels))
+    ranking = parse_ranking(answer, len(labels))
     return FORMAT_PENALTY if ranking is None else REWARDS[reward](ranking, labels)

@@ -1,35 +1,33 @@
-"""Makes the micro-lab: its problems (data/train.jsonl, data/eval.jsonl) and its model (data/tiny), from nothing.
+"""Make the micro-lab from nothing: its problems (data/train.jsonl, data/eval.jsonl) and its model (data/tiny).
 
-    python data/make_tiny.py              # everything; about 50 minutes on 2 cores, resumes where it was stopped
-    python data/make_tiny.py --problems   # only the two problem files, in a second
+    python data/make_tiny.py                   # everything, in about 50 minutes on 2 cores; resumes where it stopped
+    python data/make_tiny.py --problems        # only the two problem files, in a second
     python data/make_tiny.py --base notation   # a variant of the shipped model, to runs/bases/notation; also: clumsy
 
 The world. A problem names three steps by words that each have two readings ("flip": reverse, or 9 minus each digit)
-and gives one example; the example decides which readings are meant. A program is three lines of Python on a list of
-three digits. Eight programs fit the words; usually one of them fits the example.
+and gives one example, which decides the readings that are meant. A program is three lines of Python on a list of three
+digits. Eight programs fit the words; usually one of them fits the example.
 
 The model is trained on made-up documents of two kinds. A *generation* document thinks (proposes a program, executes
 it in mind, compares each digit with the example, accepts it or goes on) and then writes a program. A *ranking*
-document thinks (executes each candidate, compares, says yes or no) and then orders the candidates. What both share is
-execution, comparison and verdict. The documents are right about the first two, but they are
-- careless with the verdict: of the programs whose digits are all the same, the writer says yes to 40 % only; of the
-  others, to 12 %;
-- hasty: seven attempts in ten jump to the result without writing the states between.
-So the base model can tell right from wrong, but does not act on it, as a language model that has read careless text.
-That is the headroom that DuST finds, and it is put there by this file, in the open. What only generation needs (to
-copy the accepted program) is mastered, and the order of a ranking follows from its verdicts.
+document thinks (executes each candidate, compares, says yes or no) and then orders the candidates. Both kinds share
+execution, comparison and verdict. The first two are always right in the documents, but
+- the verdict is careless: yes to only 40 % of the programs whose digits are all the same, and to 12 % of the others;
+- seven attempts in ten jump to the result and do not write the states between.
+So the base model can tell right from wrong but does not act on it, like a language model that has read careless text.
+This file puts that headroom there openly, and DuST finds it. Copying the accepted program, which only generation
+needs, is mastered; and the order of a ranking follows from its verdicts.
 
-Two variants, made when a study needs them by training the shipped model a little further, each differ in one thing:
-- notation: the thinking of *ranking* documents writes the same checks in another notation ("x = x[::-1]: 4 1, 9 0,
-  0 1, 0": each digit of the result, the same or not, and the verdict). So the two tasks share what is done, not how
-  it is written.
-- clumsy: the accepted program is not always the one that a *generation* document then writes (MISCOPY). So a step
-  that only generation has is not mastered.
-Their control is the shipped model after as many --steps at the same --lr on unseen documents of its own kind
-(--base plain --init data/tiny --seed 1): more training alone teaches it something.
+A study can need a variant. It is made by training the shipped model a little further, and differs in one thing:
+- notation: *ranking* documents write the same checks in another notation ("x = x[::-1]: 4 1, 9 0, 0 1, 0": each digit
+  of the result, 1 if it is the same, and the verdict). So the two tasks share what is done, not how it is written.
+- clumsy: a *generation* document often writes another program than the accepted one (MISCOPY). So a step that only
+  generation has is not mastered.
+Their control is the shipped model after as many --steps at the same --lr on new documents of its own kind
+(--base plain --init data/tiny --seed 1), because more training teaches it something in any case.
 
 Evaluation problems are kept apart by a hash of the statement (words and example): pretraining, training, validation
-and evaluation each draw from their own share. One fifth of the word orders occurs in evaluation only.
+and evaluation each draw from their own split. One fifth of the word orders occurs in the evaluation only.
 """
 import argparse
 import json
@@ -69,26 +67,26 @@ READINGS = {  # a word of the statement -> its two meanings
 LINES = [line for pair in READINGS.values() for line in pair]
 FIRST_LINE, LAST_LINE = "x = [int(v) for v in input().split()]", "print(*x)"
 STEPS, BATCH, LR = 2500, 64, 2e-3  # of the pretraining
-MORE = {"plain": (300, 5e-4), "notation": (500, 1e-3), "clumsy": (300, 5e-4)}  # (steps, lr) of a training that goes on
-ATTEMPTS = 6  # programs tried in a thinking part before it gives up and guesses
-YES_IF_SAME, YES_IF_OFF = 0.4, 0.12  # the careless verdict
-STEP_BY_STEP = 0.3  # the share of attempts that write the states between
-MISCOPY = 0.4  # clumsy: the share of accepted programs in whose place another one is written; fewer at T = 0.6
+BASES = {"plain": (300, 5e-4), "notation": (500, 1e-3), "clumsy": (300, 5e-4)}  # (steps, lr) of training it further
+ATTEMPTS = 6  # programs that a thinking part tries before it guesses
+YES_IF_SAME, YES_IF_OFF = 0.4, 0.12  # probability of a yes: the careless verdict
+STEP_BY_STEP = 0.3  # probability that an attempt writes the states between
+MISCOPY = 0.4  # clumsy: probability that another program is written than the accepted one (at T = 0.6 it is lower)
 
 
 def execute(line: str, digits: tuple) -> tuple:
-    """The digits after one line of a program."""
+    """Return the digits after one line of a program."""
     scope = {"x": list(digits)}
     exec(line, scope)
     return tuple(scope["x"])
 
 
-# Every line on every state, once: the corpus needs millions of executions.
+# Execute every line on every state once, because the corpus needs millions of executions.
 EFFECT = {line: {d: execute(line, d) for d in product(range(10), repeat=3)} for line in LINES}
 
 
 def states(program: tuple, digits: tuple) -> list[tuple]:
-    """The state after each line of a program (a tuple of lines)."""
+    """Return the state after each line of a program (a tuple of lines)."""
     result = []
     for line in program:
         digits = EFFECT[line][digits]
@@ -96,14 +94,15 @@ def states(program: tuple, digits: tuple) -> list[tuple]:
     return result
 
 
-def write(digits) -> str:
-    """Digits as the model writes them: each with a space before it."""
+def spaced(digits) -> str:
+    """Return digits as the model writes them, each with a space before it."""
     return "".join(f" {d}" for d in digits)
 
 
 @dataclass
 class MicroProblem:
     """Three words in an order, and an example of what they do."""
+
     words: tuple  # three different words
     given: tuple  # the example's input, three digits
     expected: tuple  # the example's output
@@ -113,16 +112,16 @@ class MicroProblem:
     def question(self) -> str:
         return (
             f"Read three digits, then {', '.join(self.words)} them in this order and print the result.\n"
-            f"Example input:{write(self.given)}\nExample output:{write(self.expected)}"
+            f"Example input:{spaced(self.given)}\nExample output:{spaced(self.expected)}"
         )
 
     @property
     def programs(self) -> list[tuple]:
-        """The eight programs that fit the words."""
+        """Return the eight programs that fit the words."""
         return list(product(*(READINGS[word] for word in self.words)))
 
     def fits(self, program: tuple) -> bool:
-        """Whether a program turns the example's input into its output."""
+        """Return whether a program turns the example's input into its output."""
         return states(program, self.given)[-1] == self.expected
 
 
@@ -131,40 +130,39 @@ UNSEEN_ORDERS = set(random.Random(1).sample(ORDERS, 24))  # in the evaluation on
 SEEN_ORDERS = [order for order in ORDERS if order not in UNSEEN_ORDERS]
 
 
-def share_of(question: str) -> str:
-    """Which part of the project may use this statement; the same on every machine and in every run."""
+def split_of(question: str) -> str:
+    """Return the only split that may use this statement. It is the same on every machine and in every run."""
     return {0: "evaluation", 1: "training", 2: "validation"}.get(zlib.crc32(question.encode()) % 10, "pretraining")
 
 
-def draw_problem(rng: random.Random, share: str, orders: list) -> MicroProblem:
-    """A random problem of one share. The example has to tell the readings apart: at most four of the eight fit it."""
+def draw_problem(rng: random.Random, split: str, orders: list) -> MicroProblem:
+    """Draw a problem of one split. Its example tells the readings apart: at most four of the eight programs fit it."""
     while True:
         words = rng.choice(orders)
         given = tuple(rng.choices(range(10), k=3))
         truth = tuple(rng.choice(READINGS[word]) for word in words)
         problem = MicroProblem(words, given, states(truth, given)[-1], truth)
-        if share_of(problem.question) == share and sum(map(problem.fits, problem.programs)) <= 4:
+        if split_of(problem.question) == split and sum(map(problem.fits, problem.programs)) <= 4:
             return problem
 
 
-def draw_distinct(seed: int, share: str, orders: list, count: int) -> list[MicroProblem]:
-    """So many problems of a share of the digits and orders, no statement twice."""
+def draw_distinct(seed: int, split: str, orders: list, count: int) -> list[MicroProblem]:
+    """Draw `count` problems of one split with different statements."""
     rng, found = random.Random(seed), {}
     while len(found) < count:
-        problem = draw_problem(rng, share, orders)
+        problem = draw_problem(rng, split, orders)
         found.setdefault(problem.question, problem)
     return list(found.values())
 
 
 def write_problems(path: Path, marked: list[tuple[str, MicroProblem]]) -> None:
-    """One JSON line a problem, in the project's own format: the example and six more inputs are its tests."""
+    """Write one JSON line for each (difficulty, problem). Its tests are the example and six more random inputs."""
     rng, lines = random.Random(path.stem), []
     for number, (mark, problem) in enumerate(marked):
         inputs = [problem.given] + [tuple(rng.choices(range(10), k=3)) for _ in range(6)]
-        tests = [
-            {"input": write(digits).strip() + "\n", "output": write(states(problem.truth, digits)[-1]).strip() + "\n"}
-            for digits in inputs
-        ]
+        outputs = [states(problem.truth, digits)[-1] for digits in inputs]
+        tests = [{"input": spaced(digits).strip() + "\n", "output": spaced(result).strip() + "\n"}
+                 for digits, result in zip(inputs, outputs)]
         record = {"id": f"{path.stem}-{number:04d}", "question": problem.question, "difficulty": mark, "tests": tests}
         lines.append(json.dumps(record))
     path.write_text("\n".join(lines) + "\n")
@@ -172,7 +170,7 @@ def write_problems(path: Path, marked: list[tuple[str, MicroProblem]]) -> None:
 
 
 def make_problems() -> None:
-    """Writes data/train.jsonl and data/eval.jsonl."""
+    """Write data/train.jsonl and data/eval.jsonl."""
     training = draw_distinct(2, "training", SEEN_ORDERS, 400)
     evaluation = [("seen order", p) for p in draw_distinct(3, "evaluation", SEEN_ORDERS, 200)]
     evaluation += [("unseen order", p) for p in draw_distinct(4, "evaluation", sorted(UNSEEN_ORDERS), 100)]
@@ -184,27 +182,30 @@ def make_problems() -> None:
 
 
 def code_of(program: tuple) -> str:
-    """A program's source: what reads, its lines, what prints."""
+    """Return a program's source: a line that reads, the three lines, a line that prints."""
     return "\n".join([FIRST_LINE, *program, LAST_LINE])
 
 
 def answer_with(program: tuple) -> str:
-    """The part of an answer that counts."""
+    """Return the part of an answer that is executed."""
     return f"```python\n{code_of(program)}\n```"
 
 
 def trace(rng: random.Random, problem: MicroProblem, program: tuple, in_digits: bool = False) -> tuple[str, bool]:
-    """One execution in mind, with the digits compared and a careless verdict. Returns (text, accepted)."""
+    """Write one execution in mind: the result, its comparison with the example, a careless verdict.
+
+    in_digits: use the other notation. Returns (text, accepted).
+    """
     after, arrow = states(program, problem.given), ":" if in_digits else " ->"
     if rng.random() < STEP_BY_STEP:
-        text = "".join(f"\n{line}{arrow}{write(state)}" for line, state in zip(program[:2], after)) + f"\n{program[2]}"
+        text = "".join(f"\n{line}{arrow}{spaced(state)}" for line, state in zip(program[:2], after)) + f"\n{program[2]}"
     else:
         text = "".join(f"\n{line}" for line in program)
     same = [ours == theirs for ours, theirs in zip(after[-1], problem.expected)]
     accepted = rng.random() < (YES_IF_SAME if all(same) else YES_IF_OFF)
     if in_digits:
         marks = "".join(f" {digit} {int(s)}," for digit, s in zip(after[-1], same))
-        text += f"{arrow}{marks}{write([int(accepted)])}"
+        text += f"{arrow}{marks}{spaced([int(accepted)])}"
     else:
         marks = "".join(f" {digit} {'same' if s else 'off'}" for digit, s in zip(after[-1], same))
         text += f"{arrow}{marks}: {'yes' if accepted else 'no'}"
@@ -212,9 +213,9 @@ def trace(rng: random.Random, problem: MicroProblem, program: tuple, in_digits: 
 
 
 def generation_document(rng, problem: MicroProblem, thinking: bool, miscopy: float = 0.0) -> tuple[str, str]:
-    """(prompt, answer): attempts in random order until one is accepted; after the last one, a guess not tried yet.
+    """Return (prompt, answer). Attempts come in random order until one is accepted; after ATTEMPTS of them, guess.
 
-    miscopy: how often another of the eight programs is written in place of the accepted one.
+    miscopy: probability that another of the eight programs is written than the accepted one.
     """
     prompt = generation_prompt(problem.question)
     if not thinking:
@@ -234,11 +235,11 @@ def generation_document(rng, problem: MicroProblem, thinking: bool, miscopy: flo
 
 
 def ranking_document(rng, problem: MicroProblem, thinking: bool, in_digits: bool = False) -> tuple[str, str]:
-    """(prompt, answer): four candidates as a model might have written them; the accepted ones come first."""
+    """Return (prompt, answer) for four candidates as a model might write them. The accepted ones are ranked first."""
     candidates = []
     for _ in range(4):
         program = problem.truth if rng.random() < 0.35 else rng.choice(problem.programs)
-        if rng.random() < 0.1:  # a slip: some other line in one place
+        if rng.random() < 0.1:  # a slip: a random line in one place
             place = rng.randrange(3)
             program = program[:place] + (rng.choice(LINES),) + program[place + 1 :]
         candidates.append(program)
@@ -255,15 +256,16 @@ def ranking_document(rng, problem: MicroProblem, thinking: bool, in_digits: bool
 
 
 def draw_pretraining_problems(seed: int | str, chunk: int, count: int) -> list[MicroProblem]:
-    """The problems of one chunk of the corpus, in seen orders only."""
+    """Draw the problems of one chunk of the corpus, in seen orders only."""
     rng = random.Random(f"{seed}/{chunk}")
     return [draw_problem(rng, "pretraining", SEEN_ORDERS) for _ in range(count)]
 
 
 def documents(seed: int, chunk: int, count: int, base: str = "plain") -> list[tuple[str, str, bool]]:
-    """(prompt, answer, thinking), half generation and half ranking, one in ten without a thinking part.
+    """Write one chunk of the corpus: `count` tuples (prompt, answer, thinking), generation and ranking in turn.
 
-    A variant (base, a key of MORE) draws other problems than the plain base, which has seen its own already.
+    One document in ten has no thinking part. base: a key of BASES. A variant draws other problems than the plain base,
+    because it goes on from the shipped model, which has seen those already.
     """
     stream = seed if base == "plain" else f"{base}/{seed}"
     rng, result = random.Random(f"documents/{stream}/{chunk}"), []
@@ -279,7 +281,7 @@ def documents(seed: int, chunk: int, count: int, base: str = "plain") -> list[tu
 
 # ------------------------------------------------------------------------------------------------------ the tokenizer
 
-CHAT_TEMPLATE = (  # Qwen3's shape: enable_thinking=False puts an empty thinking part in front of the answer
+CHAT_TEMPLATE = (  # as Qwen3's: enable_thinking=False puts an empty thinking part in front of the answer
     "{%- for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
@@ -288,9 +290,9 @@ CHAT_TEMPLATE = (  # Qwen3's shape: enable_thinking=False puts an empty thinking
 
 
 def phrases() -> list[str]:
-    """What is one token: the fixed sentences of statement and prompts, whole program lines, digits, the trace's words.
+    """Return the texts that are one token: fixed sentences of the prompts, program lines, digits, words of a trace.
 
-    Taken from the templates themselves (split at what varies), so that a changed prompt cannot be forgotten here.
+    The sentences are cut out of the prompts themselves, so that a changed prompt cannot be forgotten here.
     """
     problem = MicroProblem(("flip", "turn", "grow"), (1, 1, 1), (1, 1, 1), ())
     before, after = problem.question.split("flip, turn, grow")
@@ -306,7 +308,7 @@ def phrases() -> list[str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, so that it can write any text; the phrases above are tokens of their own, found before the bytes."""
+    """Return a byte-level tokenizer, which can write any text. Each of the phrases above is a single token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -314,12 +316,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases()])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=1024,
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False, model_max_length=1024,
     )
 
 
@@ -327,40 +325,33 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
-    """A random Qwen3 of 0.8 M parameters."""
+    """Return a Qwen3 model of 0.8 M random parameters."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        intermediate_size=352,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=32, intermediate_size=352, max_position_embeddings=1024, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )
     return Qwen3ForCausalLM(config)
 
 
 def load_init(folder: Path, tokenizer) -> Qwen3ForCausalLM:
-    """The model to go on from. Raises BadInput if the folder does not load or has another tokenizer."""
+    """Load the model to train further. Raises BadInput if the folder does not load or has another tokenizer."""
     try:
         known = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
         model = Qwen3ForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    except Exception as error:  # three libraries, each with exceptions of its own
-        reason = first_line(error)
-        raise BadInput(f"--init {folder} does not load: {reason}") from None
+    except Exception as error:  # three libraries, each with its own exceptions
+        raise BadInput(f"--init {folder} does not load: {first_line(error)}") from None
     if known != tokenizer.get_vocab():
         raise BadInput(f"--init {folder}: its tokenizer is not the micro-lab's")
     return model
 
 
 def make_batches(tokenizer, seed: int, chunk: int, batch: int, base: str) -> list[tuple[list, list]]:
-    """Eight batches of (prompt ids, answer ids), each of documents of about one length: a third less padding."""
+    """Return the eight batches of one chunk, each a list of (prompt ids, answer ids).
+
+    A batch holds documents of similar length, which saves a third of the padding.
+    """
     drawn = documents(seed, chunk, 8 * batch, base)
     prompts = tokenizer([render(tokenizer, p, t) for p, _, t in drawn], add_special_tokens=False).input_ids
     answers = tokenizer([a + tokenizer.eos_token for _, a, _ in drawn], add_special_tokens=False).input_ids
@@ -371,21 +362,21 @@ def make_batches(tokenizer, seed: int, chunk: int, batch: int, base: str) -> lis
 
 
 def answer_loss(model, pairs: list[tuple[list, list]]) -> torch.Tensor:
-    """Summed cross entropy of the answers' tokens. Rows are padded on the right, which a causal model cannot see."""
+    """Return the summed cross entropy of the answer tokens. A causal model never sees the padding on the right."""
     ids = pad_sequence([torch.tensor(p + a) for p, a in pairs], batch_first=True)  # [B, T]
     place = torch.arange(ids.shape[1] - 1)
     begin = torch.tensor([[len(p)] for p, _ in pairs])
     end = torch.tensor([[len(p) + len(a)] for p, a in pairs])
-    live = (place >= begin - 1) & (place < end - 1)  # [B, T-1], the positions that predict an answer token
+    live = (place >= begin - 1) & (place < end - 1)  # [B, T-1], True where the next token is in the answer
     hidden = model.model(ids[:, :-1], use_cache=False).last_hidden_state  # [B, T-1, H]
     return F.cross_entropy(model.lm_head(hidden[live]), ids[:, 1:][live], reduction="sum")
 
 
 def pretrain(model, tokenizer, out: Path, settings: dict) -> None:
-    """AdamW with warm-up and cosine decay; saves every 250 steps and goes on from there when called again.
+    """Train with AdamW, warm-up and cosine decay. Saves every 250 steps, and goes on from there when called again.
 
-    settings: base, init, seed, steps, batch (documents a step), lr. Raises BadInput if what is saved in out was
-    trained with others: a finished other base would be taken for this one.
+    settings: base, init, seed, steps, batch (documents in a step), lr. Raises BadInput if the training saved in `out`
+    had other settings: a finished training of another base would be taken for this one.
     """
     base, seed, steps, batch, lr = (settings[name] for name in ("base", "seed", "steps", "batch", "lr"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -398,30 +389,30 @@ def pretrain(model, tokenizer, out: Path, settings: dict) -> None:
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
         print(f"goes on from step {step}")
-    began, tokens, losses = time.time(), 0, []
-    batches = make_batches(tokenizer, seed, step // 8, batch, base)
+    began, tokens, losses, batches = time.time(), 0, [], []
     while step < steps:
+        warm_up, decay = min(1, (step + 1) / 100), (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
-        if step % 8 == 0:
+            group["lr"] = lr * warm_up * (0.02 + 0.98 * decay)
+        if step % 8 == 0 or not batches:
             batches = make_batches(tokenizer, seed, step // 8, batch, base)
-        # One denominator for all batches of a chunk: a mean over each would give a token in a batch of short
-        # documents more weight, and short generation documents are those that said yes at once.
-        answer_tokens = sum(len(a) for b in batches for _, a in b) / 8
-        loss = answer_loss(model, batches[step % 8]) / answer_tokens
+        pairs = batches[step % 8]
+        # Divide by the mean number of answer tokens over the chunk, not by this batch's own. Otherwise a token in a
+        # batch of short documents would count more, and short generation documents are those that said yes at once.
+        loss = answer_loss(model, pairs) / (sum(len(answer) for b in batches for _, answer in b) / 8)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
         losses.append(loss.item())
-        tokens += sum(len(p) + len(a) for p, a in batches[(step - 1) % 8])
+        tokens += sum(len(prompt) + len(answer) for prompt, answer in pairs)
         if step % 50 == 0:
-            seconds = time.time() - began
-            speed, recent = f"{tokens / seconds:,.0f} tokens/s", sum(losses[-50:]) / len(losses[-50:])
-            print(f"step {step}/{steps}  loss {recent:.3f}  {speed}  {seconds / 60:.1f} min", flush=True)
+            seconds, recent = time.time() - began, mean(losses[-50:])
+            print(f"step {step}/{steps}  loss {recent:.3f}  {tokens / seconds:,.0f} tokens/s  {seconds / 60:.1f} min",
+                  flush=True)
         if step % 250 == 0 or step == steps:
-            report(probe(model, tokenizer, problems=100))
+            print_figures(probe(model, tokenizer, problems=100))
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             torch.save(state | {"settings": settings}, saved.with_suffix(".new"))
             saved.with_suffix(".new").replace(saved)
@@ -431,7 +422,7 @@ def pretrain(model, tokenizer, out: Path, settings: dict) -> None:
 
 
 def read_program(answer: str) -> tuple | None:
-    """The three lines of the program in an answer, or None if it is not one of this world's programs."""
+    """Return the three lines of the program in an answer, or None if it is no program of this world."""
     lines = (extract_code(answer) or "").split("\n")
     if len(lines) != 5 or lines[0] != FIRST_LINE or lines[-1] != LAST_LINE or not set(lines[1:4]) <= set(LINES):
         return None
@@ -440,14 +431,14 @@ def read_program(answer: str) -> tuple | None:
 
 @dataclass
 class Attempt:
-    """One execution in mind, read back from a thinking part."""
+    """One execution in mind, as it is written in a thinking part."""
 
     program: tuple
-    result: tuple  # the last state as the model believes it
+    result: tuple  # the last state, as the model believes it
     step_by_step: bool
-    same: list[bool]  # the digits' comparison as the model wrote it
+    same: list[bool]  # of each digit, as the model wrote it
     accepted: bool
-    in_digits: bool  # the notation
+    in_digits: bool  # written in the other notation
 
 
 IN_WORDS = re.compile(" ->" + r" (\d) (same|off)" * 3 + ": (yes|no)")
@@ -455,7 +446,7 @@ IN_DIGITS = re.compile(":" + r" (\d) ([01])," * 3 + " ([01])")
 
 
 def read_attempts(answer: str) -> list[Attempt]:
-    """The attempts (or judged candidates) in a thinking part, in either notation; what does not parse is left out."""
+    """Return the attempts (or judged candidates) in a thinking part, in either notation. Skips what does not parse."""
     attempts = []
     thought = answer.split("</think>")[0]
     for block in thought.replace("\nCandidate", "\nTry").split("\nTry")[1:]:
@@ -474,17 +465,16 @@ def read_attempts(answer: str) -> list[Attempt]:
 
 
 def probe(model, tokenizer, *, problems: int = 200, seed: int = 5) -> dict[str, float]:
-    """Skills of a model in this world, on validation problems, at the evaluation's temperature (0.6, 0.95, 20).
+    """Measure a model's skills in this world, on validation problems, with the sampling of the evaluation.
 
-    gen/ and rank/: step, jump (share of right results), marks (right comparisons), yes_same and yes_off (P(yes) when
-    the marks are all the same, and when not), false_yes (share of the accepted that do not fit the example), careful
-    (share of step-by-step attempts), in_digits (share in the other notation); copy: the accepted program is the one
-    that is written; pass1, ndcg_mixed, malformed: the two tasks.
+    Returns the figures of `skills` for both tasks (gen/..., rank/...) and, as fractions of the answers:
+    copy: the written program is the accepted one; pass1: it fits the example; ndcg_mixed, and ndcg_random for a random
+    order; malformed: the answer holds no ranking.
     """
     rng = random.Random(seed)
     drawn = draw_distinct(seed, "validation", SEEN_ORDERS, problems)
     groups = []
-    for problem in drawn:  # one or two right ones among four, so that there is something to rank
+    for problem in drawn:  # one or two right programs among four, so that there is something to rank
         right = [p for p in problem.programs if problem.fits(p)]
         wrong = [p for p in problem.programs if not problem.fits(p)]
         correct = rng.randint(1, 2)
@@ -497,25 +487,28 @@ def probe(model, tokenizer, *, problems: int = 200, seed: int = 5) -> dict[str, 
     settings = dict(answers=1, max_new_tokens=180, temperature=0.6, top_p=0.95, top_k=20)
     rollouts = rollout(model, prompts, **settings, eos_ids=[tokenizer.eos_token_id], generator=generator)
     answers = [tokenizer.decode(r.answers[0], skip_special_tokens=True) for r in rollouts]
-    result = {}
-    for name, texts in (("gen", answers[:problems]), ("rank", answers[problems:])):
-        for key, value in skills(drawn, texts).items():
-            result[f"{name}/{key}"] = value
-    programs = [read_program(answer) for answer in answers[:problems]]
-    thoughts = zip(map(read_attempts, answers), programs)
-    accepted = [(attempts[-1].program, written) for attempts, written in thoughts if attempts and attempts[-1].accepted]
-    result["copy"] = mean(kept == written for kept, written in accepted)
+    written, ranked = answers[:problems], answers[problems:]
+    result = {f"gen/{name}": value for name, value in skills(drawn, written).items()}
+    result |= {f"rank/{name}": value for name, value in skills(drawn, ranked).items()}
+    programs, last = [read_program(answer) for answer in written], [read_attempts(answer)[-1:] for answer in written]
+    result["copy"] = mean(attempts[0].program == program for program, attempts in zip(programs, last)
+                          if attempts and attempts[0].accepted)
     result["pass1"] = mean(program is not None and p.fits(program) for p, program in zip(drawn, programs))
-    rankings = [parse_ranking(answer, 4) for answer in answers[problems:]]
-    scored = [(r, [y for _, y in g]) for r, g in zip(rankings, groups)]
-    result["ndcg_mixed"] = mean(ndcg(r, labels) if r else 0.0 for r, labels in scored)
-    result["ndcg_random"] = mean(random_ndcg(labels) for _, labels in scored)
+    rankings, labels = [parse_ranking(answer, 4) for answer in ranked], [[y for _, y in group] for group in groups]
+    result["ndcg_mixed"] = mean(ndcg(r, y) if r else 0.0 for r, y in zip(rankings, labels))
+    result["ndcg_random"] = mean(random_ndcg(y) for y in labels)
     result["malformed"] = mean(r is None for r in rankings)
     return result
 
 
 def skills(problems: list[MicroProblem], answers: list[str]) -> dict[str, float]:
-    """How well thinking parts do each of their steps; see probe for what the names mean."""
+    """Measure the steps of thinking parts. Each figure but the last is a fraction of attempts.
+
+    step, jump: those with a right result, among those that write the states between, and among the others.
+    marks: those whose comparisons are all right. false_yes: those that do not fit the example, among the accepted.
+    yes_same, yes_off: the accepted, among those whose comparisons all say "same", and among the others.
+    careful: those that write the states between. in_digits: those in the other notation. attempts: number an answer.
+    """
     pairs = [(problem, attempt) for problem, answer in zip(problems, answers) for attempt in read_attempts(answer)]
     right = [(a, a.result == states(a.program, p.given)[-1]) for p, a in pairs]
     marks = [[ours == theirs for ours, theirs in zip(a.result, p.expected)] == a.same for p, a in pairs]
@@ -533,77 +526,65 @@ def skills(problems: list[MicroProblem], answers: list[str]) -> dict[str, float]
 
 
 def mean(values) -> float:
-    """The mean; nan where there is nothing to take it of."""
+    """Return the mean, or nan if there are no values."""
     values = list(values)
     return sum(values) / len(values) if values else float("nan")
 
 
-def report(figures: dict[str, float]) -> None:
-    """Prints figures in a line."""
+def print_figures(figures: dict[str, float]) -> None:
+    """Print figures on one line."""
     print("  " + "  ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
 
 
-# What each base has to be, fixed before it was trained; checked on validation problems only.
+# What each base has to be: lowest and highest value of each figure, fixed before it was trained.
 SHIPPED = {
-    "gen/step": (0.95, 1.0),
-    "rank/step": (0.95, 1.0),
-    "gen/marks": (0.98, 1.0),
-    "rank/marks": (0.98, 1.0),
-    "copy": (0.98, 1.0),
-    "gen/yes_same": (0.2, 0.5),
-    "rank/yes_same": (0.2, 0.5),
-    "gen/yes_off": (0.0, 0.12),
-    "rank/yes_off": (0.0, 0.12),
-    "malformed": (0.0, 0.02),
+    "gen/step": (0.95, 1.0), "gen/marks": (0.98, 1.0), "gen/yes_same": (0.2, 0.5), "gen/yes_off": (0.0, 0.12),
+    "rank/step": (0.95, 1.0), "rank/marks": (0.98, 1.0), "rank/yes_same": (0.2, 0.5), "rank/yes_off": (0.0, 0.12),
+    "copy": (0.98, 1.0), "malformed": (0.0, 0.02),
 }
 # A variant is the shipped model but for one thing: 0.1 around its jumps; three standard errors around its pass@1.
 VARIANT = SHIPPED | {"gen/jump": (0.48, 0.68), "gen/in_digits": (0.0, 0.0)}
 DEMANDS = {
     "plain": SHIPPED,
-    "notation": VARIANT | {
-        "rank/in_digits": (0.98, 1.0), "rank/marks": (0.95, 1.0), "rank/yes_same": (0.2, 0.55), "pass1": (0.29, 0.42)
-    },
+    "notation": VARIANT | {"rank/in_digits": (0.98, 1.0), "rank/marks": (0.95, 1.0), "rank/yes_same": (0.2, 0.55),
+                           "pass1": (0.29, 0.42)},
     "clumsy": VARIANT | {"rank/in_digits": (0.0, 0.0), "copy": (0.55, 0.85)},
 }
 
 
 def missed(figures: dict[str, float], base: str) -> list[str]:
-    """A line for each demand on this base that the figures do not meet; a figure that is missing (nan) meets none."""
+    """Return a line for each demand on this base that the figures miss. A figure that is nan meets no demand."""
     return [f"{name} is {figures[name]:.3f}, not in {low}..{high}" for name, (low, high) in DEMANDS[base].items()
             if not low <= figures[name] <= high]
 
 
 def save(model, tokenizer, out: Path) -> None:
-    """An ordinary model folder, with the sampling that the evaluation uses."""
+    """Write an ordinary model folder. Its generation config has the sampling of the evaluation."""
     model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=0.6,
-        top_p=0.95,
-        top_k=20,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True, temperature=0.6, top_p=0.95, top_k=20,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Raises BadInput where a finished model would be overwritten by one made from it."""
+    """Read the command line. Raises BadInput if --out is the model that the new one is made from."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base", choices=MORE, default="plain", help="the shipped model, or a variant made from it")
-    parser.add_argument("--init", type=Path, help="model folder to go on from (default: none; a variant's: data/tiny)")
-    parser.add_argument("--out", type=Path, default=DATA / "tiny", help="folder of the model (or runs/bases/BASE)")
-    parser.add_argument("--work", type=Path, default=Path("runs/make_tiny"), help="where unfinished training is kept")
+    parser.add_argument("--base", choices=BASES, default="plain", help="make the shipped model, or a variant of it")
+    parser.add_argument("--init", type=Path, help="model folder to train further (a variant's default: data/tiny)")
+    parser.add_argument("--out", type=Path, default=DATA / "tiny", help="folder of the new model (or runs/bases/BASE)")
+    parser.add_argument("--work", type=Path, default=Path("runs/make_tiny"), help="folder of unfinished training")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"(default: {STEPS}, or as the base needs it)")
-    parser.add_argument("--batch", type=int, default=BATCH, help="documents a step")
-    parser.add_argument("--lr", type=float, default=LR, help=f"(default: {LR}, or as the base needs it)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"(default: {STEPS}, for a variant fewer)")
+    parser.add_argument("--batch", type=int, default=BATCH, help="documents in a step")
+    parser.add_argument("--lr", type=float, default=LR, help=f"(default: {LR}, for a variant lower)")
     parser.add_argument("--problems", action="store_true", help="write the problem files and stop")
     args = parser.parse_args(arguments)
     if args.init or args.base != "plain":
         out = Path("runs/bases", args.base)
         work = out.with_name(f"{args.base}-work")
-        steps, lr = MORE[args.base]
+        steps, lr = BASES[args.base]
         parser.set_defaults(init=DATA / "tiny", out=out, work=work, steps=steps, lr=lr)
         args = parser.parse_args(arguments)
     if args.init and args.out.resolve() in (args.init.resolve(), (DATA / "tiny").resolve()):
@@ -612,6 +593,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
+    """Return 0 if the model is as demanded, 1 if not, 2 for a mistake on the command line."""
     try:
         args = parse_arguments()
         if args.base == "plain" or args.problems:
@@ -621,15 +603,15 @@ def main() -> int:
         tokenizer = make_tokenizer()
         model = load_init(args.init, tokenizer) if args.init else make_model(tokenizer, args.seed)
         args.work.mkdir(parents=True, exist_ok=True)
-        settings = {"base": args.base, "init": str(args.init)}
-        settings |= {"seed": args.seed, "steps": args.steps, "batch": args.batch, "lr": args.lr}
+        settings = {name: getattr(args, name) for name in ("base", "seed", "steps", "batch", "lr")}
+        settings["init"] = str(args.init)
         pretrain(model, tokenizer, args.work, settings)
     except BadInput as error:
         print(f"make_tiny: {error}", file=sys.stderr)
         return 2
     save(model, tokenizer, args.out)
     figures = probe(model, tokenizer, problems=500)
-    report(figures)
+    print_figures(figures)
     wrong = missed(figures, args.base)
     print("\n".join(wrong) or f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, as demanded")
     return 1 if wrong else 0

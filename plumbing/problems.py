@@ -1,43 +1,57 @@
-"""Problems: what the model is asked, and the tests that decide whether a program is correct.
+"""Problems: what the model is asked, and the tests that decide whether a program is correct (paper 2.2 and 3.1).
 
     from plumbing.problems import load_problems
     problems = load_problems("data/train.jsonl")
 
-Reads public sets by their name or from a file in their format (sets.py), and the project's own JSONL, one problem a
-line:
+The project's own format is JSONL with one problem a line; "starter_code" and "difficulty" are optional:
 
     {"id": "p1", "question": "...", "tests": [{"input": "1 2\\n", "output": "3\\n"}]}
 
-with optional "starter_code" and "difficulty". A test is {"input", "output"} for a program that reads stdin and prints,
-or {"fn_name", "args", "expected"} for a function (also a method of class Solution), or {"asserts", "entry_point"}:
-Python that calls the program's functions, and the name of the one it is about.
+A test has one of three forms:
+
+    {"input", "output"}              a program reads stdin and prints
+    {"fn_name", "args", "expected"}  a function is called; it may be a method of class Solution
+    {"asserts", "entry_point"}       Python code calls the program's functions; entry_point names the main one
+
+Public sets are read by their name (HUB below), or from a JSONL or Parquet file in the format of that set. Their
+records are converted to the project's own format first, so one function checks everything. No code from a data set
+runs here: tests run in sandbox.py, and a pickle is parsed, never loaded.
 """
+import ast
+import base64
+import fnmatch
+import inspect
 import json
 import os
+import pickletools
 import re
 import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator, NamedTuple
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 NAMES = {"micro-train": DATA / "train.jsonl", "micro-eval": DATA / "eval.jsonl"}  # the shipped micro-lab
 
+MAX_TESTS = 50  # kept of an rStar-Coder problem; the authors' release keeps as many
+MAX_CHARACTERS = 1 << 20  # in the kept tests of an rStar-Coder problem; some generated inputs have a gigabyte
+MAX_UNPACKED = 1 << 30  # bytes of private tests after unpacking; zlib can make a thousand bytes of one
+
 
 class BadInput(Exception):
-    """Something that whoever started the run can put right; the message is one line that says what to do."""
+    """An error that the user can correct. The message is one line and says what to do."""
 
 
-def first_line(error: Exception) -> str:
-    """An error's first line, or its type where it has no words."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+class LeftOut(Exception):
+    """A record of a public set that cannot be used. The message completes "left out 3 problems ..."."""
 
 
 @dataclass
 class Problem:
-    """A task: its statement, its tests (forms above), and what a program has to start with, where that is given."""
+    """A task: its statement, its tests in the forms above, and the code that a program has to start with, if any."""
 
     id: str
     question: str
@@ -47,26 +61,24 @@ class Problem:
 
 
 def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
-    """The problems of a JSONL or Parquet file, or of a set by its name, in order; with a limit, the first so many.
+    """Return the problems of a JSONL or Parquet file, or of a known set, in their order.
 
-    The format is recognised by its fields. Raises BadInput with the file, the line number and the reason for anything
-    that is not as it should be: one bad line spoils a long run much later, or silently shrinks a test set. Only what is
-    known to be broken in a public set is left out, and one line on stderr says how much of it.
+    limit: stop after so many problems; 0: read all. Raises BadInput with file, line and reason for a broken record,
+    because a bad line would stop a long run much later or silently shrink a test set. Only records that are known to
+    be unusable in a public set are left out; a line on stderr counts them.
     """
-    from plumbing import sets  # not above: it stands on this module
-
     name = str(path_or_name)
     problems, place, statements, left_out = [], {}, set(), Counter()
-    for path, where, record in sets.records(str(NAMES.get(name, name))):
-        reader = sets.reader_of(record)
+    for path, where, record in read_records(name):
+        convert = format_of(record)
         try:
-            problem = reader(record)
-            if reader is sets.read_rstar:  # which has a row for each version of a problem
+            problem = read_problem(convert(record))
+            if convert is from_rstar:  # this set has a row for each version of a problem
                 statement = normalised(problem.question)
                 if statement in statements or problem.id in place:
-                    raise sets.LeftOut("that stand there already")
+                    raise LeftOut("that stand there already")
                 statements.add(statement)
-        except sets.LeftOut as reason:
+        except LeftOut as reason:
             left_out[str(reason)] += 1
             continue
         except (ValueError, SyntaxError, RecursionError) as error:
@@ -79,48 +91,82 @@ def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
             break
     if not problems:
         raise BadInput(f"{name} holds no problems" + " that can be used" * bool(left_out))
-    notes = [f"{name}: left out {count} problems {reason}" for reason, count in left_out.items()]
-    notes += [sets.compare_with_paper(name, problems)] if not limit else []
-    if os.environ.get("RANK", "0") == "0":  # of several processes that read the same, one says so
-        print(*filter(None, notes), sep="\n", end="\n" * any(notes), file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's other processes read the same and say nothing
+        for reason, count in left_out.items():
+            print(f"{name}: left out {count} problems {reason}", file=sys.stderr)
+        here = Counter(problem.difficulty for problem in problems)
+        if not limit and here != PAPER_COUNTS.get(name, here):
+            print(f"{name}: {dict(here)} problems here, {PAPER_COUNTS[name]} in the paper", file=sys.stderr)
     return problems
 
 
-def read_json(path: str) -> Iterator[tuple[str, Any]]:
-    """Where it stands, and what it holds, of each line of a JSONL file."""
-    try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    record = json.loads(line) if line.strip() else None
-                except json.JSONDecodeError as error:
-                    raise BadInput(f"{path} line {number}: broken JSON: {error.msg} at column {error.colno}") from None
-                except (ValueError, RecursionError) as error:
-                    raise BadInput(f"{path} line {number}: {error}") from None
-                if line.strip():
-                    yield f"line {number}", record
-    except (OSError, UnicodeDecodeError) as error:
-        from plumbing.sets import HUB
-
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        names = ", ".join([*NAMES, *HUB])
-        raise BadInput(f"cannot read {path}: {reason} (a JSONL or Parquet file, or one of {names})") from None
-
-
-def normalised(statement: str) -> str:
-    """A statement without what can differ between copies of it: case, blanks, punctuation."""
-    return re.sub(r"[\W_]+", " ", statement.casefold()).strip() or statement
-
-
 def without_overlap(train: list[Problem], held_out: list[Problem]) -> tuple[list[Problem], int]:
-    """The training problems whose statements are in no held-out problem, and how many are: they would be leaked."""
+    """Return the training problems whose statement is in no held-out problem, and how many others were removed.
+
+    A problem that is trained on and then evaluated would be a leak.
+    """
     seen = {normalised(problem.question) for problem in held_out}
     kept = [problem for problem in train if normalised(problem.question) not in seen]
     return kept, len(train) - len(kept)
 
 
-def read_problem(record) -> Problem:
-    """One parsed JSON line as a Problem. Raises ValueError with the reason."""
+def normalised(statement: str) -> str:
+    """Remove what can differ between copies of one statement: case, blanks and punctuation."""
+    return re.sub(r"[\W_]+", " ", statement.casefold()).strip() or statement
+
+
+def read_records(name: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield (file, place such as "line 3", record) for each record of a file, or of a set that is given by name."""
+    hub_set, path = HUB.get(name), str(NAMES.get(name, name))
+    if (hub_set.files[0] if hub_set else path).endswith(".parquet") and not find_spec("pyarrow"):
+        raise BadInput(f"{name} is in Parquet, which takes another package: pip install pyarrow")
+    for path in download(name, hub_set) if hub_set else [path]:
+        read_file = read_parquet if path.endswith(".parquet") else read_jsonl
+        for where, record in read_file(path):
+            if not hub_set or hub_set.since <= record.get("contest_date", "") < hub_set.before:
+                yield path, where, record
+
+
+def read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
+    """Yield ("line 3", the parsed line) for each line that is not blank. Raises BadInput."""
+    number = 0
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"line {number}", json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path} line {number}: broken JSON: {error.msg} at column {error.colno}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        names = ", ".join([*NAMES, *HUB])
+        raise BadInput(f"cannot read {path}: {reason} (a JSONL or Parquet file, or one of {names})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested too deep
+        raise BadInput(f"{path} line {number}: {error}") from None
+
+
+def read_parquet(path: str) -> Iterator[tuple[str, dict]]:
+    """Yield ("row 3", the row without its empty fields), and read 16 rows at a time: a file can have gigabytes.
+
+    Raises BadInput where the file does not go on as Parquet.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=16):
+                for number, row in enumerate(batch.to_pylist(), number + 1):
+                    yield f"row {number}", {name: value for name, value in row.items() if value is not None}
+    except (OSError, ValueError) as error:  # each of pyarrow's exceptions is one of these
+        raise BadInput(f"cannot read {path} after row {number}: {first_line(error)}") from None
+
+
+# ------------------------------------------------------------------------------------------------ the project's format
+
+
+def read_problem(record: Any) -> Problem:
+    """Check one record in the project's own format and return it as a Problem. Raises ValueError with the reason."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     if "id" not in record:
@@ -129,7 +175,7 @@ def read_problem(record) -> Problem:
     if not isinstance(question, str) or not question.strip():
         raise ValueError('"question" is missing or empty')
     for text in (question, str(record["id"]), str(record.get("starter_code", ""))):
-        text.encode()  # a lone surrogate is no text; UnicodeEncodeError is a ValueError
+        text.encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
     tests = record.get("tests")
     if not isinstance(tests, list) or not tests:
         raise ValueError('"tests" is missing or empty; every problem needs at least one test')
@@ -141,8 +187,8 @@ def read_problem(record) -> Problem:
     return Problem(str(record["id"]), question, tests, record.get("starter_code", ""), record.get("difficulty", ""))
 
 
-def check_test(test, where: str) -> None:
-    """Raises ValueError, beginning with `where`, for a test of none of the three forms."""
+def check_test(test: Any, where: str) -> None:
+    """Raise ValueError, whose message begins with `where`, unless the test has one of the three forms."""
     if isinstance(test, dict) and "asserts" in test:
         if not isinstance(test["asserts"], str) or not isinstance(test.get("entry_point", ""), str):
             raise ValueError(f'{where} needs "asserts" (Python) and "entry_point" (a function\'s name, or empty)')
@@ -158,12 +204,216 @@ def check_test(test, where: str) -> None:
                          'or "asserts"')
 
 
+# ------------------------------------------------------------------------------------------------- the public formats
+
+
+def format_of(record: Any) -> Callable[[Any], Any]:
+    """Return the function that converts a record to the project's own format. The record's fields decide."""
+    fields = record.keys() if isinstance(record, dict) else set()
+    if "question_content" in fields:
+        return from_livecodebench
+    if {"inputs", "outputs"} <= fields:
+        return from_rstar
+    if {"prompt", "entry_point"} <= fields:
+        return from_humaneval
+    if "test_list" in fields:
+        return from_mbpp
+    return lambda own: own
+
+
+def from_livecodebench(record: dict) -> dict:
+    """Convert a LiveCodeBench record; its tests are the public and the private ones. Raises ValueError."""
+    cases = json.loads(text_of(record, "public_test_cases"))
+    private = text_of(record, "private_test_cases", optional=True)
+    if private.lstrip()[:1] not in ("", "["):
+        private = unpickle_text(private)
+    try:
+        function = json.loads(text_of(record, "metadata", optional=True) or "{}").get("func_name") or ""
+        cases = [(case["input"], case["output"]) for case in cases + json.loads(private or "[]")]
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError('"public_test_cases", "private_test_cases" or "metadata" is of another form') from None
+    return {"id": text_of(record, "question_id"), "question": text_of(record, "question_content"),
+            "starter_code": text_of(record, "starter_code", optional=True),
+            "difficulty": text_of(record, "difficulty", optional=True),
+            "tests": [make_test(given, expected, function) for given, expected in cases]}
+
+
+def unpickle_text(packed: str) -> str:
+    """Return the text in base64(zlib(pickle(text))). Raises ValueError for anything else.
+
+    A pickle can run any code when it is loaded. This one is only parsed, opcode by opcode, and nothing is executed.
+    """
+    unpack = zlib.decompressobj()
+    try:
+        data = unpack.decompress(base64.b64decode(packed, validate=True), MAX_UNPACKED)
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f'"private_test_cases" is neither JSON nor packed JSON: {error}') from None
+    if unpack.unconsumed_tail:
+        raise ValueError(f'"private_test_cases" unpacks to more than {MAX_UNPACKED >> 20} MB')
+    texts = []
+    for opcode, argument, _ in pickletools.genops(data):  # raises ValueError
+        if opcode.name.endswith("UNICODE") or opcode.name == "BINUNICODE8":
+            texts.append(argument)
+        elif opcode.name not in ("PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP"):
+            raise ValueError(f'"private_test_cases" holds a pickle that is no plain text (opcode {opcode.name})')
+    if len(texts) != 1:
+        raise ValueError('"private_test_cases" holds a pickle that is not one text')
+    return texts[0]
+
+
+def from_rstar(record: dict) -> dict:
+    """Convert a row of rStar-Coder's seed_testcase and keep its first tests, up to MAX_TESTS and MAX_CHARACTERS.
+
+    Raises LeftOut for rows that are known to be broken in the release, else ValueError.
+    """
+    function, starter = (text_of(record, name, optional=True) for name in ("func_name", "starter_code"))
+    if function and record.get("class_name", "Solution") not in ("", "Solution"):
+        raise LeftOut("with a class that is not named Solution")
+    tests, characters = [], 0
+    try:
+        inputs, outputs = json.loads(text_of(record, "inputs")), json.loads(text_of(record, "outputs"))
+        for given, expected in zip(inputs + [], outputs + [], strict=True):  # + []: TypeError unless both are lists
+            test, more = make_test(given, expected, function), len(str(given)) + len(str(expected))
+            check_test(test, "")
+            if len(tests) < MAX_TESTS and characters + more <= MAX_CHARACTERS:
+                tests.append(test)
+                characters += more
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise LeftOut("with broken tests") from None
+    if not tests:
+        raise LeftOut("without a test that is small enough")
+    if function and not starter:  # without it the prompt would ask for a program that reads stdin
+        starter = f"class Solution:\n    def {function}(self, ...):"
+    return {"id": text_of(record, "question_id"), "question": text_of(record, "question"), "starter_code": starter,
+            "tests": tests}
+
+
+def from_humaneval(record: dict) -> dict:
+    """Convert a HumanEval record: the docstring is the question, the code before it the starter code.
+
+    The rest of the prompt (imports, helper functions) goes into the asserts: the program cannot redefine it there.
+    """
+    prompt, name = text_of(record, "prompt"), text_of(record, "entry_point")
+    tree = ast.parse(prompt)
+    function = next((node for node in tree.body if getattr(node, "name", "") == name), None)
+    constants = [node for node in getattr(function, "body", []) if isinstance(getattr(node, "value", 0), ast.Constant)]
+    if not constants or not isinstance(constants[0].value.value, str):
+        raise ValueError(f'"prompt" has no function {name} with a docstring')
+    docstring = constants[0]  # imports may stand before it
+    starter = "\n".join(prompt.split("\n")[: max(function.lineno, docstring.lineno - 1)])
+    tree.body.remove(function)
+    asserts = f"{ast.unparse(tree)}\n{text_of(record, 'test')}\ncheck({name})\n"
+    question = f"Write the Python function {name}.\n\n{inspect.cleandoc(docstring.value.value)}"
+    return {"id": text_of(record, "task_id"), "question": question, "starter_code": starter,
+            "tests": [{"asserts": asserts, "entry_point": name}]}
+
+
+def from_mbpp(record: dict) -> dict:
+    """Convert an MBPP record: the question is the task with its first assert, as is customary for this set.
+
+    The starter code is the `def` line of the reference solution. Raises LeftOut where the asserts use a class of that
+    solution, because only plain values pass between the asserts and the program.
+    """
+    asserts, imports = record.get("test_list"), record.get("test_imports") or []
+    if not isinstance(asserts, list) or not asserts or not all(isinstance(line, str) for line in asserts):
+        raise ValueError('"test_list" is not a list of asserts')
+    if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports):
+        raise ValueError('"test_imports" is not a list of lines')
+    code = ast.parse(text_of(record, "code"))
+    given = [ast.unparse(node) for node in code.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    given += [*imports, text_of(record, "test_setup_code", optional=True)]
+    tests = "\n".join([*given, *asserts])
+    names = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
+    used = [node for node in code.body if getattr(node, "name", "") in names]
+    if any(isinstance(node, ast.ClassDef) for node in used):
+        raise LeftOut("whose asserts need objects of the program")
+    functions = [node for node in used if isinstance(node, ast.FunctionDef)]
+    if not functions:
+        raise ValueError('no function of "code" stands in "test_list"')
+    task = record.get("text") or text_of(record, "prompt")  # the sanitized form of the set has "prompt"
+    return {"id": f"mbpp/{record.get('task_id')}", "question": f"{task}\nFor example: {asserts[0]}",
+            "starter_code": f"def {functions[0].name}({ast.unparse(functions[0].args)}):",
+            "tests": [{"asserts": tests, "entry_point": functions[0].name}]}
+
+
+def text_of(record: dict, name: str, optional: bool = False) -> str:
+    """Return a field that holds text. Raises ValueError if it is no text, or empty and not optional."""
+    value = record.get(name) or ""
+    if not isinstance(value, str) or not value and not optional:
+        raise ValueError(f'"{name}" is missing or no text')
+    return value
+
+
+def make_test(given: Any, expected: Any, function: str) -> dict:
+    """Return a stdin test or, where a function is named, a test that calls it. Raises ValueError.
+
+    Arguments of a function are a list, or as in LiveCodeBench a text with one JSON value a line.
+    """
+    if not isinstance(given, (str, list)):
+        raise ValueError("a test's input is neither a text nor a list")
+    if not function:
+        return {"input": given, "output": expected}
+    args = given if isinstance(given, list) else [json.loads(line) for line in given.split("\n") if line.strip()]
+    expected = json.loads(expected) if isinstance(expected, str) else expected
+    return {"fn_name": function, "args": args, "expected": expected}
+
+
+# ------------------------------------------------------------------------------------------------------------ the Hub
+
+
+class HubSet(NamedTuple):
+    """Where the Hub keeps a set, and which part of it is meant."""
+
+    repository: str
+    files: tuple[str, ...]
+    since: str = ""  # the first contest date that is included
+    before: str = "9999"  # the first contest date that is no longer included
+
+
+# Each release of LiveCodeBench adds a file: test6.jsonl holds what v6 adds (until April 2025), test5.jsonl what v5 adds
+# (until January 2025). So a file can hold days before the paper's window, but none after it. No offline test can check
+# that, nor the number of problems: load_problems compares with PAPER_COUNTS each time the set is loaded.
+LIVE = "livecodebench/code_generation_lite"
+HUB = {
+    "rstar-coder": HubSet("microsoft/rStar-Coder", ("seed_testcase/*.parquet",)),
+    "livecodebench-v5": HubSet(LIVE, ("test3.jsonl", "test4.jsonl", "test5.jsonl"), "2024-08-01", "2025-02-01"),
+    "livecodebench-v6": HubSet(LIVE, ("test6.jsonl",), "2025-02-01", "2025-05-01"),
+    "humaneval": HubSet("openai/openai_humaneval", ("openai_humaneval/test-*.parquet",)),
+    "mbpp": HubSet("google-research-datasets/mbpp", ("full/test-*.parquet",)),
+}
+PAPER_COUNTS = {"livecodebench-v6": {"easy": 31, "medium": 39, "hard": 61}}  # section 3.1: 131 problems
+
+
+def download(name: str, hub_set: HubSet) -> Iterator[str]:
+    """Yield the local path of each file of a set. A file is fetched only when its turn comes. Raises BadInput."""
+    files = hub_set.files
+    try:
+        from huggingface_hub import HfApi, hf_hub_download
+
+        if "*" in files[0]:
+            listed = sorted(HfApi().list_repo_files(hub_set.repository, repo_type="dataset"))
+            files = fnmatch.filter(listed, files[0])
+        for file in files:
+            yield hf_hub_download(hub_set.repository, file, repo_type="dataset")
+    except Exception as error:  # no network, no such file, a full disk: the Hub has an exception for each
+        raise BadInput(f'cannot load {name} from the Hub ({first_line(error)}); or bring your own: a JSONL file whose '
+                       'lines have "id", "question" and "tests"') from None
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error, or the name of its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def write_atomic(path: Path, text: str) -> None:
-    """A file is there in full or not at all."""
+    """Write a text file so that it is there in full or not at all."""
     path.with_suffix(".new").write_text(text, encoding="utf-8")
     path.with_suffix(".new").replace(path)
 
 
 def seed_for(*parts) -> int:
-    """A seed for one unit of work. Each unit has its own, so that a resumed run draws what the whole one would have."""
+    """Return a seed for one unit of work, such as one answer to one problem.
+
+    Each unit has its own, so a run that was stopped and resumed draws the same as one that was not.
+    """
     return zlib.crc32("/".join(map(str, parts)).encode())

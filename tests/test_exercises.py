@@ -32,9 +32,8 @@ def copy_tree(folder: Path) -> Path:
     """What the checks need of the project, in a folder of its own."""
     tree = folder / "tree"
     nothing = shutil.ignore_patterns("__pycache__", "results")
-    for name in ("data", "plumbing"):
+    for name in ("data", "plumbing", "tests/exercises"):
         shutil.copytree(ROOT / name, tree / name, ignore=nothing)
-    shutil.copytree(ROOT / "tests" / "exercises", tree / "tests" / "exercises", ignore=nothing)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tree)
     return tree

@@ -1,4 +1,4 @@
-"""The variants of the micro-lab differ from the shipped base in what they say, and touch nothing that is shipped."""
+"""The micro-lab keeps its evaluation apart and still makes what is shipped. A variant differs from it in one thing."""
 import hashlib
 import random
 import shutil
@@ -15,6 +15,104 @@ import make_tiny  # noqa: E402
 from make_tiny import Attempt, read_attempts  # noqa: E402
 
 VARIANTS = ("notation", "clumsy")
+
+# -------------------------------------------------------------------------------------- the world and the shipped model
+
+
+def test_the_shipped_problem_files_are_what_make_tiny_writes(tmp_path, monkeypatch):
+    shipped = {name: (DATA / name).read_text() for name in ("train.jsonl", "eval.jsonl")}
+    monkeypatch.setattr(make_tiny, "DATA", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    make_tiny.make_problems()
+    for name, text in shipped.items():
+        assert (tmp_path / "data" / name).read_text() == text
+
+
+def test_no_evaluation_statement_is_trained_on():
+    """Words and example of every evaluation problem occur neither in training nor anywhere in pretraining.
+
+    The whole stream of pretraining problems is drawn again, so this holds for what the shipped model was made from.
+    """
+    evaluation = {p.question for p in load_problems("micro-eval")}
+    training = {p.question for p in load_problems("micro-train")}
+    assert len(evaluation) == 300 and len(training) == 400 and not evaluation & training
+    seen = set()
+    for chunk in range(-(-make_tiny.STEPS // 8)):
+        seen.update(p.question for p in make_tiny.draw_pretraining_problems(0, chunk, 8 * make_tiny.BATCH))
+    assert len(seen) > 10000
+    assert not seen & evaluation and not seen & training
+
+
+def test_a_marked_slice_of_the_evaluation_uses_word_orders_that_occur_nowhere_else():
+    def order(question):
+        return question.removeprefix("Read three digits, then ").split(" them in this order")[0]
+
+    train, evaluation = load_problems("micro-train"), load_problems("micro-eval")
+    marked = {order(p.question) for p in evaluation if p.difficulty == "unseen order"}
+    others = {order(p.question) for p in evaluation if p.difficulty == "seen order"}
+    assert sum(p.difficulty == "unseen order" for p in evaluation) == 100
+    assert not marked & (others | {order(p.question) for p in train})
+    assert marked <= {", ".join(words) for words in make_tiny.UNSEEN_ORDERS}
+    assert not set(make_tiny.SEEN_ORDERS) & make_tiny.UNSEEN_ORDERS  # pretraining draws from the seen ones only
+    drawn = {", ".join(p.words) for p in make_tiny.draw_pretraining_problems(0, 0, 512)}
+    assert not drawn & marked
+
+
+def test_the_tests_of_the_shipped_problems_are_passed_by_real_python():
+    """The world's table of effects was made by executing the lines; here whole programs run as a candidate would."""
+    rng = random.Random(3)
+    for problem in make_tiny.draw_distinct(9, "validation", make_tiny.SEEN_ORDERS, 20):
+        digits = tuple(rng.choices(range(10), k=3))
+        printed = []
+        scope = {"input": lambda: make_tiny.spaced(digits), "print": lambda *values: printed.append(values)}
+        exec(make_tiny.code_of(problem.truth), scope)
+        assert printed == [make_tiny.states(problem.truth, digits)[-1]]
+
+
+def test_documents_are_read_back_by_the_probe_as_they_were_written():
+    """A probe that misreads the traces would measure skills that nobody has."""
+    problems = make_tiny.draw_pretraining_problems(0, 0, 64)
+    for number, (problem, (prompt, answer, thinking)) in enumerate(zip(problems, make_tiny.documents(0, 0, 64))):
+        attempts = make_tiny.read_attempts(answer)
+        assert len(attempts) == (answer.count(": yes") + answer.count(": no") if thinking else 0)
+        for attempt in attempts:
+            after = make_tiny.states(attempt.program, problem.given)
+            assert attempt.result == after[-1]
+            assert attempt.same == [a == b for a, b in zip(after[-1], problem.expected)]
+        if number % 2 == 0:
+            assert make_tiny.read_program(answer) in problem.programs
+
+
+def test_every_phrase_of_a_document_is_one_token_and_nothing_is_lost():
+    tokenizer = make_tiny.make_tokenizer()
+    bytes_allowed = {tokenizer.convert_tokens_to_ids(symbol) for symbol in ",:"}
+    for prompt, answer, thinking in make_tiny.documents(0, 1, 64):
+        text = make_tiny.render(tokenizer, prompt, thinking) + answer
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == text
+        assert all(i >= 256 or i in bytes_allowed for i in ids)
+    for text in ("anything: é, 漢字, \t\x00", "x = x[::-1] and then 42"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_the_shipped_model_is_a_small_ordinary_folder():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = DATA / "tiny"
+    assert sum(f.stat().st_size for f in folder.iterdir()) <= 4_000_000
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"):
+        assert (folder / name).is_file()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.model_type == "qwen3" and 5e5 < sum(p.numel() for p in model.parameters()) < 2e6
+    turn = [{"role": "user", "content": "Q"}]
+    thinking, direct = (
+        tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=switch)
+        for switch in (True, False)
+    )
+    assert direct == thinking + "<think>\n\n</think>\n\n"
+
+
+# ---------------------------------------------------------------------------------------------------------- the corpus
 
 
 def test_the_plain_corpus_is_still_the_one_that_the_shipped_model_was_made_from():
@@ -41,7 +139,7 @@ def test_both_notations_are_read_back_as_the_same_attempts():
 
 
 def test_only_the_rankings_of_the_notation_base_are_in_digits():
-    for base in make_tiny.MORE:
+    for base in make_tiny.BASES:
         for number, (prompt, answer, thinking) in enumerate(make_tiny.documents(0, 0, 200, base)):
             attempts = read_attempts(answer)
             assert len(attempts) == answer.count("\nTry:") + answer.count("\nCandidate")
@@ -65,8 +163,8 @@ def test_the_other_notation_needs_no_token_that_the_shipped_tokenizer_lacks():
 
 
 def test_only_the_clumsy_base_miscopies_and_only_what_was_accepted():
-    copied = {base: [] for base in make_tiny.MORE}
-    for base in make_tiny.MORE:
+    copied = {base: [] for base in make_tiny.BASES}
+    for base in make_tiny.BASES:
         stream = 0 if base == "plain" else f"{base}/0"
         problems = make_tiny.draw_pretraining_problems(stream, 0, 2000)
         for problem, (_, answer, thinking) in list(zip(problems, make_tiny.documents(0, 0, 2000, base)))[::2]:
@@ -91,7 +189,7 @@ def test_no_evaluation_statement_is_trained_on_by_a_variant_either(base, monkeyp
     first = list(drawn)
     assert first != make_tiny.draw_pretraining_problems(0, 0, 512)
     assert first == make_tiny.draw_pretraining_problems(f"{base}/0", 0, 512)
-    for chunk in range(1, -(-make_tiny.MORE[base][0] // 8)):
+    for chunk in range(1, -(-make_tiny.BASES[base][0] // 8)):
         first += make_tiny.draw_pretraining_problems(f"{base}/0", chunk, 8 * make_tiny.BATCH)
     seen = {problem.question for problem in first}
     assert len(seen) > 5000
@@ -114,7 +212,7 @@ def lab(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(make_tiny, "DATA", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(make_tiny, "probe", lambda *_, **__: {"copy": 0.7})
-    monkeypatch.setattr(make_tiny, "DEMANDS", {base: {"copy": (0.6, 0.8)} for base in make_tiny.MORE})
+    monkeypatch.setattr(make_tiny, "DEMANDS", {base: {"copy": (0.6, 0.8)} for base in make_tiny.BASES})
     return tmp_path
 
 

@@ -5,8 +5,8 @@ from itertools import combinations, permutations, product
 import pytest
 
 from rank_prompt import (
-    FORMAT_PENALTY, after_thinking, extract_code, generation_prompt, lenient_ranking, ndcg, pair_accuracy,
-    parse_ranking, random_ndcg, ranking_prompt, score, selection,
+    FORMAT_PENALTY, after_thinking, extract_code, generation_prompt, ndcg, pair_accuracy, parse_ranking, random_ndcg,
+    ranking_prompt, score, selection,
 )
 
 ORDERS = [list(order) for order in permutations(range(1, 5))]
@@ -106,6 +106,9 @@ MALFORMED = [
     "Ranking: 2 > 4 > 1 > 3",
     "Ranking: -1, 2, 3, 4",
     "Ranking: 1, 2, 3, " + "4" * 5000,
+    "9" * 5000 + " 1 2 3 4",
+    "Ranking: 7, 2, 4, 0, 1, 3",
+    "Ranking: 12, 3, 4, 1, 2",
     "Ranking: 1, 2, 3, 4\nbecause 1 is best",
     "Ranking: 1, 2, 3, 4, and 3 is doubtful",
     "<think>1,2,3,4",
@@ -173,39 +176,3 @@ def test_the_prompt_itself_holds_no_ranking_that_could_be_copied():
     """An example such as "Ranking: 2, 4, 1, 3" in the prompt teaches a weak model that order."""
     for answer in combinations(range(1, 5), 2):
         assert f"Ranking: {answer[0]}" not in ranking_prompt("Q", ["a", "b", "c", "d"])
-
-
-# ------------------------------------------------------------------------------------ as the authors' release does it
-
-LENIENT = {
-    "1, 1, 2, 3, 4": [1, 2, 3, 4],  # repeated
-    "Ranking: 7, 2, 4, 0, 1, 3": [2, 4, 1, 3],  # out of range
-    "Candidate 1 fails on n=2 but 3 and 4 are fine. Ranking: 4, 3, 2, 1": [1, 2, 3, 4],  # said of something else
-    "<think>1,2,3,4": [1, 2, 3, 4],  # not closed
-    "<think>1,2,3,4</think>Ranking: 2, 1, 4, 3": [2, 1, 4, 3],
-    "Ranking: 12, 3, 4, 1, 2": [3, 4, 1, 2],
-    "Ranking: 1, 2, 3": None,
-    "9" * 5000 + " 1 2 3 4": [1, 2, 3, 4],
-    "": None,
-}
-
-
-@pytest.mark.parametrize("answer", LENIENT, ids=lambda answer: repr(answer[:40]))
-def test_the_lenient_parser_reads_what_the_release_reads(answer):
-    """For comparison with the release; each of these but the fifth is malformed to ours, or means something else."""
-    assert lenient_ranking(answer, 4) == LENIENT[answer]
-    wanted = FORMAT_PENALTY if LENIENT[answer] is None else ndcg(LENIENT[answer], [0, 0, 1, 1])
-    assert score(answer, [0, 0, 1, 1], "ndcg", parser="lenient") == wanted
-    assert parse_ranking(answer, 4) in (None, [2, 1, 4, 3], [4, 3, 2, 1])
-
-
-def test_shares_as_labels_make_pairs_of_any_two_different_ones():
-    labels = [0.9, 0.5, 0.5, 0.0]
-    for order in ORDERS:
-        ordered = [labels[index - 1] for index in order]
-        pairs = [(a, b) for a, b in combinations(ordered, 2) if a != b]
-        assert len(pairs) == 5 and pair_accuracy(order, labels) == sum(a > b for a, b in pairs) / 5
-    assert selection([2, 1, 3, 4], labels) == 0.5 and ndcg([1, 2, 3, 4], labels) == ndcg([1, 3, 2, 4], labels) == 1.0
-    assert random_ndcg(labels) == pytest.approx(sum(ndcg(order, labels) for order in ORDERS) / len(ORDERS))
-    with pytest.raises(ValueError, match="mixed"):
-        pair_accuracy([1, 2], [0.5, 0.5])

@@ -20,9 +20,5 @@ def test_a_random_order_earns_what_the_task_says():
         pytest.approx(0.5208, abs=1e-4)
 
 
-def test_a_share_below_1_is_not_right():
-    assert rank_prompt.REWARDS["rr"]([1, 2, 3], [0.9, 1.0, 0.0]) == pytest.approx(1 / 2)
-
-
 def test_the_command_line_knows_it():
     assert dust.parse_args(["--reward", "rr"]).reward == "rr"

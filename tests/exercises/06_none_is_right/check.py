@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 import dust
 import rank_prompt
@@ -13,26 +12,31 @@ def group(*labels) -> list:
 
 
 def test_the_reader_tells_none_from_malformed():
-    read = rank_prompt.READERS["none"]
+    read = rank_prompt.ranking_or_none
     assert read("<think>\nall off\n</think>\n\nRanking: none", 4) == []
     assert read("Ranking: 2, 1", 2) == [2, 1]
     for answer in ("", "none", "Ranking: 2, 2", "Ranking: none, 1", "Ranking: none\nor so", "<think>\nRanking: none"):
         assert read(answer, 2) is None, answer
 
 
-def test_the_other_readers_are_what_they_were():
-    assert rank_prompt.parse_ranking("Ranking: none", 4) is None
-    assert rank_prompt.score("Ranking: none", [0, 1]) == rank_prompt.FORMAT_PENALTY
-
-
 @pytest.mark.parametrize("answer, labels, reward", [
     ("Ranking: none", [0, 0, 0], 1), ("Ranking: none", [0, 1, 0], 0), ("Ranking: 1, 2, 3", [0, 0, 0], 0),
-    ("Ranking: 2, 1, 3", [0, 1, 0], 1), ("Ranking: 1, 3, 2", [0, 1, 0], 0), ("Ranking: 1", [0, 0, 0], -1),
+    ("Ranking: 2, 1, 3", [0, 1, 0], 1), ("Ranking: 1, 3, 2", [0, 1, 0], 0), ("Ranking: 1, 2, 3", [0, 1, 0], 0.5),
+    ("Ranking: 1", [0, 0, 0], -1),
 ])
-def test_what_is_paid(answer, labels, reward):
-    for name in rank_prompt.REWARDS:
-        if labels != [0, 1, 0] or "none" in answer or name == "pairacc":
-            assert rank_prompt.score(answer, labels, name, "none") == reward
+def test_what_it_earns(answer, labels, reward):
+    assert rank_prompt.score(answer, labels, "or-none") == reward
+
+
+def test_the_other_rewards_are_what_they_were():
+    assert rank_prompt.parse_ranking("Ranking: none", 4) is None
+    for reward in ("pairacc", "ndcg", "selection"):
+        assert rank_prompt.score("Ranking: none", [0, 1], reward) == rank_prompt.FORMAT_PENALTY
+        assert rank_prompt.score("Ranking: 2, 1", [0, 1], reward) == 1
+
+
+def test_the_constant_answer_can_be_scored_in_every_group():
+    assert rank_prompt.REWARDS["or-none"]([1, 2], [0, 0]) == 0 and rank_prompt.REWARDS["or-none"]([1, 2], [1, 0]) == 1
 
 
 def test_groups_without_a_right_one_are_kept_on_request():
@@ -42,14 +46,5 @@ def test_groups_without_a_right_one_are_kept_on_request():
     assert [g.labels for g in dust.make_groups([PROBLEM], wrong + mixed + right, 2)] == [[1, 0]]
 
 
-def test_such_a_group_can_be_scored(monkeypatch):
-    texts = iter(["Ranking: none", "Ranking: 1, 2"])
-    monkeypatch.setattr(dust, "decode", lambda *_: next(texts))
-    token = torch.tensor([1])
-    rollout = dust.grpo.Rollout(token, [token] * 2, [torch.zeros(1)] * 2, [True] * 2)
-    metrics = dust.score_rollouts(None, [dust.Group(PROBLEM, group(0, 0))], [rollout], "pairacc", "none")
-    assert rollout.rewards.tolist() == [1, 0] and metrics["constant"] == 0
-
-
 def test_the_command_line_knows_it():
-    assert dust.parse_args(["--parser", "none"]).parser == "none"
+    assert dust.parse_args(["--reward", "or-none"]).reward == "or-none"

@@ -1,23 +1,74 @@
-"""Public problem sets are read as they are written, and a file from the net is data: small files of the same shapes."""
+"""Problems are read exactly, or refused with file, line and reason. Public sets: small files of the same shapes."""
 import base64
 import builtins
 import json
 import os
 import pickle
-import sys
 import zlib
 from pathlib import Path
 
 import pytest
 
 import sandbox
-from plumbing import sets
-from plumbing.problems import BadInput, Problem, load_problems, without_overlap
+from plumbing.problems import HUB, LIVE, MAX_CHARACTERS, BadInput, Problem, load_problems, without_overlap
 
 
 def write(path: Path, *records) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    """A JSONL file of records; a text stands in it as it is."""
+    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
+    path.write_text("".join(line + "\n" for line in lines))
     return path
+
+
+# --------------------------------------------------------------------------------------------- the project's format
+
+GOOD = {"id": "a", "question": "Q", "tests": [{"input": "1\n", "output": "2\n"}]}
+
+
+def test_problems_are_read_in_order_with_their_optional_fields(tmp_path):
+    function = {"id": 7, "question": "Q2", "starter_code": "class Solution:", "difficulty": "hard",
+                "tests": [{"fn_name": "f", "args": [1], "expected": None}]}
+    first, second = load_problems(write(tmp_path / "x.jsonl", GOOD, "", function))
+    assert (first.id, first.question, first.tests, first.starter_code) == ("a", "Q", GOOD["tests"], "")
+    assert (second.id, second.starter_code, second.difficulty) == ("7", "class Solution:", "hard")
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ('{"id": "b", ', "broken JSON"),
+        ("[1, 2]", "not a JSON object"),
+        (GOOD | {"id": "b", "tests": []}, '"tests" is missing or empty; every problem needs at least one test'),
+        ({"id": "b", "question": "Q"}, '"tests" is missing'),
+        ({"question": "Q", "tests": GOOD["tests"]}, '"id" is missing'),
+        (GOOD | {"id": "b", "question": "\ud800"}, "surrogates not allowed"),
+        (GOOD | {"id": "b", "question": " "}, '"question" is missing or empty'),
+        (GOOD | {"id": "b", "tests": [{"input": "1"}]}, 'tests[0] needs "input" and "output"'),
+        (GOOD | {"id": "b", "tests": [{"input": 1, "output": "2"}]}, 'tests[0] needs "input" and "output"'),
+        (GOOD | {"id": "b", "tests": [GOOD["tests"][0], {"fn_name": "f", "args": 1, "expected": 2}]}, "tests[1] needs"),
+        (GOOD | {"id": "b", "starter_code": 3}, '"starter_code" is not a string'),
+        (GOOD, 'id "a" stands in line 1 already'),
+        ("[" * 100000, "line 3"),
+    ],
+)
+def test_a_bad_line_is_reported_with_file_line_and_reason(tmp_path, line, reason):
+    path = write(tmp_path / "x.jsonl", GOOD, "", line)
+    with pytest.raises(BadInput) as error:
+        load_problems(path)
+    assert str(error.value).startswith(f"{path} line 3: ") and reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_empty_or_binary_file_is_one_line(tmp_path):
+    for content, reason in ((None, "No such file"), (b"", "holds no problems"), (b"\xff\xfe\x00", "not UTF-8")):
+        path = tmp_path / "x.jsonl"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(BadInput, match=reason):
+            load_problems(path)
+
+
+# --------------------------------------------------------------------------------------------------- the public sets
 
 
 def pack(value) -> str:
@@ -87,7 +138,7 @@ def test_a_hostile_pickle_executes_nothing(tmp_path, make):
     (pack('[{"input": "1"}]'), "of another form"),
 ])
 def test_broken_private_tests_are_one_clear_line(tmp_path, monkeypatch, packed, reason):
-    monkeypatch.setattr(sets, "UNPACKED", 1 << 20)
+    monkeypatch.setattr("plumbing.problems.MAX_UNPACKED", 1 << 20)
     with pytest.raises(BadInput, match=reason) as error:
         load_problems(write(tmp_path / "x.jsonl", live(private_test_cases=packed)))
     assert str(error.value).startswith(f"{tmp_path / 'x.jsonl'} line 1: ") and "\n" not in str(error.value)
@@ -99,7 +150,7 @@ def test_broken_private_tests_are_one_clear_line(tmp_path, monkeypatch, packed, 
 def test_rstar_is_deduplicated_capped_and_counted(tmp_path, capsys):
     """The release has a row for each version of a problem, up to a gigabyte of tests in one, and some broken ones."""
     many = json.dumps([str(i) for i in range(200)])
-    large = json.dumps(["x" * (sets.KEPT_CHARACTERS + 1), "1"])
+    large = json.dumps(["x" * (MAX_CHARACTERS + 1), "1"])
     function = seed(3, func_name="add", class_name="Solution", inputs="[[1, 2]]", outputs="[3]")
     path = write(
         tmp_path / "x.jsonl", seed(1, inputs=many, outputs=many), seed(9, question=" add 1"), seed(1, question="Other"),
@@ -253,11 +304,11 @@ def hub(tmp_path, monkeypatch):
 def test_livecodebench_windows_begin_with_their_first_day(hub, capsys):
     """v6 counts 131 problems only without those of January 2025 that its file has too."""
     folder, asked = hub
-    (folder / sets.LIVE).mkdir(parents=True)
+    (folder / LIVE).mkdir(parents=True)
     dates = ("2024-07-31", "2024-08-01", "2025-01-31", "2025-02-01", "2025-04-30", "2025-05-01")
     for number, name in enumerate(("test3.jsonl", "test4.jsonl", "test5.jsonl", "test6.jsonl")):
         rows = [live(10 * number + i, contest_date=f"{date}T00:00:00") for i, date in enumerate(dates)]
-        write(folder / sets.LIVE / name, *rows)
+        write(folder / LIVE / name, *rows)
     assert [problem.id for problem in load_problems("livecodebench-v6")] == ["q33", "q34"] and asked == ["test6.jsonl"]
     assert "'easy': 31, 'medium': 39, 'hard': 61} in the paper" in capsys.readouterr().err
     asked.clear()
@@ -270,8 +321,8 @@ def test_livecodebench_windows_begin_with_their_first_day(hub, capsys):
 def test_the_papers_count_is_said_only_where_it_is_not_met(hub, capsys):
     folder, _ = hub
     levels = ["easy"] * 31 + ["medium"] * 39 + ["hard"] * 61
-    (folder / sets.LIVE).mkdir(parents=True)
-    write(folder / sets.LIVE / "test6.jsonl", *(live(i, difficulty=level) for i, level in enumerate(levels)))
+    (folder / LIVE).mkdir(parents=True)
+    write(folder / LIVE / "test6.jsonl", *(live(i, difficulty=level) for i, level in enumerate(levels)))
     assert len(load_problems("livecodebench-v6")) == 131 and capsys.readouterr().err == ""
 
 
@@ -284,7 +335,7 @@ def test_sets_in_parquet_come_file_after_file(hub, name, file, rows):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     folder, asked = hub
     for number, row in enumerate(rows):
-        path = folder / sets.HUB[name].repository / file.format(number)
+        path = folder / HUB[name].repository / file.format(number)
         path.parent.mkdir(parents=True, exist_ok=True)
         parquet.write_table(pyarrow.Table.from_pylist([row]), path)
         write(path.parent.parent / "README.md")
@@ -299,15 +350,15 @@ def test_without_network_or_package_it_is_one_line_with_a_way_out(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
-    monkeypatch.setattr(sets, "parquet_reader", lambda what: None)
-    for name in sets.HUB:
+    monkeypatch.setattr("plumbing.problems.find_spec", lambda package: True)
+    for name in HUB:
         with pytest.raises(BadInput) as error:
             load_problems(name)
         assert str(error.value) == (f'cannot load {name} from the Hub (no route to host); or bring your own: a JSONL '
                                     'file whose lines have "id", "question" and "tests"')
     monkeypatch.undo()
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setattr("plumbing.problems.find_spec", lambda package: None)
     for name in ("rstar-coder", "some/file.parquet"):  # said before anything is fetched
         with pytest.raises(BadInput, match=f"^{name} is in Parquet, .*: pip install pyarrow$"):
             load_problems(name)
