@@ -212,7 +212,7 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
     write_atomic(out / "report.md", text)
     write_atomic(out / "examples.md", examples(rows))
     with contextlib.suppress(ImportError):
-        draw_best_of_n(summary["best_of_n"], out)
+        draw_best_of_n(summary["best_of_n"], out / "best_of_n.png")
         draw_curves(out)
     return text
 
@@ -331,9 +331,9 @@ def plot_best_of_n(axis, figures: dict) -> None:
     axis.legend(fontsize=12, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
-def draw_best_of_n(figures: dict, out: Path) -> None:
-    """Draws best_of_n.png. Raises ImportError without matplotlib."""
+def draw_best_of_n(figures: dict, path: Path) -> None:
+    """Draws `curves`. Raises ImportError without matplotlib."""
     pyplot, figure = new_figure((10, 4.5))
     plot_best_of_n(figure.subplots(), figures)
-    figure.savefig(out / "best_of_n.png", dpi=120)
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
