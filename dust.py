@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import random
+import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -27,12 +28,12 @@ from tqdm import tqdm
 import grpo
 import rank_prompt
 import sandbox
-from plumbing import memory, ranks
+from plumbing import ranks
 from plumbing.problems import BadInput, Problem, seed_for, write_atomic
-from plumbing.chat import decode, encode, encode_answers, show_first, writes_one_form
-from plumbing.models import (SHORT_NAMES, lora_disabled, add_lora, checkpoint_layers, eos_ids, frozen_copy, gathered,
-                        fits_context, load_checkpoint, load_config, load_model, make_optimizer, save_checkpoint,
-                        save_model, warm_up)
+from plumbing.models import (BYTES, SHORT_NAMES, add_lora, answer_text, check_model, checkpoint_layers, encode,
+                             encode_answers, eos_ids, fits_context, frozen_copy, load_checkpoint, load_model,
+                             lora_disabled, make_optimizer, save_checkpoint, save_model, show_first, warm_up,
+                             writes_one_form)
 from plumbing.presets import DATA, PRESETS, arg, command_line
 from plumbing.progress import Clock, Journal
 from plumbing.report import EVAL_CANDIDATES, describe_rollouts, final_groups, mean, write_report
@@ -120,7 +121,7 @@ class Args:
     micro_tokens: int = arg(16384, "tokens in one training forward, padding included: bounds the memory")
     optimizer: str = arg("", "how weights are kept: fp32; bf16 with fp32 masters; bf16 with kahan compensation, for\n"
                          "one 80 GB GPU; without it the first of these that fits the memory",
-                         choices=list(memory.STORED))
+                         choices=list(BYTES))
     lora: int = arg(0, "train adapters of this rank instead of all weights (package peft); 0: all weights")
     shard: bool = arg(False, "spread weights, gradients and optimiser over torchrun's processes (FSDP2)")
     save_every: int = arg(1, "steps between checkpoints")
@@ -196,6 +197,12 @@ class RankedGroup:
         return [int(c.correct) for c in self.ordered]
 
 
+def in_rounds(work: list, do):
+    """do(item) of each item, in the work's order: an item a rank at a time, so that no result waits for all others."""
+    for start in range(0, len(work), ranks.world()):
+        yield from ranks.spread(work[start : start + ranks.world()], lambda own: [do(item) for item in own])
+
+
 def parts(work, size: int) -> list:
     """A list or range cut into pieces of this size, the last one shorter."""
     return [work[start : start + size] for start in range(0, len(work), size)]
@@ -240,15 +247,15 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
         units = {}
         for i, r in zip(chosen, rollouts):
             bare = [answer[: len(answer) - ended] for answer, ended in zip(r.answers, r.finished)]  # no EOS
-            texts = [decode(tokenizer, r.prompt, answer) for answer in bare]
+            texts = [answer_text(tokenizer, r.prompt, answer) for answer in bare]
             units[problems[i].id] = list(zip(texts, r.finished)) * copies
         return units
 
     batches = parts(range(len(problems)), max(1, args.rows // count))
     waiting = [chosen for chosen in batches if not all(problems[i].id in journal.done for i in chosen)]
     found = len(problems) - sum(map(len, waiting))
-    with clock.stage(name, len(problems), found) as progress, gathered(model):
-        for units in ranks.in_rounds(waiting, draw_batch):
+    with clock.stage(name, len(problems), found) as progress, ranks.unsharded(model):
+        for units in in_rounds(waiting, draw_batch):
             journal.add(units)
             progress.update(len(units))
             clock.propose(name, progress)
@@ -274,12 +281,12 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, n
     waiting = [program for program in programs if keys[program] not in journal.done]
     with clock.stage(name, len(programs), len(programs) - len(waiting)) as progress:
         with open_sandbox(args) as pool:
-            size = 32 * min(ranks.every(pool.workers))  # the same on each rank, whose machines may differ
+            size = 32 * min(ranks.gather(pool.workers))  # the same on each rank, whose machines may differ
 
             def run_chunk(chunk: list[tuple[str, str]]) -> dict[str, float]:
                 return dict(zip(map(keys.get, chunk), run_tests(pool, chunk, tests, args)))
 
-            for units in ranks.in_rounds(parts(waiting, size), run_chunk):
+            for units in in_rounds(parts(waiting, size), run_chunk):
                 journal.add(units)
                 progress.update(len(units))
     set_labels(candidates, {program: journal.done[key] for program, key in keys.items()}, args)
@@ -289,7 +296,7 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, *, n
 
 def open_sandbox(args: Args) -> sandbox.Pool:
     """A pool for a `with`: this process's share of --workers; with 0 of them, one that a debugger can step into."""
-    workers = max(1, args.workers // ranks.on_this_machine())
+    workers = max(1, args.workers // ranks.local_world())
     limits = dict(timeout=args.timeout, memory_mb=args.memory_mb)
     return sandbox.Pool(workers=workers, **limits) if args.workers else sandbox.InThisProcess()
 
@@ -362,6 +369,9 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
     if args.lora:
         add_lora(model, args.lora, seed_for(args.seed, "lora"))
     reference = frozen_copy(model, args) if args.kl and not supervised else None
+    if reference is not None and args.shard:
+        with ranks.unsharded(reference):
+            grpo.shares_prompts(reference)
     optimizer = make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
     checkpoint, metrics_file = out / "checkpoint.pt", out / "metrics.jsonl"
     first = load_checkpoint(checkpoint, model, optimizer)
@@ -444,7 +454,7 @@ def draw_answers(model, tokenizer, prompts: list[torch.Tensor], count: int, args
         return roll_out(model, tokenizer, [prompts[i] for i in own], args, answers=count, temperature=args.temperature,
                         seeds=[seeds[i] for i in own])
 
-    with gathered(model):
+    with ranks.unsharded(model):
         return ranks.spread(list(range(len(prompts))), draw)
 
 
@@ -452,7 +462,7 @@ def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: A
     """`count` fresh candidates for each problem, labelled: (one Rollout a problem, [candidates of each problem])."""
     prompts = [program_ids(tokenizer, problem, args) for problem in problems]
     rollouts = draw_answers(model, tokenizer, prompts, count, args, generator)
-    texts = [[decode(tokenizer, r.prompt, answer) for answer in r.answers] for r in rollouts]
+    texts = [[answer_text(tokenizer, r.prompt, answer) for answer in r.answers] for r in rollouts]
     candidates = [[Candidate(p.id, text, rank_prompt.extract_code(text)) for text in own]
                   for p, own in zip(problems, texts)]
     tests = {problem.id: problem.tests for problem in problems}
@@ -486,7 +496,7 @@ def frozen_teacher(model, tokenizer, args: Args):
         rollouts = draw_answers(frozen, own, asked, args.answers, args, generator)
         end = eos_ids(model, tokenizer)[0]
         for rollout, prompt in zip(rollouts, prompts):
-            texts = [decode(own, rollout.prompt, answer) for answer in rollout.answers]
+            texts = [answer_text(own, rollout.prompt, answer) for answer in rollout.answers]
             rollout.answers, rollout.prompt = encode_answers(tokenizer, prompt, texts, end), prompt
             rollout.logps = [torch.zeros(len(answer)) for answer in rollout.answers]
         return rollouts
@@ -524,7 +534,7 @@ def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout],
     learned nothing. Malformed and truncated answers are counted apart, for the remedies differ.
     """
     for group, rollout in zip(groups, rollouts):
-        texts = [decode(tokenizer, rollout.prompt, answer) for answer in rollout.answers]
+        texts = [answer_text(tokenizer, rollout.prompt, answer) for answer in rollout.answers]
         rollout.rewards = torch.tensor([rank_prompt.score(text, group.labels, reward, parser) for text in texts])
     orders = [list(range(1, len(group.candidates) + 1)) for group in groups]
     constant = [rank_prompt.REWARDS[reward](order, group.labels) for order, group in zip(orders, groups)]
@@ -578,13 +588,13 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
         rollouts = roll_out(model, tokenizer, prompts, args, answers=1, temperature=args.eval_temperature,
                             top_p=args.top_p, top_k=args.top_k,
                             seeds=[[seed_for(args.seed, "judge", i)] for i in fitting])
-        return {str(i): decode(tokenizer, r.prompt, r.answers[0]) for i, r in zip(fitting, rollouts)}
+        return {str(i): answer_text(tokenizer, r.prompt, r.answers[0]) for i, r in zip(fitting, rollouts)}
 
     waiting = [chunk for chunk in parts(range(len(groups)), args.rows)
                if not all(str(i) in journal.done for i in chunk if fits[i])]
     found = len(groups) - sum(map(len, waiting))
-    with clock.stage(name, len(groups), found) as progress, gathered(model):
-        for units in ranks.in_rounds(waiting, judge_chunk):
+    with clock.stage(name, len(groups), found) as progress, ranks.unsharded(model):
+        for units in in_rounds(waiting, judge_chunk):
             journal.add(units)
             progress.update(len(units))
     judged = []
@@ -613,7 +623,7 @@ def run(args: Args) -> None:
         torch.set_num_threads(1)
     for option in ("model", "init", "teacher", "rank_with"):
         if getattr(args, option):
-            load_config(getattr(args, option), f"--{option.replace('_', '-')}")
+            check_model(getattr(args, option), f"--{option.replace('_', '-')}")
     problems, held_out = problems_of(args)
     out, before = ranks.on_first(lambda: find_run(args))
     optimizer, checkpointing, needs = fit(args, before, problems + held_out)
@@ -662,14 +672,14 @@ def main(argv: list[str] | None = None) -> int:
         ranks.stop()
         return 0
     except KeyboardInterrupt:
-        ranks.say_once("\ndust: stopped; the same command with --resume goes on from here")
+        print("\ndust: stopped; the same command with --resume goes on from here", file=sys.stderr)
         return 130
     except (BadInput, sandbox.SandboxError) as error:
-        ranks.say_once(f"dust: {error}")
+        print(f"dust: {error}", file=sys.stderr)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have exceptions of their own
         if not (text := what_to_put_right(error)):
             raise
-        ranks.say_once(f"dust: {text}; then the same command with --resume goes on")
+        print(f"dust: {text}; then the same command with --resume goes on", file=sys.stderr)
     return 2
 
 

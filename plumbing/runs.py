@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing import memory, ranks
+from plumbing import ranks
 from plumbing.problems import NAMES, BadInput, Problem, seed_for, first_line, load_problems, without_overlap, write_atomic
-from plumbing.models import fits_context, load_config
+from plumbing.models import check_model, choose_optimizer, fits_context, memory_line, room
 from plumbing.progress import Clock
 from plumbing.report import EVAL_CANDIDATES
 
@@ -129,19 +129,15 @@ def fit(args, before: dict, problems: list[Problem]) -> tuple[str, bool, list[st
 
     before: args.json of the run that is resumed; the optimiser stays the one of its start.
     """
-    longest = max(len(p.question) for p in problems) // 3 + args.group_size * memory.PROGRAM_TOKENS
-    shape, there = memory.shape_of(load_config(args.model)[0]), min(ranks.every(memory.room(args.device)))
-    teacher = None
+    parameters, there = check_model(args.model), min(ranks.gather(room(args.device)))
     if args.teacher and not args.eval_only:
-        teacher = memory.shape_of(load_config(args.teacher, "--teacher")[0], "--teacher")
-    settings = dict(
-        train=not args.eval_only, kl=args.kl > 0 or args.mode == "sft", lora=args.lora, rows=args.rows,
-        micro_tokens=args.micro_tokens, row_tokens=longest + args.max_new_tokens,
-        shards=ranks.world() if args.shard else 1, teacher=teacher,
-    )
-    given = args.optimizer or before.get("optimizer")
-    kind, settings["checkpointing"] = memory.choose(shape, there, (given,) if given else memory.STORED, **settings)
-    return kind, settings["checkpointing"], memory.describe(shape, kind, there, **settings)
+        reference = check_model(args.teacher, "--teacher")
+    else:
+        reference = parameters if (args.kl > 0 or args.mode == "sft") and not args.lora else 0
+    settings = dict(train=not args.eval_only, lora=args.lora > 0, reference=reference,
+                    shards=ranks.world() if args.shard else 1)
+    kind, checkpointing = choose_optimizer(parameters, there, args.optimizer or before.get("optimizer", ""), **settings)
+    return kind, checkpointing, [memory_line(parameters, there, kind, **settings)]
 
 
 def open_run(out: Path, before: dict, args, problems: list[Problem], held_out: list[Problem]) -> None:
