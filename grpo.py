@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from plumbing import ranks
-from plumbing.models import lora_disabled, run_forward, whole
+from plumbing.models import lora_disabled
 from prefix import NAME, Decoding, cut, evaluating, logprobs, plain_decode, shares_prompts, sharing
 
 DRAWS = 64  # random numbers a row draws ahead
@@ -266,7 +266,7 @@ def my_batches(model, groups: list[list[Example]], micro_tokens: int) -> list[tu
     """
     groups = list(filter(None, groups))
     batches = micro_batches(ranks.share(groups), micro_tokens, shares_prompts(model))
-    missing = max(ranks.every(len(batches))) - len(batches)
+    missing = max(ranks.gather(len(batches))) - len(batches)
     filler = sorted((e for group in groups for e in group), key=lambda e: len(e.prompt) + len(e.answer))[:1]
     return [(batch, True) for batch in batches] + [([filler], False)] * missing
 
@@ -277,7 +277,7 @@ def remember_logprobs(model, name: str, groups: list[list[Example]], micro_token
     for batch, _ in my_batches(model, groups, micro_tokens):
         examples = [e for group in batch for e in group]
         with evaluating(model):
-            logp, _ = run_forward(model, group_logprobs, batch, temperature)
+            logp, _ = ranks.run_forward(model, group_logprobs, batch, temperature)
         for example, values in zip(examples, logp.split([len(e.answer) for e in examples])):
             setattr(example, name, values.cpu())
     groups = list(filter(None, groups))  # shared out as in my_batches
@@ -301,7 +301,7 @@ def backward(
     shared = shares_prompts(model)
     for groups_here, counts in my_batches(model, groups, micro_tokens):
         batch = [e for group in groups_here for e in group]
-        logp, entropy = run_forward(model, group_logprobs, groups_here, temperature)
+        logp, entropy = ranks.run_forward(model, group_logprobs, groups_here, temperature)
         lengths = torch.tensor([len(e.answer) for e in batch])
         advantages = torch.tensor([e.advantage for e in batch]).repeat_interleave(lengths).to(logp)  # [N]
         weights = torch.tensor([token_weight(e) for e in batch]).repeat_interleave(lengths).to(logp)  # [N]
@@ -321,7 +321,7 @@ def backward(
         sums["loss"] += float(loss.detach())
         sums["tokens"] += len(logp)
     ranks.sum_gradients(model.parameters())
-    return {name: sum(own[name] for own in ranks.every(sums)) for name in sums}
+    return {name: sum(own[name] for own in ranks.gather(sums)) for name in sums}
 
 
 def averages(totals: dict[str, float], norms: list[float]) -> dict[str, float]:
@@ -385,7 +385,7 @@ def update(
         optimizer.zero_grad(set_to_none=True)
         with evaluating(model, checkpointing=True):  # without dropout: the ratio compares the policy with itself
             sums = backward(model, [groups[i] for i in chosen], weigh, micro_tokens, temperature, **settings)
-        norms.append(float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))))
+        norms.append(float(ranks.full_state(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))))
         if math.isfinite(norms[-1]):  # or else every weight would be NaN, and the checkpoint
             optimizer.step()
             totals.update(sums)

@@ -26,9 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from plumbing.memory import HEAD_BLOCK
-
 NAME = "grpo_shared"
+HEAD_BLOCK = 2**24  # logits in memory at a time
 PREFILL_TOKENS = 8192  # prompt tokens encoded in one forward of a rollout: bounds its memory
 CHUNK = 128  # short answers attend to their prompt together, up to so many tokens: fewer calls, little masked waste
 BLOCK = 1024  # queries in one call, of a prompt behind a window or of a long answer: no mask is [L, L] or [R, L + R]

@@ -50,7 +50,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 from plumbing.problems import BadInput, first_line  # noqa: E402
-from plumbing.chat import render  # noqa: E402
+from plumbing.models import render  # noqa: E402
 from grpo import rollout  # noqa: E402
 from rank_prompt import extract_code, generation_prompt, ndcg, parse_ranking, random_ndcg, ranking_prompt  # noqa: E402
 

@@ -1,22 +1,17 @@
-"""A model's weights: from a folder or the Hub, sharded over GPUs, with LoRA adapters, in an optimiser that moves bf16
-ones too, in checkpoints and back."""
+"""Hugging Face models: loading, chat templates, memory, LoRA, optimisers for bf16 weights, checkpoints and saving."""
 import contextlib
 import copy
+import os
 import pickle
-import types
 from pathlib import Path
 
 import torch
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
 
 from plumbing import ranks
-from plumbing.problems import BadInput, first_line
-from plumbing.chat import check_template
-from prefix import shares_prompts
+from plumbing.problems import BadInput, first_line, write_atomic
 
 # ------------------------------------------------------------------------------------------------------------ loading
-
 
 SHORT_NAMES = {  # the paper's models, and Qwen3's small ones
     "Qwen3-0.6B": "Qwen/Qwen3-0.6B",
@@ -29,69 +24,93 @@ SHORT_NAMES = {  # the paper's models, and Qwen3's small ones
     "Qwen3-30B-Instruct": "Qwen/Qwen3-30B-A3B-Instruct-2507",
     "GPT-OSS-20B": "openai/gpt-oss-20b",
 }
+NEEDED_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+OTHER_FORMATS = ["*/*", "consolidated*"]  # the same weights once more, for other programs
 
 
-def model_folder(run_or_model: str) -> str:
-    """The model of a run's folder; anything else names a model itself."""
-    folder = Path(run_or_model or "-")
-    return str(folder / "model") if (folder / "model").is_dir() and (folder / "args.json").exists() else run_or_model
+def model_folder(name: str) -> str:
+    """Return the model of a run, where name is a run's folder; return any other name unchanged."""
+    folder = Path(name or "-")
+    return str(folder / "model") if (folder / "model").is_dir() and (folder / "args.json").exists() else name
 
 
 def full_name(name: str) -> str:
-    """A short name, or the last part of its model's, as the model's name on the Hub; all else, folders first, as it is.
-    """
+    """Return the Hub's name for a short name, or for the last part of such a name. An existing folder comes first."""
     known = {short.lower(): hub for short, hub in SHORT_NAMES.items()}
     known |= {hub.rpartition("/")[2].lower(): hub for hub in SHORT_NAMES.values()}
     return name if Path(name).is_dir() else known.get(name.lower(), name)
 
 
-def refused(option: str, name: str, error: Exception) -> BadInput:
-    """What to say of a model that cannot be had; of a gated one transformers says it in ten lines."""
-    from huggingface_hub.errors import GatedRepoError
+def find_model(name: str, option: str = "--model") -> str:
+    """Return the folder of a model: name itself, the model of a run's folder, or the download of a name on the Hub.
 
-    cause = error
-    while cause and not isinstance(cause, GatedRepoError):
-        cause = cause.__cause__
-    if cause:
-        return BadInput(f"{option} {name} is gated: accept its licence at https://huggingface.co/{name}, "
-                        "then `hf auth login`")
-    return BadInput(f"{option} {name} does not load: {first_line(error)}")
+    What is on this machine is used as it is; only what is missing is downloaded. (transformers would ask the Hub for
+    each file, and offline it would retry for half a minute.) Raises BadInput where there is no such model.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    name = model_folder(full_name(name))
+    if Path(name).is_dir():
+        return name
+    files = dict(allow_patterns=NEEDED_FILES, ignore_patterns=OTHER_FORMATS)
+    try:
+        with contextlib.suppress(errors.LocalEntryNotFoundError):
+            folder = Path(snapshot_download(name, local_files_only=True, **files))
+            if [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:  # or else its download was stopped
+                return str(folder)
+        tqdm.write(f"{name} is not on this machine: downloading it")
+        return snapshot_download(name, **files)
+    except errors.GatedRepoError:  # which is a RepositoryNotFoundError too
+        raise BadInput(f"{option} {name} is gated: accept its licence at https://huggingface.co/{name}, "
+                       "then `hf auth login`") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise BadInput(f"{option} {name}: no such folder, and no such model on the Hub") from None
+    except Exception as error:  # of the network, the disk, or the Hub
+        raise BadInput(f"{option} {name}: no such folder, and it cannot be downloaded: {first_line(error)}") from None
 
 
-def load_config(name: str, option: str = "--model") -> tuple:
-    """(the configuration of a model folder or a model on the Hub, whether it is on this machine already)."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+def load_config(folder: str):
+    """Return the configuration of a model folder, without dropout.
+
+    Every probability of dropout becomes 0 here, once. In training mode the rollout and the update would otherwise see
+    different models, and the ratio of their probabilities would be noise.
+    """
     from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    local = True
+    config = AutoConfig.from_pretrained(folder)
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float):  # dropout, attn_pdrop, layerdrop, ...
+                setattr(part, name, 0.0)
+    return config
+
+
+def does_not_load(option: str, name: str, error: Exception) -> BadInput:
+    """Return the one line for whatever three libraries raise."""
+    return error if isinstance(error, BadInput) else BadInput(f"{option} {name} does not load: {first_line(error)}")
+
+
+def check_model(name: str, option: str = "--model") -> int:
+    """Return the number of a model's parameters, without loading them. Call this before hours are spent.
+
+    Raises BadInput where the model is missing, or where transformers knows no language model for its configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = find_model(name, option)
     try:
-        if not Path(name).is_dir():
-            AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError):
-        local = False
-        try:  # one quick question, for transformers itself would try for half a minute
-            HfApi().model_info(name, timeout=5)
-        except GatedRepoError as error:  # which is a RepositoryNotFoundError too
-            raise refused(option, name, error) from None
-        except RepositoryNotFoundError:
-            raise BadInput(f"{option} {name}: no such folder, and no such model on the Hub") from None
-        except Exception:
-            raise BadInput(
-                f"{option} {name}: no such folder, not downloaded before, and the Hub does not answer; "
-                "give the folder of a model"
-            ) from None
-    try:
-        return AutoConfig.from_pretrained(name, local_files_only=local), local
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(load_config(folder))
     except Exception as error:
-        raise refused(option, name, error) from None
+        raise does_not_load(option, name, error) from None
+    return sum(p.numel() for p in model.parameters())
 
 
-def plain_weights(name: str, config, option: str = "--model") -> dict:
-    """What from_pretrained has to be told so that quantised weights become ordinary numbers, which can be trained.
+def plain_weights(config, option: str, name: str) -> dict:
+    """Return what from_pretrained needs so that quantised weights become ordinary numbers, which can be trained.
 
     Raises BadInput for a format that transformers does not undo.
     """
@@ -107,138 +126,256 @@ def plain_weights(name: str, config, option: str = "--model") -> dict:
     return {"quantization_config": Mxfp4Config(dequantize=True)}
 
 
+def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: str = "", option: str = "--model"):
+    """Return (model, tokenizer), with weights in fp32 or bf16 as the optimiser needs them (see make_optimizer).
+
+    name: as in find_model. effort: --reasoning-effort; the chat template has to use it. option: the command-line option
+    that named the model, for error messages. Raises BadInput where the model does not load or cannot be used.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = find_model(name, option)
+    # a shard is its own fp32 master: the forward casts what it has gathered
+    dtype = torch.float32 if optimizer == "fp32" or (shard and optimizer == "masters") else torch.bfloat16
+    try:
+        config, tokenizer = load_config(folder), AutoTokenizer.from_pretrained(folder)
+        if not tokenizer("x y 1").input_ids:
+            raise BadInput(f"{option} {name}: its tokenizer is empty")
+        check_template(tokenizer, name, effort)
+        plain = plain_weights(config, option, name)
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **plain)
+    except Exception as error:
+        raise does_not_load(option, name, error) from None
+    if dtype == torch.float32:
+        model.float()  # with transformers 5.17 (not with 5.24) what was quantised comes as bf16
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # a probability that is not in the configuration
+    if not eos_ids(model, tokenizer):
+        raise BadInput(f"{option} {name}: nothing names an end-of-text token")
+    if shard:
+        ranks.shard_model(model, torch.float32 if optimizer == "fp32" else torch.bfloat16, device)
+    return model.to(device).eval(), tokenizer
+
+
 def eos_ids(model, tokenizer) -> list[int]:
-    """Whatever either the tokenizer or the generation config calls an end: models ship with the two disagreeing."""
+    """Return all token ids that end an answer: the tokenizer and the generation config often name different ones."""
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     return sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
 
 
 def fits_context(model, prompt: torch.Tensor, answer_tokens: int) -> bool:
-    """Whether a prompt [L] and the longest answer fit the model's context; beyond it are positions it never saw."""
+    """Tell whether a prompt [L] and the longest answer fit the model's context; it never saw positions beyond it."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return not context or len(prompt) + answer_tokens <= context
 
 
-def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: str = "", option: str = "--model"):
-    """(model, tokenizer); the weights in fp32 or bf16 as the optimiser wants them (see make_optimizer).
+# ----------------------------------------------------------------------------------------- chat templates and answers
+# Families mark the thinking part in different ways. Qwen3 puts it between <think> and </think>, and its template may
+# write the first of them itself. Mistral and Seed have other marks. GPT-OSS sends messages through channels, and only
+# the final channel is the answer (OpenAI's "harmony" format). rank_prompt.py reads one form, Qwen3's: `answer_text`
+# turns all others into it.
 
-    effort: --reasoning-effort, which the chat template then has to know. option: what named this model, for an error.
-    Raises BadInput where it does not load, or cannot be used.
+OPEN, CLOSE = "<think>", "</think>"
+OTHER_MARKS = {"[THINK]": OPEN, "[/THINK]": CLOSE, "<seed:think>": OPEN, "</seed:think>": CLOSE}
+CHANNEL, MESSAGE, END = "<|channel|>", "<|message|>", "<|end|>"  # harmony's
+PLAIN_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
+# some templates ask for today's date: a run that is resumed tomorrow would then ask something else
+ALWAYS_TODAY = "{% macro strftime_now(format) %}2026-01-01{% endmacro %}"
+LONGEST_SHOWN = 2000  # characters of a prompt on the screen
+
+
+def render(tokenizer, prompt: str, thinking: bool = True, effort: str = "") -> str:
+    """Return one user turn as the model reads it, up to where its answer begins."""
+    extra = {"reasoning_effort": effort} if effort else {}
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], chat_template=ALWAYS_TODAY + tokenizer.get_chat_template(),
+        tokenize=False, add_generation_prompt=True, enable_thinking=thinking, **extra,
+    )
+
+
+def encode(tokenizer, prompt: str, thinking: bool, effort: str = "") -> torch.Tensor:
+    """Return one user turn as token ids [L], through the model's chat template."""
+    text = render(tokenizer, prompt, thinking, effort)
+    return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def check_template(tokenizer, name: str, effort: str) -> None:
+    """Give a tokenizer without a template a plain one, and say in a line which settings the template ignores.
+
+    Raises BadInput where it ignores --reasoning-effort.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    config, local = load_config(name, option)
-    # a shard is its own fp32 master: the forward casts what it has gathered
-    dtype = torch.float32 if optimizer == "fp32" or (shard and optimizer == "masters") else torch.bfloat16
-    plain = plain_weights(name, config, option)
-    try:
-        tokenizer = from_hub(AutoTokenizer, name, local)
-        if not tokenizer("x y 1").input_ids:
-            raise BadInput(f"{option} {name}: its tokenizer is empty")
-        check_template(tokenizer, name, effort)
-        model = from_hub(AutoModelForCausalLM, name, local, dtype=dtype, **plain)
-    except BadInput:
-        raise
-    except Exception as error:  # three libraries, each with exceptions of its own
-        raise refused(option, name, error) from None
-    model.was_quantized = bool(plain)
-    if dtype == torch.float32:
-        model.float()  # with transformers 5.17 (not with 5.24) what was quantised comes as bf16
-    if not eos_ids(model, tokenizer):
-        raise BadInput(f"{option} {name}: nothing names an end-of-text token")
-    if shard:
-        shard_model(model, torch.float32 if optimizer == "fp32" else torch.bfloat16, device)
-    return model.to(device).eval(), tokenizer
+    if not tokenizer.chat_template:
+        tqdm.write(f"{name} has no chat template: the prompt is given as plain text")
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    elif render(tokenizer, "?", True) == render(tokenizer, "?", False):
+        tqdm.write(f"{name}: its chat template has no switch for thinking, so --thinking changes nothing")
+    if effort and render(tokenizer, "?", effort="low") == render(tokenizer, "?", effort="high"):
+        raise BadInput(f"--reasoning-effort {effort}: the chat template of {name} does not use it; leave it out")
 
 
-def from_hub(kind, name: str, local: bool, **settings):
-    """from_pretrained; what was stopped while it was downloaded has a configuration here, and its weights not yet."""
-    try:
-        return kind.from_pretrained(name, local_files_only=local, **settings)
-    except OSError:
-        if not local or Path(name).is_dir():
-            raise
-        return kind.from_pretrained(name, **settings)
+def answer_text(tokenizer, prompt: torch.Tensor, answer: torch.Tensor) -> str:
+    """Return an answer as rank_prompt.py reads it: <think>, the thinking part, </think>, then the part that counts.
+
+    prompt, answer: token ids [L], [R]. Special tokens are left out, except those that mark the thinking part. Where
+    the template itself opens the thinking part, the opening is put back in front.
+    """
+    channels = CHANNEL in str(tokenizer.chat_template)
+    # elsewhere <|end|> is an ordinary end of text
+    marks = {CHANNEL, MESSAGE, END} if channels else {OPEN, CLOSE, *OTHER_MARKS}
+    names = tokenizer.added_tokens_decoder
+    dropped = {i for i, token in names.items() if token.special and token.content not in marks}
+    text = with_one_mark(tokenizer.decode([i for i in answer.tolist() if i not in dropped]))
+    if channels:
+        return final_channel(text)
+    opened = with_one_mark(tokenizer.decode(prompt[-4:])).rstrip().endswith(OPEN)
+    return (OPEN + "\n" if opened else "") + text
+
+
+def with_one_mark(text: str) -> str:
+    """Replace other families' marks by Qwen3's."""
+    for other, mark in OTHER_MARKS.items():
+        text = text.replace(other, mark)
+    return text
+
+
+def final_channel(text: str) -> str:
+    """Turn a harmony answer into Qwen3's form: everything before its last message is thinking.
+
+    If the last message is not in the final channel, it is thinking too. So an answer that was cut off earlier, or that
+    calls a tool, has no part that counts.
+    """
+    before, _, last = text.rpartition(CHANNEL)
+    channel, began, content = last.partition(MESSAGE)
+    if not began or channel.split()[:1] != ["final"]:
+        return f"{OPEN}\n{text}"
+    return f"{OPEN}\n{before}{CLOSE}{content.partition(END)[0]}"
+
+
+def encode_answers(tokenizer, prompt: torch.Tensor, texts: list[str], end: int) -> list[torch.Tensor]:
+    """Return another model's answers in this model's tokens, [R] each, with the token `end` behind each.
+
+    An opening of the thinking part that this model's template has already written in the prompt [L] is left out.
+    """
+    opening = answer_text(tokenizer, prompt, prompt[:0])
+    ids = [tokenizer(text.removeprefix(opening), add_special_tokens=False).input_ids for text in texts]
+    return [torch.tensor([*answer, end]) for answer in ids]
+
+
+def writes_one_form(tokenizer) -> bool:
+    """Tell whether a model writes its answers as rank_prompt.py reads them, so that it can learn such texts."""
+    template = str(tokenizer.chat_template)
+    return CHANNEL not in template and not any(mark in template for mark in OTHER_MARKS)
+
+
+def show_first(out: Path, kind: str, tokenizer, prompt: torch.Tensor) -> None:
+    """Print the first prompt [L] of a kind exactly as the model reads it, and write all of it to out/prompts.txt.
+
+    Here one sees a wrong template or a missing thinking switch before a day is spent on it. Once in a run's life.
+    """
+    path, heading = out / "prompts.txt", f"----- the first prompt for {kind} -----\n"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if ranks.rank() or heading in text:
+        return
+    asked = tokenizer.decode(prompt)
+    write_atomic(path, f"{text}{heading}{asked}\n\n")
+    half, more = LONGEST_SHOWN // 2, len(asked) - LONGEST_SHOWN
+    shown = f"{asked[:half]}\n[... {more} characters, all in {path} ...]\n{asked[-half:]}" if more > 0 else asked
+    tqdm.write(heading + shown + "\n-----")
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+# bytes of each weight, of its gradient, and of its optimiser state: fp32 moments m and v (8 together), and beside them
+# an fp32 master (4) or a bf16 compensation (2); see SmallStepAdam
+BYTES = {"fp32": (4, 4, 8), "masters": (2, 2, 12), "kahan": (2, 2, 10)}
+
+
+def room(device: str) -> float:
+    """Return how many bytes this rank may use: the free memory of its GPU, or its part of the machine's memory."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.local_world()
+
+
+def fixed_memory(parameters: int, optimizer: str, *, train=True, lora=False, reference=0, shards=1) -> dict[str, float]:
+    """Return the bytes that are taken all the time, on one GPU, by part.
+
+    reference: parameters of a frozen model beside the trained one, 0: none. shards: GPUs that share the weights
+    (--shard). Not counted: LoRA's adapters, and what grows with the tokens, that is, the KV cache and the activations.
+    """
+    # fp32 shards are their own masters
+    weight, gradient, state = BYTES["fp32" if shards > 1 and optimizer == "masters" else optimizer]
+    trained = parameters * (train and not lora)
+    parts = {"weights": parameters * weight, "gradients": trained * gradient, "optimiser": trained * state,
+             "reference": reference * weight * train}
+    return {name: size / shards for name, size in parts.items() if size}
+
+
+def choose_optimizer(parameters: int, there: float, given: str = "", **settings) -> tuple[str, bool]:
+    """Return the optimiser, and whether to checkpoint layers, for `there` bytes of memory.
+
+    given: the optimiser, if the user has chosen one. settings: of fixed_memory. Otherwise it is the first whose fixed
+    part takes at most half of the memory, or the smallest. A small fp32 model keeps all activations; with a 0.6B model
+    those of 16,384 tokens take already about six times the fixed part.
+    """
+    for kind in [given] if given else BYTES:
+        fixed = sum(fixed_memory(parameters, kind, **settings).values())
+        if fixed <= there / 2:
+            break
+    return kind, kind != "fp32" or fixed > there / 10
+
+
+def memory_line(parameters: int, there: float, optimizer: str, **settings) -> str:
+    """Return the plan's line about memory. settings: of fixed_memory."""
+    parts = fixed_memory(parameters, optimizer, **settings)
+    need = sum(parts.values())
+    words = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
+    line = f"{words}: {in_words(need)} of {in_words(there)} (--optimizer {optimizer})"
+    return line + (", which will not fit: take --lora 16, or --shard on more GPUs" if need > there else "")
+
+
+def in_words(size: float) -> str:
+    """Return a number of bytes in words; 1 GB is 1e9 bytes."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
 
 
 def checkpoint_layers(model) -> None:
-    """Each layer keeps its input alone and computes the rest again for the backward pass: less memory, a third slower.
+    """Let each layer keep only its input, and compute the rest again in the backward pass: less memory, a third slower.
     """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()  # two names of one thing, before and after transformers 5.24
 
 
-# --------------------------------------------------------------------------------------------- sharded over the ranks
+def frozen_copy(model, args):
+    """Return the model as it is before training, for the KL term. With LoRA: the model itself, see lora_disabled.
 
-
-def shard_model(model, compute: torch.dtype, device: str) -> None:
-    """FSDP2: every rank keeps 1 / world of each weight, its gradient and its optimiser state, in the weights' dtype.
-
-    Each layer's weights are gathered for its forward and backward, in the compute dtype, and its gradients are summed
-    (not averaged: the loss has the denominator of all ranks) in fp32. A forward is a collective: see run_forward.
+    args: dust.Args. A sharded model cannot be copied, so it is loaded again.
     """
-    mesh = torch.distributed.init_device_mesh(device.split(":")[0], (ranks.world(),))
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-    for module in [*layers, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-    model.run_forward = types.MethodType(lambda self, forward, *inputs: forward(self, *inputs), model)
-    register_fsdp_forward_method(model, "run_forward")
-    model.run_forward(lambda model: None)  # whoever has the first forward is FSDP's root: not a layer
-    model.reshard()
-
-
-def run_forward(model, forward, *inputs):
-    """forward(model, *inputs); with a sharded model as one forward of FSDP's, whatever it calls of the model inside."""
-    return model.run_forward(forward, *inputs) if isinstance(model, FSDPModule) else forward(model, *inputs)
-
-
-@contextlib.contextmanager
-def gathered(model):
-    """Within it a sharded model has all its weights on every rank: a forward, a decode step, communicates nothing."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.reshard()
-            part.set_reshard_after_forward(part is not model, recurse=False)
-
-
-def whole(state):
-    """The same nested dicts and lists with every sharded tensor in full, on the CPU. Collective."""
-    if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [whole(value) for value in state]
-    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
-
-
-def sharded(value, like: torch.Tensor):
-    """A full tensor cut as `like` is; anything else as it is."""
-    if not isinstance(like, DTensor) or not isinstance(value, torch.Tensor) or value.shape != like.shape:
-        return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    if args.lora:
+        return model
+    if args.shard:
+        frozen, _ = load_model(args.init or args.model, optimizer=args.optimizer, shard=True, device=args.device)
+    else:
+        frozen = copy.deepcopy(model)
+    return frozen.requires_grad_(False)
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRA
 
 
 def add_lora(model, rank: int, seed: int) -> None:
-    """Trainable fp32 adapters of this rank on every linear layer but the head (package peft); the rest is frozen.
+    """Add trainable fp32 adapters of this rank to every linear layer except the head (package peft); freeze the rest.
 
-    The experts of a mixture are no layers of their own, and stay: peft would make whole copies of them in each forward.
+    Only layers that are modules get them, so the experts of a mixture get none: peft would copy all of their weights in
+    each forward. (That is why this names the layers: peft's "all-linear" includes experts.)
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
     head = model.get_output_embeddings()
-    layers = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    layers = [name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
     torch.manual_seed(seed)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers), model)
     for p in model.parameters():
@@ -246,27 +383,13 @@ def add_lora(model, rank: int, seed: int) -> None:
 
 
 def lora_layers(model) -> list[tuple[str, torch.nn.Module]]:
-    """Name and layer of each linear layer that has adapters."""
+    """Return the name and the module of each layer that has adapters."""
     return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
-
-
-def frozen_copy(model, args):
-    """The model before training, for the KL term; with LoRA that is the model itself with its adapters off.
-
-    args: dust.Args.
-    """
-    if args.lora:
-        return model
-    if args.shard:  # what is sharded cannot be copied, but it can be read again
-        model, _ = load_model(args.init or args.model, optimizer=args.optimizer, shard=True, device=args.device)
-        with gathered(model):
-            shares_prompts(model)
-    return (model if args.shard else copy.deepcopy(model)).requires_grad_(False)
 
 
 @contextlib.contextmanager
 def lora_disabled(model):
-    """Within it the model is the one that the adapters were added to; a model without adapters is as it is."""
+    """Inside, the model is the one that the adapters were added to. A model without adapters does not change."""
     for _, layer in lora_layers(model):
         layer.enable_adapters(False)
     try:
@@ -278,10 +401,10 @@ def lora_disabled(model):
 
 @torch.no_grad()
 def with_adapters_merged(model) -> dict[str, torch.Tensor]:
-    """The state of an ordinary model that says what this one says: each adapter added to its layer's weight, in fp32.
+    """Return the state of an ordinary model that says the same: each adapter is added to its layer's weight, in fp32.
 
-    In bf16 half of what was learned would be rounded away, for a step at an adapter's learning rate is smaller than a
-    weight's last bit. So it is for whoever loads what is saved in bf16 (load_model does, where fp32 does not fit).
+    In bf16, up to half of what the adapters learned would be rounded away, because their steps are smaller than a
+    weight's last bit.
     """
     state = {name.replace(".base_layer.", "."): weight for name, weight in model.state_dict().items()
              if ".lora_" not in name}
@@ -297,11 +420,11 @@ def with_adapters_merged(model) -> dict[str, torch.Tensor]:
 class SmallStepAdam(torch.optim.Optimizer):
     """AdamW for bf16 weights that does not lose small steps.
 
-    A bf16 number has 8 significant bits: a weight of 0.02 at a learning rate of 1e-6 is moved by far less than half its
-    last bit, so that plain bf16 AdamW leaves 98 % of the weights where they are. keep says what is remembered of each
-    weight beside fp32 moments (bf16 ones stand still too: 1 - beta2 is less than half a last bit):
+    A bf16 number has 8 significant bits. At a learning rate of 1e-6 a weight of 0.02 moves by far less than half its
+    last bit, so plain bf16 AdamW leaves 98 % of the weights where they are. The moments are in fp32 here, because bf16
+    moments stand still too (1 - beta2 is less than half a last bit). keep says what else is stored for each weight:
 
-        "masters"  the weight itself in fp32; the model's is its rounding              12 bytes of state a weight
+        "masters"  the weight in fp32; the model has its rounding                                   12 bytes of state
         "kahan"    what rounding has taken away so far, in bf16: together about 16 significant bits   10 bytes
     """
 
@@ -311,7 +434,7 @@ class SmallStepAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """One step of AdamW in fp32; what has no gradient is left alone."""
+        """Make one step of AdamW in fp32; leave weights without a gradient where they are."""
         for group in self.param_groups:
             (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
             for p in group["params"]:
@@ -337,7 +460,7 @@ class SmallStepAdam(torch.optim.Optimizer):
                     state["kept"].copy_(exact.sub_(p))
 
     def load_state_dict(self, saved: dict) -> None:
-        """torch would round all of the state to the weights' dtype, and with it the masters and the moments."""
+        """Load the state in its dtypes. torch would round masters and moments to the weights' dtype."""
         super().load_state_dict(saved)
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, state in saved["state"].items():
@@ -346,7 +469,7 @@ class SmallStepAdam(torch.optim.Optimizer):
 
 
 def make_optimizer(model, kind: str, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """torch's AdamW where the trained weights are fp32, as LoRA's and shards (--shard) may be; else what kind keeps."""
+    """Return torch's AdamW where the trained weights are fp32 (LoRA's are always); otherwise SmallStepAdam."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if all(p.dtype == torch.float32 for p in parameters):
         fused = True if parameters[0].is_cuda else None  # there the plain one makes temporaries as large as the model
@@ -355,7 +478,7 @@ def make_optimizer(model, kind: str, lr: float, weight_decay: float = 0.0) -> to
 
 
 def warm_up(optimizer, lr: float, step: int, steps: int) -> None:
-    """Sets the learning rate of a step, counted from 0: over the first `steps` it grows evenly, a resumed run's too."""
+    """Set the learning rate of a step, counted from 0: it grows evenly over the first `steps`, then it is lr."""
     for group in optimizer.param_groups:
         group["lr"] = lr * min(1.0, (step + 1) / max(steps, 1))
 
@@ -364,12 +487,12 @@ def warm_up(optimizer, lr: float, step: int, steps: int) -> None:
 
 
 def save_checkpoint(path: Path, model, optimizer, step: int) -> None:
-    """Trained weights, optimiser and step in one file, whole or not at all. All randomness follows from the step.
+    """Write trained weights, optimiser and step to one file, all of it or nothing. Randomness follows from the step.
 
-    Sharded ones are gathered for it, so that any number of ranks can go on from it.
+    Sharded weights are gathered first, so any number of ranks can go on from the file.
     """
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {"model": whole(trained), "optimizer": whole(optimizer.state_dict()), "step": step}
+    state = {"model": ranks.full_state(trained), "optimizer": ranks.full_state(optimizer.state_dict()), "step": step}
     if ranks.rank() == 0:
         torch.save(state, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
@@ -377,16 +500,16 @@ def save_checkpoint(path: Path, model, optimizer, step: int) -> None:
 
 @torch.no_grad()
 def load_checkpoint(path: Path, model, optimizer) -> int:
-    """Puts a checkpoint into model and optimiser; returns its step, 0 where there is none."""
+    """Load a checkpoint into model and optimiser; return its step, 0 where there is none."""
     if not path.exists():
         return 0
     try:
         state = torch.load(path, map_location="cpu", mmap=model.device.type != "cpu")
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         for name, p in trained:
-            p.copy_(sharded(state["model"][name], p))
-        for index, own in state["optimizer"]["state"].items():
-            own.update({name: sharded(value, trained[index][1]) for name, value in own.items()})
+            p.copy_(ranks.sharded(state["model"][name], p))
+        for index, values in state["optimizer"]["state"].items():
+            values.update({name: ranks.sharded(value, trained[index][1]) for name, value in values.items()})
         optimizer.load_state_dict(state["optimizer"])
         return state["step"]
     except (RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
@@ -394,9 +517,17 @@ def load_checkpoint(path: Path, model, optimizer) -> int:
 
 
 def save_model(folder: Path, model, tokenizer) -> None:
-    """An ordinary model folder, whatever the model is made of here: shards, adapters. The model stays as it is."""
-    state = with_adapters_merged(model) if lora_layers(model) else whole(model.state_dict())
+    """Write an ordinary model folder, even from shards or adapters. The model does not change.
+
+    A new model without weights writes it: transformers would save adapters alone, or give weights that were once
+    quantised their 4-bit names back (with 5.17).
+    """
+    from transformers import AutoModelForCausalLM
+
+    state = with_adapters_merged(model) if lora_layers(model) else ranks.full_state(model.state_dict())
     if ranks.rank() == 0:
-        # with transformers 5.17 (not 5.24) what was quantised would get its 4-bit names back: one for all layers
-        model.save_pretrained(folder, state_dict=state, save_original_format=not getattr(model, "was_quantized", False))
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+        plain.generation_config = model.generation_config
+        plain.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)

@@ -1,111 +1,83 @@
-"""Several processes share one run: who does what, and what is said when one of them ends.
+"""Several processes share one run: which process does what, and how weights are spread over them.
 
-torchrun starts the processes ("ranks", 0 to world - 1). All of them walk through the same method with the same weights.
-At each stage a rank does its share of the work, and every rank gets all of the results, so that what follows is the
-same everywhere. Rank 0 alone writes files and shows progress. Without torchrun the world is one rank, and nothing here
-communicates.
+torchrun starts the processes ("ranks", numbered from 0). All of them walk through the same method. At each stage a rank
+does its share of the work and then gets the results of all ranks, so that the next stage starts the same everywhere.
+Only rank 0 writes files and shows progress. Without torchrun there is one rank, and nothing here communicates.
+
+The last section is FSDP2 (--shard): each rank holds a part of every weight.
 """
+import contextlib
 import os
-import signal
-import socket
 import sys
-import threading
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def world() -> int:
-    """How many processes share this run; 1 without torchrun."""
+    """Return how many processes share this run: 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0. (A number, no ranking of candidates.)"""
+    """Return the number of this process, from 0. (Elsewhere "ranking" is an order of candidates.)"""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def on_this_machine() -> int:
-    """How many ranks share this machine, its cores and its memory."""
+def local_world() -> int:
+    """Return how many ranks share this machine, its cores and its memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
 
 
 def device(name: str) -> str:
-    """A rank's own device: with several ranks each takes the GPU of its number on its machine."""
+    """Return the device of this rank: with several ranks, each takes the GPU of its number on its machine.
+
+    Raises ValueError where the machine has fewer GPUs than ranks.
+    """
     if name != "cuda" or world() == 1:
         return name
-    own = int(os.environ.get("LOCAL_RANK", rank()))
-    if own >= torch.cuda.device_count():
+    number = int(os.environ.get("LOCAL_RANK", rank()))
+    if number >= torch.cuda.device_count():
         raise ValueError(f"this machine has {torch.cuda.device_count()} GPUs, and torchrun started more processes")
-    torch.cuda.set_device(own)
-    return f"cuda:{own}"
-
-
-# ---------------------------------------------------------------------------------------------------- start and end
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
 
 
 def start() -> None:
-    """Join the other ranks where torchrun started this process, as its environment says: gloo, and nccl for GPUs.
+    """Join the other ranks, if torchrun started this process (its environment says so).
 
-    Once they have met, the timeout is long on purpose: ranks may wait for one that has the longest answers, and a rank
-    that has ended is noticed without it, by the connection (gloo) or by torchrun.
+    The first meeting has five minutes, so a wrong address is noticed. After it the timeout is long on purpose: a rank
+    may wait for the one that has the longest answers. A rank that has died is noticed without a timeout, because its
+    connection closes (gloo) or because torchrun ends the others.
     """
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or dist.is_initialized():
         return
-    store, own, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))  # a wrong address ends here
+    store, number, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=own, world_size=world_size, timeout=timedelta(days=7))
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timedelta(days=7))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
-    # torchrun ends the other ranks with SIGTERM when one is gone. A rank that waits inside a collective never gets to
-    # Python's own signal handlers, so a thread reads the signal, speaks and ends the process.
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    signal.set_wakeup_fd(theirs.fileno())
-    signal.signal(signal.SIGTERM, lambda *_: None)
-
-    def listen(theirs=theirs):  # the argument keeps the other end open
-        while number := ours.recv(1):
-            if number[0] == signal.SIGTERM:
-                say_once(f"dust: {ENDED}")
-                os._exit(2)
-
-    threading.Thread(target=listen, daemon=True).start()
-
-
-ENDED = "another process of this run has ended, or torchrun was told to stop; the same command with --resume goes on"
 
 
 def stop() -> None:
-    """Leave the other ranks after a whole run."""
+    """Leave the other ranks at the end of a run."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def say_once(text: str) -> None:
-    """One line on stderr, from the rank that gets here first: what ends one rank ends them all, and once is enough."""
-    first = True
-    if world() > 1:
-        try:
-            first = dist.group.WORLD.get_group_store().add("said", 1) == 1
-        except RuntimeError:
-            pass  # whoever kept the count is gone, and did not say why
-    if first:
-        print(text, file=sys.stderr, flush=True)
-
-
 def is_lost(error: Exception) -> bool:
-    """Whether an error says that another rank is gone: gloo has no exception of its own."""
+    """Tell whether an error means that another rank is gone. gloo has no exception class for it, so read the text."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 # --------------------------------------------------------------------------------------------------- work and results
 
 
-def every(value) -> list:
-    """Each rank's value, on every rank."""
+def gather(value) -> list:
+    """Return the list of all ranks' values, on every rank."""
     values = [value] * world()
     if world() > 1:
         dist.all_gather_object(values, value)
@@ -113,38 +85,29 @@ def every(value) -> list:
 
 
 def share(work: list) -> list:
-    """This rank's items: rank, rank + world, ..."""
+    """Return this rank's items of a list: rank, rank + world, rank + 2 world, ..."""
     return work[rank() :: world()]
 
 
 def spread(work: list, do) -> list:
-    """do(items) -> a result an item, on each rank with its share of the work; all results, in the work's order.
+    """Call do(items) on each rank with its share of the work; return all results, in the order of the work.
 
-    Where there are fewer items than ranks, do gets an empty list.
+    do returns one result for each item. Where there are fewer items than ranks, some ranks call it with an empty list.
     """
-    shares = every(do(share(work)))
+    shares = gather(do(share(work)))
     return [shares[i % world()][i // world()] for i in range(len(work))]
 
 
-def in_rounds(work: list, do):
-    """do(item) of each item, in the work's order: an item a rank at a time, so that no result waits for all others."""
-    for start in range(0, len(work), world()):
-        yield from spread(work[start : start + world()], lambda own: [do(item) for item in own])
-
-
 def on_first(do):
-    """do() on rank 0, which may read and write files; every rank gets what it returned."""
-    result = [do() if rank() == 0 else None]
-    if world() > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
+    """Call do() on rank 0 only, because it reads or writes files; return its result on every rank."""
+    return gather(do() if rank() == 0 else None)[0]
 
 
 @torch.no_grad()
 def sum_gradients(parameters) -> None:
-    """Each parameter's gradient becomes the sum of all ranks' gradients, added in fp32; none counts as zeros.
+    """Replace each gradient by the sum over all ranks, added in fp32. A missing gradient counts as zeros.
 
-    Sharded parameters are left alone: FSDP has summed theirs in the backward pass.
+    Sharded parameters are skipped: FSDP has summed their gradients in the backward pass.
     """
     for p in parameters if world() > 1 else ():
         if not p.requires_grad or isinstance(p, DTensor):
@@ -153,3 +116,68 @@ def sum_gradients(parameters) -> None:
         total = p.grad.float()
         dist.all_reduce(total)
         p.grad.copy_(total)
+
+
+# -------------------------------------------------------------------------------------------------- sharded weights
+
+
+def shard_model(model, compute: torch.dtype, device: str) -> None:
+    """Spread a model over the ranks (FSDP2): each keeps 1 / world of every weight, its gradient and optimiser state.
+
+    A layer's weights are gathered for its forward and its backward pass, in the compute dtype. Gradients are summed in
+    fp32, not averaged, because the loss already has the denominator of all ranks. A forward is a collective operation:
+    all ranks have to make it, through `run_forward`, or inside `unsharded`.
+    """
+    mesh = dist.init_device_mesh(device.split(":")[0], (world(),))
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    for module in [*layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+    run_forward(model, lambda model: None)  # the first module to run forward becomes FSDP's root: make it the model
+    model.reshard()
+
+
+def run_forward(model, forward, *inputs):
+    """Return forward(model, *inputs). For a sharded model this is one forward of FSDP, whatever it calls inside."""
+    if not isinstance(model, FSDPModule):
+        return forward(model, *inputs)
+
+    def once(*inputs):
+        del model.forward  # inside, model(...) is the model's own forward again
+        return forward(model, *inputs)
+
+    model.forward = once  # FSDP gathers the weights around model(...), which calls this
+    return model(*inputs)
+
+
+@contextlib.contextmanager
+def unsharded(model):
+    """Inside, every rank has all weights of a sharded model, so that no forward communicates. Collective."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not model, recurse=False)
+
+
+def full_state(state):
+    """Return the same nested dicts and lists, with every sharded tensor in full on the CPU. Collective."""
+    if isinstance(state, dict):
+        return {key: full_state(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [full_state(value) for value in state]
+    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
+
+
+def sharded(value, like: torch.Tensor):
+    """Cut a full tensor as `like` is cut; return anything else unchanged."""
+    if not isinstance(like, DTensor) or not isinstance(value, torch.Tensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,24 +1,32 @@
-"""Other families than the shipped model's: their templates, their answers, their weights; and the paper's presets."""
+"""Other families than the shipped model's: their templates, their answers, their weights; weights that really move,
+adapters and memory; and the paper's presets."""
+import copy
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import (AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config,
-                          Qwen3MoeConfig)
+from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers import models as tokenizer_models
+from transformers import (AutoModelForCausalLM, GPT2Config, GptOssConfig, LlamaConfig, OPTConfig,
+                          PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig)
 
 import dust
-import prefix
 import rank_prompt
-from conftest import SMALL, bytes_kept
-from plumbing import chat, memory, progress, runs
+from conftest import SMALL
+from plumbing import models, progress, runs
 from plumbing.problems import BadInput, Problem
-from plumbing.models import SHORT_NAMES, SmallStepAdam, full_name, load_config, load_model, make_optimizer, warm_up
+from plumbing.models import (SHORT_NAMES, SmallStepAdam, add_lora, answer_text, check_model, check_template,
+                             choose_optimizer, encode, find_model, fixed_memory, full_name, load_checkpoint, load_model,
+                             lora_disabled, make_optimizer, memory_line, render, save_checkpoint, save_model,
+                             show_first, warm_up)
 from plumbing.presets import PAPER
 from dust import Candidate, Group
 from test_dust import check_run, error_of, run_dust
+
+torch.set_num_threads(1)
 
 QWEN = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}"
@@ -46,7 +54,7 @@ CONFIGS = {  # family: (configuration, chat template, what stands before an answ
 
 def make_tokenizer(template: str | None, words=tuple(map(chr, range(10, 127)))) -> PreTrainedTokenizerFast:
     """The marks of all families, and words: characters, or whole answers, so that noise makes them."""
-    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer = Tokenizer(tokenizer_models.WordLevel({"?": 0}, unk_token="?"))
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["<s>", "</s>", "<|return|>", "<|im_start|>", "<|im_end|>", *MARKS])
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<think>", "</think>", *words)])
@@ -129,7 +137,7 @@ FINAL = "<|start|>assistant<|channel|>final<|message|>"
 def test_of_a_harmony_answer_only_the_final_channel_is_read(answer, ranking, code):
     """Its marks are special tokens, which decoding leaves out: the analysis would run into the answer unseen."""
     tokenizer = make_tokenizer(HARMONY)
-    text = chat.decode(tokenizer, chat.encode(tokenizer, "?", True), tokens(tokenizer, answer))
+    text = answer_text(tokenizer, encode(tokenizer, "?", True), tokens(tokenizer, answer))
     assert rank_prompt.parse_ranking(text, 2) == ranking and rank_prompt.extract_code(text) == code
     assert "<|" not in text.rpartition("</think>")[2] or ranking is code is None
 
@@ -146,17 +154,17 @@ def test_of_a_harmony_answer_only_the_final_channel_is_read(answer, ranking, cod
 def test_the_thinking_part_is_found_whatever_its_marks(template, answer, ranking):
     """Mistral's marks are special tokens: left out, a ranking that was only thought of would be paid for."""
     tokenizer = make_tokenizer(template)
-    chat.check_template(tokenizer, "it", "")
-    text = chat.decode(tokenizer, chat.encode(tokenizer, "?", True), tokens(tokenizer, answer))
+    check_template(tokenizer, "it", "")
+    text = answer_text(tokenizer, encode(tokenizer, "?", True), tokens(tokenizer, answer))
     assert rank_prompt.parse_ranking(text, 2) == ranking
 
 
 def test_a_harmony_prompt_has_the_effort_asked_for_and_no_date_that_changes():
     """Resumed on another day, a run would go on with other prompts."""
     tokenizer = make_tokenizer(HARMONY)
-    assert "Reasoning: high" in chat.render(tokenizer, "?", effort="high")
-    assert "Reasoning: medium" in chat.render(tokenizer, "?")
-    assert "Current date: 2026-01-01" in chat.render(tokenizer, "?")
+    assert "Reasoning: high" in render(tokenizer, "?", effort="high")
+    assert "Reasoning: medium" in render(tokenizer, "?")
+    assert "Current date: 2026-01-01" in render(tokenizer, "?")
 
 
 def test_effort_is_refused_where_the_template_does_not_know_it(tmp_path, capsys, problems):
@@ -168,7 +176,7 @@ def test_effort_is_refused_where_the_template_does_not_know_it(tmp_path, capsys,
 @pytest.mark.parametrize("template, words", [(QWEN, ""), (THINKING, "no switch for thinking"), (HARMONY, "no switch"),
                                              (None, "no chat template")])
 def test_what_a_template_takes_no_notice_of_is_said_in_one_line(template, words, capsys):
-    chat.check_template(make_tokenizer(template), "some/model", "")
+    check_template(make_tokenizer(template), "some/model", "")
     said = capsys.readouterr().out.splitlines()
     assert len(said) == bool(words) and all(words in line for line in said)
 
@@ -176,7 +184,7 @@ def test_what_a_template_takes_no_notice_of_is_said_in_one_line(template, words,
 def test_the_first_prompt_of_each_kind_is_printed_once_and_kept_in_full(tmp_path, capsys):
     tokenizer = make_tokenizer(QWEN)
     for kind, text in (("programs", "short"), ("rankings", "a" * 3000 + "b" * 3000), ("programs", "another")):
-        chat.show_first(tmp_path, kind, tokenizer, chat.encode(tokenizer, text, False))
+        show_first(tmp_path, kind, tokenizer, encode(tokenizer, text, False))
     said, kept = capsys.readouterr().out, (tmp_path / "prompts.txt").read_text()
     assert "another" not in said + kept and "short" in said and "short" in kept
     assert "a" * 3000 + "b" * 3000 in kept and "a" * 1001 not in said and "characters, all in" in said
@@ -204,43 +212,61 @@ def test_help_lists_the_short_names(capsys):
     assert all(name in text for name in SHORT_NAMES)
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """Returns a function that sets what huggingface_hub answers, first without the network and then with it."""
+    def answer(here, online):
+        calls = []
+
+        def snapshot_download(name, local_files_only=False, **patterns):
+            calls.append("here" if local_files_only else "online")
+            result = here if local_files_only else online
+            if isinstance(result, Exception):
+                raise result
+            return str(result)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        return calls
+
+    return answer
+
+
 @pytest.mark.parametrize("where", ["question", "download"])
-def test_a_gated_model_says_what_to_do(where, monkeypatch):
+def test_a_gated_model_says_what_to_do(where, monkeypatch, hub):
     """GatedRepoError is a RepositoryNotFoundError: as that it would read "no such model"."""
-    import huggingface_hub
-    import transformers
-
-    gated = huggingface_hub.errors.GatedRepoError("no", response=SimpleNamespace(headers={}, request=None))
-
-    def load(name, local_files_only):
-        if local_files_only:
-            raise OSError("not here")
-        raise OSError("You are trying to access a gated repo.\nMake sure to ...") from gated
-
-    def ask(*a, **k):
-        if where == "question":
-            raise gated
-
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", load)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", ask)
+    gated = errors.GatedRepoError("no", response=SimpleNamespace(headers={}, request=None, status_code=403))
+    if where == "question":
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: (_ for _ in ()).throw(gated))
+    else:
+        hub(errors.LocalEntryNotFoundError("not here"), gated)
     with pytest.raises(BadInput, match="--model some/model is gated: accept its licence .* `hf auth login`"):
-        load_config("some/model")
+        check_model("some/model")
 
 
-@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss"])
-def test_the_arithmetic_of_experts_is_near_what_a_backward_pass_keeps(family):
-    """As dense layers of one expert's width the plan would promise 30B models room that they do not have."""
-    config = type(CONFIGS[family][0])(**CONFIGS[family][0].to_dict() | {
-        "vocab_size": 37, "num_experts_per_tok": 4, "hidden_size": 64, "eos_token_id": 2, "layer_types": None})
-    model = AutoModelForCausalLM.from_config(config)
-    prefix.shares_prompts(model)
-    group = torch.arange(100) % 37, [torch.arange(40) % 37] * 8
-    kept = bytes_kept(model, lambda: prefix.logprobs(model, [group], 1.0))
-    shape = memory.shape_of(config)
-    assert kept == pytest.approx(memory.activations(shape, 100 + 8 * 39, 4, False), rel=0.25)
-    pytest.importorskip("peft")
-    dust.add_lora(model, 3, 0)
-    assert 3 * shape.adapted == sum(p.numel() for p in model.parameters() if p.requires_grad)
+def test_a_name_that_the_hub_does_not_know_and_a_download_that_breaks_are_one_line_each(hub):
+    response = SimpleNamespace(headers={}, request=None, status_code=404)
+    for error, words in ((errors.RepositoryNotFoundError("404\nmore", response=response), "no such model on the Hub"),
+                         (OSError("disk full\nmore"), "it cannot be downloaded: disk full")):
+        hub(errors.LocalEntryNotFoundError("not here"), error)
+        with pytest.raises(BadInput, match=f"^--teacher some/model: no such folder, and {words}$"):
+            find_model("some/model", "--teacher")
+
+
+def test_what_is_on_this_machine_is_not_asked_for_again(tmp_path, hub):
+    """A run on a machine without network goes on; and a new version on the Hub does not change a resumed run."""
+    (tmp_path / "model.safetensors").touch()
+    calls = hub(tmp_path, OSError("no network"))
+    assert find_model("some/model") == str(tmp_path) and calls == ["here"]
+
+
+def test_a_run_is_loaded_as_its_model_and_a_short_name_as_the_hubs(tmp_path, hub):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    assert find_model(str(tmp_path / "run")) == str(tmp_path / "run")
+    (tmp_path / "run" / "args.json").touch()
+    assert find_model(str(tmp_path / "run")) == str(tmp_path / "run" / "model")
+    hub(errors.LocalEntryNotFoundError("not here"), errors.HFValidationError("no"))
+    with pytest.raises(BadInput, match="--model Qwen/Qwen3-4B: no such folder"):
+        load_model("qwen3-4b", optimizer="fp32", shard=False, device="cpu")
 
 
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
@@ -262,12 +288,12 @@ def test_mxfp4_weights_become_ordinary_ones_and_are_saved_as_such(tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
-    assert memory.shape_of(load_config(str(folder))[0]).parameters > 0
+    assert check_model(str(folder)) > 0
     model, tokenizer = load_model(str(folder), optimizer="fp32", shard=False, device="cpu")
     state = model.state_dict()
     assert wanted and all(torch.equal(state[name], value) for name, value in wanted.items())
     assert {value.dtype for value in state.values()} == {torch.float32}, "masters in bf16 do not move"
-    dust.save_model(tmp_path / "saved", model, tokenizer)
+    save_model(tmp_path / "saved", model, tokenizer)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
     assert state.keys() == again.keys() and all(torch.equal(state[name], again[name]) for name in state)
 
@@ -289,19 +315,286 @@ def test_a_model_that_does_not_load_is_called_by_its_own_option(option, tmp_path
         load_model(str(folder), optimizer="fp32", shard=False, device="cpu", option=option)
 
 
-def test_a_download_that_was_stopped_goes_on(monkeypatch):
-    """Its configuration is here, its weights are not: as "local" the model would never load again."""
-    from plumbing.models import from_hub
+def test_a_download_that_was_stopped_goes_on(tmp_path, hub):
+    """Its configuration is here, its weights are not: as "here" the model would never load again."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    stopped.mkdir()
+    (stopped / "config.json").touch()
+    calls = hub(stopped, whole)
+    assert find_model("some/model") == str(whole) and calls == ["here", "online"]
+    calls = hub(errors.LocalEntryNotFoundError("half of it"), whole)
+    assert find_model("some/model") == str(whole) and calls == ["here", "online"]
 
-    asked = []
 
-    def load(name, local_files_only=False):
-        asked.append(local_files_only)
-        if local_files_only:
-            raise OSError("no weights")
-        return "model"
+@pytest.mark.parametrize("option", ["--model", "--teacher", "--init"])
+def test_a_configuration_that_is_no_language_models_is_found_before_anything_runs(option, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(BadInput, match=f"^{option} {tmp_path} does not load: [^\n]*$"):
+        check_model(str(tmp_path), option)
 
-    assert from_hub(SimpleNamespace(from_pretrained=load), "some/model", True) == "model" and asked == [True, False]
+
+def test_parameters_are_counted_without_loading_them(llama):
+    folder = str(llama["folder"] / "model")
+    assert check_model(folder) == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+
+
+def test_no_model_has_dropout_in_training_mode(tmp_path):
+    """OPT calls F.dropout and skips whole layers itself, so there is no nn.Dropout to switch off. In training mode the
+    update then saw another model than the rollout, and the ratio of their probabilities was noise."""
+    tokenizer = make_tokenizer(QWEN)
+    config = OPTConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=4, ffn_dim=32, num_attention_heads=4,
+                       word_embed_proj_dim=32, dropout=0.5, attention_dropout=0.5, layerdrop=0.5)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), optimizer="fp32", shard=False, device="cpu")
+    ids = torch.arange(20)[None] + 3
+    with torch.no_grad():
+        expected, trained = model(ids).logits, model.train()(ids).logits
+        assert torch.equal(expected, trained)
+        with_dropout = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+        assert not torch.allclose(expected, with_dropout(ids).logits)
+
+
+# ---------------------------------------------------------------------------------------------------- the optimiser
+
+
+def weights(dtype=torch.bfloat16, n: int = 20_000) -> torch.nn.Parameter:
+    generator = torch.Generator().manual_seed(0)
+    return torch.nn.Parameter((torch.randn(n, generator=generator) * 0.02).bfloat16().to(dtype))
+
+
+def gradient(step: int, n: int = 20_000) -> torch.Tensor:
+    """A direction that stays and noise that does not, in bf16 for all alike."""
+    generator = torch.Generator().manual_seed(1)
+    steady = torch.randn(n, generator=generator)
+    generator.manual_seed(100 + step)
+    return (steady + 0.5 * torch.randn(n, generator=generator)).bfloat16()
+
+
+def value(optimizer, p) -> torch.Tensor:
+    """What the optimiser holds a weight to be: its master, or the weight and what rounding took of it."""
+    if not isinstance(optimizer, SmallStepAdam):
+        return p.detach().double()
+    kept = optimizer.state[p]["kept"].double()
+    return kept if optimizer.keep == "masters" else kept + p.detach().double()
+
+
+def after(steps: int, make, dtype=torch.bfloat16):
+    p = weights(dtype)
+    optimizer = make([p])
+    for step in range(steps):
+        p.grad = gradient(step).to(dtype)
+        optimizer.step()
+    return optimizer, p
+
+
+@pytest.mark.parametrize("keep", ["masters", "kahan"])
+def test_a_step_of_1e_6_moves_every_weight_and_in_plain_bf16_next_to_none(keep):
+    """A bf16 weight of 0.02 has a last bit of 1.2e-4 / 2: at the paper's learning rate plain AdamW trains nothing."""
+    start = weights().detach().double()
+    optimizer, p = after(1, lambda ps: SmallStepAdam(ps, 1e-6, keep))
+    moved = (value(optimizer, p) != start).double().mean()
+    _, plain = after(1, lambda ps: torch.optim.AdamW(ps, lr=1e-6, weight_decay=0.0))
+    moved_plainly = (plain.detach().double() != start).double().mean()
+    assert moved > 0.99 and moved_plainly < 0.03
+
+
+@pytest.mark.parametrize("keep, tolerance", [("masters", 1e-4), ("kahan", 0.02)])
+def test_many_small_steps_go_where_fp32_adamw_goes(keep, tolerance):
+    """300 steps of 1e-6; the tolerance is relative to how far fp32 goes. Plain bf16 misses by more than half of it."""
+    start = weights().detach().double()
+    _, exact = after(300, lambda ps: torch.optim.AdamW(ps, lr=1e-6, weight_decay=0.0), torch.float32)
+    way = exact.detach().double() - start
+
+    def miss(values) -> float:
+        return float((values - exact.detach().double()).norm() / way.norm())
+
+    assert miss(value(*after(300, lambda ps: SmallStepAdam(ps, 1e-6, keep)))) < tolerance
+    _, plain = after(300, lambda ps: torch.optim.AdamW(ps, lr=1e-6, weight_decay=0.0))
+    assert miss(plain.detach().double()) > 0.5
+
+
+@pytest.mark.parametrize("keep", ["masters", "kahan"])
+def test_the_model_holds_the_rounding_of_what_the_optimiser_holds(keep):
+    optimizer, p = after(20, lambda ps: SmallStepAdam(ps, 1e-3, keep))
+    held = value(optimizer, p)
+    assert ((p.detach() - held).abs() <= held.abs() * 2**-8).all()  # at most half a last bit
+
+
+@pytest.mark.parametrize("keep", ["masters", "kahan"])
+def test_going_on_from_a_checkpoint_rounds_nothing(keep, tmp_path):
+    """torch's load_state_dict casts all state to the weights' dtype: masters and moments would become bf16."""
+    class Model(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            self.p = weights()
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            model.p.grad = gradient(step)
+            optimizer.step()
+
+    whole, half, fresh = Model(), Model(), Model()
+    optimizers = [SmallStepAdam(m.parameters(), 1e-6, keep) for m in (whole, half, fresh)]
+    train(whole, optimizers[0], range(6))
+    train(half, optimizers[1], range(3))
+    save_checkpoint(tmp_path / "c.pt", half, optimizers[1], 3)
+    assert load_checkpoint(tmp_path / "c.pt", fresh, optimizers[2]) == 3
+    train(fresh, optimizers[2], range(3, 6))
+    assert torch.equal(fresh.p, whole.p)
+    for name, tensor in optimizers[0].state[whole.p].items():
+        assert name == "step" or torch.equal(tensor, optimizers[2].state[fresh.p][name]), name
+
+
+@pytest.mark.parametrize("kind, kept", [("fp32", torch.optim.AdamW), ("masters", SmallStepAdam)])
+def test_fp32_weights_keep_torchs_own_adamw(kind, kept):
+    """The default run's results are those of torch.optim.AdamW."""
+    model = torch.nn.Linear(3, 3).to(torch.float32 if kind == "fp32" else torch.bfloat16)
+    optimizer = make_optimizer(model, kind, 1e-4)
+    assert type(optimizer) is kept and optimizer.param_groups[0].get("weight_decay", 0) == 0
+
+
+def test_a_run_with_bf16_weights_trains_and_says_so(llama, tmp_path, capsys):
+    assert dust.main([*llama["arguments"], "--optimizer", "kahan", "--out", str(tmp_path / "run")]) == 0
+    assert "(--optimizer kahan)" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt")
+    assert {p.dtype for p in saved["model"].values()} == {torch.bfloat16}
+    assert {tuple(sorted(state)) for state in saved["optimizer"]["state"].values()} == {("kept", "m", "step", "v")}
+
+
+# ------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def tiny():
+    torch.manual_seed(3)
+    shape = dict(vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, initializer_range=0.2)
+    return Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
+
+
+def test_lora_without_its_package_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(runs, "find_spec", lambda name: None)
+    assert dust.main(["--lora", "4"]) == 2
+    assert capsys.readouterr().err == "dust: --lora needs the package peft: pip install peft\n"
+
+
+class NoTokenizer:
+    def save_pretrained(self, folder):
+        pass
+
+
+def test_adapters_can_be_switched_off_and_are_merged_in_what_is_saved(tmp_path):
+    """Off, the model is its own reference; saved, it says the same as with them, and holds no trace of them."""
+    pytest.importorskip("peft")
+    base, ids = tiny(), torch.arange(12)[None]
+    model = copy.deepcopy(base)
+    add_lora(model, 4, seed=0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32} and len(trained) == 2 * 2 * 7
+    with torch.no_grad():
+        for p in trained:
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    with torch.no_grad(), lora_disabled(model):
+        torch.testing.assert_close(model(ids).logits, base(ids).logits)
+    assert all(p.requires_grad for p in trained)
+    adapted = model(ids).logits.detach()
+    assert not torch.allclose(adapted, base(ids).logits, atol=1e-2)
+    save_model(tmp_path, model, NoTokenizer())
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(saved(ids).logits, adapted, atol=1e-4, rtol=1e-4)
+    assert set(saved.state_dict()) == set(base.state_dict())
+    torch.testing.assert_close(model(ids).logits, adapted)  # which goes on with its adapters
+
+
+def test_what_adapters_learned_in_small_steps_is_not_rounded_away_in_what_is_saved(tmp_path):
+    """Merged into bf16 weights, a change of less than half a last bit is none: up to half of a run's learning."""
+    pytest.importorskip("peft")
+    model = tiny().bfloat16()
+    add_lora(model, 4, seed=0)
+    layer = model.model.layers[1].mlp.up_proj
+    before = layer.get_base_layer().weight.detach().clone()
+    with torch.no_grad():
+        layer.lora_A["default"].weight.normal_(generator=torch.Generator().manual_seed(1)).mul_(1e-2)
+        layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(2)).mul_(1e-3)
+    change = layer.get_delta_weight("default").detach()
+    assert ((before + change.bfloat16()) == before).float().mean() > 0.5  # that is what would be lost
+    save_model(tmp_path, model, NoTokenizer())
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).model.layers[1].mlp.up_proj.weight
+    torch.testing.assert_close(saved - before.float(), change, atol=1e-7, rtol=1e-2)
+
+def test_adapters_are_on_gpt2s_own_linear_layers_and_leave_experts_alone():
+    """GPT-2 has none of torch's: its adapters were refused. Adapters of experts would copy all of them in each forward."""
+    pytest.importorskip("peft")
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=37))
+    mixture = AutoModelForCausalLM.from_config(CONFIGS["qwen3-moe"][0])
+    for model, layers, ids in ((gpt2, 2 * 4, torch.arange(9)[None]), (mixture, 2 * 4, torch.arange(9)[None])):
+        add_lora(model, 2, seed=0)
+        names = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert len(names) == 2 * layers and not any("expert" in name for name in names)
+        with torch.no_grad(), lora_disabled(model):
+            assert torch.isfinite(model(ids).logits).all()
+
+
+def test_a_lora_run_saves_an_ordinary_model(llama, tmp_path):
+    pytest.importorskip("peft")
+    arguments = [*llama["arguments"], "--lora", "4", "--out", str(tmp_path / "run")]
+    assert dust.main(arguments) == 0
+    assert dust.main([*arguments, "--resume"]) == 0
+    base = AutoModelForCausalLM.from_pretrained(llama["folder"] / "model")
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    changed = {n for (n, a), b in zip(trained.named_parameters(), base.parameters()) if not torch.equal(a, b)}
+    assert changed and all("proj" in name for name in changed)
+    assert (tmp_path / "run" / "checkpoint.pt").stat().st_size < 150_000  # adapters and their state
+
+
+# ------------------------------------------------------------------------------------------------------- the memory
+
+QWEN3_4B, GB = 4_022_468_096, 1e9
+
+
+@pytest.mark.parametrize("kind, total", [("fp32", 64.4), ("masters", 64.4), ("kahan", 56.3)])
+def test_the_memory_of_a_4_b_model(kind, total):
+    """Weights, gradients and optimiser state in GB: 16, 16 and 14 bytes a weight."""
+    parts = fixed_memory(QWEN3_4B, kind, reference=QWEN3_4B)
+    assert sum(parts[name] for name in ("weights", "gradients", "optimiser")) / GB == pytest.approx(total, abs=0.06)
+    assert parts["reference"] == parts["weights"]  # the frozen copy
+    assert fixed_memory(QWEN3_4B, kind, lora=True) == fixed_memory(QWEN3_4B, kind, train=False, reference=1)
+    assert sum(fixed_memory(1000, "masters", shards=4).values()) == 4000  # fp32 shards are their own masters
+    assert fixed_memory(1000, "masters", shards=4)["weights"] == 1000
+
+
+def test_the_optimiser_is_the_first_that_leaves_half_of_the_memory():
+    for there, kind in ((300, "fp32"), (150, "masters"), (130, "kahan"), (24, "kahan")):
+        assert choose_optimizer(QWEN3_4B, there * GB, reference=QWEN3_4B) == (kind, kind != "fp32" or there < 804)
+    assert choose_optimizer(QWEN3_4B, 24 * GB, lora=True) == ("masters", True)
+    assert choose_optimizer(QWEN3_4B, 300 * GB, "kahan") == ("kahan", True)  # what is given stays
+    assert choose_optimizer(844_032, 4 * GB, reference=844_032) == ("fp32", False)  # the shipped model on a laptop
+
+
+def test_the_plan_says_what_is_needed_and_what_to_do_where_it_does_not_fit():
+    line = memory_line(QWEN3_4B, 80 * GB, "kahan", reference=QWEN3_4B)
+    parts = "weights 8.0 GB, gradients 8.0 GB, optimiser 40.2 GB, reference 8.0 GB"
+    assert line == f"{parts}: 64.4 GB of 80.0 GB (--optimizer kahan)"
+    assert memory_line(QWEN3_4B, 60 * GB, "kahan", reference=QWEN3_4B).endswith("--lora 16, or --shard on more GPUs")
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path):
+    model = tiny()
+    optimizer = make_optimizer(model, "fp32", 1e-4)
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, model, optimizer, 1)
+    whole = path.read_bytes()
+    other = tiny()
+    del other.model.layers[1]
+    for damage in (whole[: len(whole) // 2], b"", b"half a checkpoint"):
+        path.write_bytes(damage)
+        with pytest.raises(BadInput, match="cannot be read"):
+            load_checkpoint(path, model, optimizer)
+    save_checkpoint(path, other, make_optimizer(other, "fp32", 1e-4), 1)
+    with pytest.raises(BadInput, match="cannot be read"):
+        load_checkpoint(path, model, optimizer)
 
 
 # ------------------------------------------------------------------------------------------------------------- presets
@@ -429,9 +722,9 @@ def test_the_learning_rate_grows_and_then_stays():
 
 
 def test_another_model_can_judge_and_the_programs_stay_those_of_the_first(tmp_path, problems, monkeypatch):
-    efforts, render = {}, chat.render
+    efforts = {}
     spy = lambda own, *a, **k: (efforts.update({own.chat_template: a[2:]}), render(own, *a, **k))[1]  # noqa: E731
-    monkeypatch.setattr(chat, "render", spy)
+    monkeypatch.setattr(models, "render", spy)
     model, other = make_model(tmp_path / "model", "qwen3"), make_model(tmp_path / "judge", "gpt-oss")
     command = ["--model", model, "--eval", problems, "--eval-only", "--preset", "laptop", *SMALL,
                "--max-new-tokens", "12", "--eval-temperature", "1"]
@@ -495,25 +788,6 @@ def test_the_plan_counts_the_frozen_teacher_that_has_no_kl_to_need_it(tmp_path):
     problems = [Problem("p", "?", [])]
     needs = [" ".join(runs.fit(dust.Args(mode=mode, kl=0.0, device="cpu"), {}, problems)[2]) for mode in ("sft", "rank")]
     assert "reference" in needs[0] and "reference" not in needs[1]
-
-
-@pytest.mark.parametrize("lora", [0, 4])
-def test_the_plan_counts_a_teacher_of_another_size(tmp_path, lora):
-    """It was counted as a copy of --model, and with adapters not at all: a small model with a large teacher did not fit
-    though the plan said so."""
-    config = load_config(dust.Args.model)[0]
-    config.num_hidden_layers, config.num_key_value_heads, config.layer_types = 9, config.num_attention_heads, None
-    config.save_pretrained(tmp_path)
-    small, large = (memory.shape_of(load_config(name)[0]) for name in (dust.Args.model, str(tmp_path)))
-    settings = dict(lora=lora, rows=8, row_tokens=100, micro_tokens=100)
-    need = memory.expected(small, "masters", **settings, teacher=large)
-    assert need["reference"] == 2 * large.parameters > 2 * small.parameters and need["weights"] < need["reference"]
-    cache = memory.expected(large, "masters", **settings)["KV cache"]
-    assert need["KV cache"] == cache > memory.expected(small, "masters", **settings)["KV cache"]
-    sharded = memory.expected(small, "masters", **settings, teacher=large, shards=8)
-    assert sharded["gathered weights"] == 2 * large.parameters
-    args = dust.Args(mode="sft", teacher=str(tmp_path), device="cpu", optimizer="masters")
-    assert f"reference {memory.size(2 * large.parameters)}" in " ".join(runs.fit(args, {}, [Problem("p", "?", [])])[2])
 
 
 def test_an_error_without_words_is_not_answered_with_another():
