@@ -20,7 +20,7 @@ import os
 import random
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from math import comb
@@ -250,10 +250,11 @@ def read_problems(args: Args) -> tuple[list[Problem], list[Problem]]:
 
 def load(name: str, args: Args, option: str = "--model"):
     """(model, tokenizer) of a name or folder, ready for rollouts and updates. option: the setting that named it."""
-    model, tokenizer = models.load_model(name, args, option)
-    with ranks.unsharded(model):
-        reason = grpo.share_prompts(model)
-    if reason:
+    model, tokenizer = models.load_model(name, optimizer=args.optimizer, shard=args.shard, device=args.device,
+                                         effort=args.reasoning_effort, option=option)
+    if not end_ids(model, tokenizer):
+        raise BadInput(f"{option} {name}: nothing names an end-of-text token")
+    if reason := grpo.enable_sharing(model):
         tqdm.write(f"{option} {name} reads a prompt again for each of its answers, which is slower: {reason}")
     return model, tokenizer
 
@@ -286,8 +287,9 @@ def ranking_ids(tokenizer, group: Group, args: Args) -> torch.Tensor:
 
 
 def fits(model, prompt: torch.Tensor, args: Args) -> bool:
-    """Whether a prompt [L] and the longest answer fit the model's context."""
-    return models.fits_context(model, prompt, args.max_new_tokens)
+    """Whether a prompt [L] and the longest answer fit the model's context, beyond which it never saw a position."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return not context or len(prompt) + args.max_new_tokens <= context
 
 
 def draw(model, tokenizer, prompts: list[torch.Tensor], seeds: list[list[int]], args: Args, sampling: Sampling):
@@ -701,12 +703,12 @@ METRICS = {  # of the labels of one group, best-ranked first; None: the group do
 def run(args: Args) -> None:
     """The method, stage by stage. Each stage keeps its results in out/, so each goes on where it was stopped."""
     args = replace(args, device=runs.choose_device(args.device))
-    for name in ("model", "init", "teacher"):
-        if getattr(args, name):
-            models.load_config(getattr(args, name), f"--{name}")  # a wrong name is found now, not in hours
-    problems, held_out = read_problems(args)
     out, before = ranks.on_first(lambda: runs.find_run(args))
-    args, memory = fit(args, before)
+    optimizer, memory = models.choose_optimizer(args, args.optimizer or before.get("optimizer", ""))
+    args = replace(args, optimizer=optimizer)
+    if args.init:
+        models.count_parameters(args.init, "--init")  # a wrong name is found now, not in hours
+    problems, held_out = read_problems(args)
     model, tokenizer = load(args.model, args)
     runs.open_run(out, before, args, problems, held_out)
     print(f"DuST -> {out}")

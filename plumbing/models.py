@@ -1,6 +1,5 @@
 """Hugging Face models: loading, chat templates, memory, LoRA, optimisers for bf16 weights, checkpoints and saving."""
 import contextlib
-import copy
 import os
 import pickle
 from pathlib import Path
@@ -93,8 +92,8 @@ def does_not_load(option: str, name: str, error: Exception) -> BadInput:
     return error if isinstance(error, BadInput) else BadInput(f"{option} {name} does not load: {first_line(error)}")
 
 
-def check_model(name: str, option: str = "--model") -> int:
-    """Return the number of a model's parameters, without loading them. Call this before hours are spent.
+def count_parameters(name: str, option: str = "--model") -> int:
+    """Return the number of a model's parameters, without loading them. Call this before hours are spent on a wrong name.
 
     Raises BadInput where the model is missing, or where transformers knows no language model for its configuration.
     """
@@ -151,24 +150,11 @@ def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: s
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # a probability that is not in the configuration
-    if not eos_ids(model, tokenizer):
-        raise BadInput(f"{option} {name}: nothing names an end-of-text token")
+    if sum(p.numel() for p in model.parameters()) > LARGE:
+        checkpoint_layers(model)
     if shard:
         ranks.shard_model(model, torch.float32 if optimizer == "fp32" else torch.bfloat16, device)
     return model.to(device).eval(), tokenizer
-
-
-def eos_ids(model, tokenizer) -> list[int]:
-    """Return all token ids that end an answer: the tokenizer and the generation config often name different ones."""
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    return sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
-
-
-def fits_context(model, prompt: torch.Tensor, answer_tokens: int) -> bool:
-    """Tell whether a prompt [L] and the longest answer fit the model's context; it never saw positions beyond it."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return not context or len(prompt) + answer_tokens <= context
 
 
 # ----------------------------------------------------------------------------------------- chat templates and answers
@@ -287,9 +273,9 @@ def show_first(out: Path, kind: str, tokenizer, prompt: torch.Tensor) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- memory
 
-# bytes of each weight, of its gradient, and of its optimiser state: fp32 moments m and v (8 together), and beside them
-# an fp32 master (4) or a bf16 compensation (2); see SmallStepAdam
-BYTES = {"fp32": (4, 4, 8), "masters": (2, 2, 12), "kahan": (2, 2, 10)}
+# bytes of each trained weight: the weight itself, its gradient, and the optimiser's state (see SmallStepAdam)
+BYTES = {"fp32": 4 + 4 + 8, "masters": 2 + 2 + 12, "kahan": 2 + 2 + 10}
+LARGE = 1e8  # weights: a larger model computes its layers again in the backward pass
 
 
 def room(device: str) -> float:
@@ -299,41 +285,24 @@ def room(device: str) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.local_world()
 
 
-def fixed_memory(parameters: int, optimizer: str, *, train=True, lora=False, reference=0, shards=1) -> dict[str, float]:
-    """Return the bytes that are taken all the time, on one GPU, by part.
+def choose_optimizer(args, given: str) -> tuple[str, str]:
+    """Return the optimiser of a run, and the plan's line about memory. args: dust.Args; given: the user's choice.
 
-    reference: parameters of a frozen model beside the trained one, 0: none. shards: GPUs that share the weights
-    (--shard). Not counted: LoRA's adapters, and what grows with the tokens, that is, the KV cache and the activations.
+    Without a choice it is the first one that leaves half of the memory to what grows with the tokens (KV cache and
+    activations, which are not counted), or else the smallest. LoRA's adapters are not counted either.
+    Raises BadInput where a model is missing or is not a language model.
     """
-    # fp32 shards are their own masters
-    weight, gradient, state = BYTES["fp32" if shards > 1 and optimizer == "masters" else optimizer]
-    trained = parameters * (train and not lora)
-    parts = {"weights": parameters * weight, "gradients": trained * gradient, "optimiser": trained * state,
-             "reference": reference * weight * train}
-    return {name: size / shards for name, size in parts.items() if size}
-
-
-def choose_optimizer(parameters: int, there: float, given: str = "", **settings) -> tuple[str, bool]:
-    """Return the optimiser, and whether to checkpoint layers, for `there` bytes of memory.
-
-    given: the optimiser, if the user has chosen one. settings: of fixed_memory. Otherwise it is the first whose fixed
-    part takes at most half of the memory, or the smallest. A small fp32 model keeps all activations; with a 0.6B model
-    those of 16,384 tokens take already about six times the fixed part.
-    """
+    parameters, there = count_parameters(args.model), min(ranks.gather(room(args.device)))
+    frozen = parameters * ((args.kl > 0 or args.mode == "sft") and not args.lora)  # the reference or the teacher
+    frozen = count_parameters(args.teacher, "--teacher") if args.teacher else frozen
     for kind in [given] if given else BYTES:
-        fixed = sum(fixed_memory(parameters, kind, **settings).values())
-        if fixed <= there / 2:
+        weight = 4 if kind == "fp32" else 2
+        need = parameters * (weight if args.lora or args.eval_only else BYTES[kind])
+        need = (need + frozen * weight * (not args.eval_only)) / (ranks.world() if args.shard else 1)
+        if need <= there / 2:
             break
-    return kind, kind != "fp32" or fixed > there / 10
-
-
-def memory_line(parameters: int, there: float, optimizer: str, **settings) -> str:
-    """Return the plan's line about memory. settings: of fixed_memory."""
-    parts = fixed_memory(parameters, optimizer, **settings)
-    need = sum(parts.values())
-    words = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
-    line = f"{words}: {in_words(need)} of {in_words(there)} (--optimizer {optimizer})"
-    return line + (", which will not fit: take --lora 16, or --shard on more GPUs" if need > there else "")
+    line = f"{in_words(need)} of {in_words(there)} for weights, gradients, optimiser and reference (--optimizer {kind})"
+    return kind, line + (", which will not fit: take --lora 16, or --shard on more GPUs" if need > there else "")
 
 
 def in_words(size: float) -> str:
@@ -346,20 +315,6 @@ def checkpoint_layers(model) -> None:
     """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()  # two names of one thing, before and after transformers 5.24
-
-
-def frozen_copy(model, args):
-    """Return the model as it is before training, for the KL term. With LoRA: the model itself, see lora_disabled.
-
-    args: dust.Args. A sharded model cannot be copied, so it is loaded again.
-    """
-    if args.lora:
-        return model
-    if args.shard:
-        frozen, _ = load_model(args.init or args.model, optimizer=args.optimizer, shard=True, device=args.device)
-    else:
-        frozen = copy.deepcopy(model)
-    return frozen.requires_grad_(False)
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRA
@@ -475,12 +430,6 @@ def make_optimizer(model, kind: str, lr: float, weight_decay: float = 0.0) -> to
         fused = True if parameters[0].is_cuda else None  # there the plain one makes temporaries as large as the model
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
     return SmallStepAdam(parameters, lr, kind, weight_decay)
-
-
-def warm_up(optimizer, lr: float, step: int, steps: int) -> None:
-    """Set the learning rate of a step, counted from 0: it grows evenly over the first `steps`, then it is lr."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * min(1.0, (step + 1) / max(steps, 1))
 
 
 # -------------------------------------------------------------------------------------------------------------- files
