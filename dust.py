@@ -32,6 +32,8 @@ from plumbing.problems import BadInput, Problem, load_problems, seed_for, withou
 from plumbing.settings import arg, check_bounds, read_options
 
 HERE = Path(__file__).resolve().parent
+BEST_OF = 4  # N of Best-of-N: programs in an evaluation group (paper 2.1)
+PROGRAMS_AT_A_TIME = 128  # programs that are labelled before their labels are kept
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -348,39 +350,28 @@ def texts_of(tokenizer, rollout: Rollout) -> list[str]:
     return [models.answer_text(tokenizer, rollout.prompt, answer) for answer in bare]
 
 
-def label(problems: list[Problem], candidates: list[Candidate], args: Args, file: Path) -> None:
+def label(problems: list[Problem], candidates: list[Candidate], args: Args, file: Path | None = None) -> None:
     """Run every program and set `correct` (paper 2.2): y = 1 only when every test passes. file: keeps the labels.
 
-    The same program for the same problem runs once. Raises SandboxError where the sandbox itself fails.
+    The same program for the same problem runs once. An answer without a program is wrong. Raises SandboxError where the
+    sandbox itself fails.
     """
     tests = {problem.id: problem.tests for problem in problems}
     programs = dict.fromkeys((c.problem_id, c.code) for c in candidates if c.code is not None)
     work = {f"{problem_id}/{seed_for(code)}/{len(code)}": (problem_id, code) for problem_id, code in programs}
-    with open_sandbox(args) as pool:
-        labels = runs.resumable(file, work, lambda chunk: run_programs(pool, chunk, tests), size=PROGRAMS_AT_A_TIME)
-    set_labels(candidates, dict(zip(work.values(), labels.values())))
-    share = sum(c.correct for c in candidates) / max(len(candidates), 1)
-    tqdm.write(f"  {len(programs)} different programs; {share:.1%} of the answers are correct")
+    workers = max(1, args.workers // ranks.local_world())  # processes on one machine share them
+    with sandbox.Pool(workers, timeout=args.timeout, memory_mb=args.memory_mb) as pool:
 
+        def run_programs(chunk: list[tuple[str, str]]) -> list[int]:
+            return [int(passed) for passed in pool.label([(code, tests[problem_id]) for problem_id, code in chunk])]
 
-PROGRAMS_AT_A_TIME = 128  # labelled before they are kept: so many labels a kill can lose
-
-
-def open_sandbox(args: Args) -> sandbox.Pool:
-    """The sandbox, for a `with`; processes on one machine share the workers."""
-    workers = max(1, args.workers // ranks.local_world())
-    return sandbox.Pool(workers=workers, timeout=args.timeout, memory_mb=args.memory_mb)
-
-
-def run_programs(pool: sandbox.Pool, programs: list[tuple[str, str]], tests: dict[str, list]) -> list[int]:
-    """y of each (problem id, code). tests: problem id -> its tests."""
-    return [int(passed) for passed in pool.label([(code, tests[problem_id]) for problem_id, code in programs])]
-
-
-def set_labels(candidates: list[Candidate], labels: dict[tuple[str, str], int]) -> None:
-    """labels: (problem id, code) -> y. An answer without a program is wrong."""
+        labels = runs.resumable(file, work, run_programs, size=PROGRAMS_AT_A_TIME)
+    labels = dict(zip(work.values(), labels.values()))  # (problem id, code) -> y
     for candidate in candidates:
         candidate.correct = bool(labels.get((candidate.problem_id, candidate.code), 0))
+    if file:
+        share = sum(candidate.correct for candidate in candidates) / max(len(candidates), 1)
+        tqdm.write(f"  {len(programs)} different programs; {share:.1%} of the answers are correct")
 
 
 def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) -> list[Group]:
@@ -522,15 +513,9 @@ def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: A
     """`count` fresh candidates for each problem, labelled: (one Rollout a problem, [candidates of each problem])."""
     prompts = [program_ids(tokenizer, problem, args) for problem in problems]
     rollouts = draw_for_training(model, tokenizer, prompts, count, args, generator)
-    candidates = []
-    for problem, rollout in zip(problems, rollouts):
-        texts = texts_of(tokenizer, rollout)
-        candidates.append([Candidate(problem.id, text, rank_prompt.extract_code(text)) for text in texts])
-    tests = {problem.id: problem.tests for problem in problems}
-    programs = list(dict.fromkeys((c.problem_id, c.code) for drawn in candidates for c in drawn if c.code is not None))
-    with open_sandbox(args) as pool:
-        labels = ranks.spread(programs, lambda chunk: run_programs(pool, chunk, tests))
-    set_labels(sum(candidates, []), dict(zip(programs, labels)))
+    candidates = [[Candidate(problem.id, text, rank_prompt.extract_code(text)) for text in texts_of(tokenizer, rollout)]
+                  for problem, rollout in zip(problems, rollouts)]
+    label(problems, sum(candidates, []), args)
     return rollouts, candidates
 
 
@@ -589,8 +574,6 @@ def only_perfect(rollout: Rollout) -> Rollout:
 
 
 # ----------------------------------------------------------------------------------------- section 3.1: the evaluation
-
-BEST_OF = 4  # N of Best-of-N: programs in an evaluation group
 
 
 def evaluation_groups(model, tokenizer, problems: list[Problem], args: Args, stem: Path) -> list[Group]:

@@ -23,23 +23,25 @@ NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every",
 # ------------------------------------------------------------------------------------------------- work that goes on
 
 
-def resumable(file: Path, work: dict, do: Callable[[list], list], size: int) -> dict:
+def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: int) -> dict:
     """Do the items of a stage in chunks, keep each result as a line of `file`, and skip what the file has.
 
     work: key -> item, in order. do: items -> their results, which have to be JSON values. size: items that one process
-    does at a time. Several processes share each chunk. Returns key -> result, for all of the work.
+    does at a time. Several processes share each chunk. Without a file nothing is kept or shown. Returns key -> result,
+    for all of the work.
 
     Chunks do not depend on what is done already, so that a stopped run repeats the very same computations.
     """
-    done, keys = ranks.on_first(lambda: read_lines(file)), list(work)
+    done, keys = ranks.on_first(lambda: read_lines(file) if file else {}), list(work)
     chunks = [keys[i : i + size * ranks.world()] for i in range(0, len(keys), size * ranks.world())]
     chunks = [chunk for chunk in chunks if not all(key in done for key in chunk)]
     found = len(keys) - sum(map(len, chunks))
-    with progress_bar(file.stem, len(keys), found) as bar:
+    with progress_bar(file and file.stem, len(keys), found) as bar:
         for chunk in chunks:
             results = ranks.spread(chunk, lambda mine: do([work[key] for key in mine]))
             new = {key: result for key, result in zip(chunk, results) if key not in done}
-            append_lines(file, [[key, result] for key, result in new.items()])
+            if file:
+                append_lines(file, [[key, result] for key, result in new.items()])
             done |= new
             bar.update(len(chunk))
             if chunk is chunks[0]:
@@ -47,10 +49,10 @@ def resumable(file: Path, work: dict, do: Callable[[list], list], size: int) -> 
     return {key: done[key] for key in keys}
 
 
-def progress_bar(name: str, total: int, done: int) -> tqdm:
-    """The bar of a stage, for a `with`. done: how many of its items another process did before this one."""
+def progress_bar(name: str | None, total: int, done: int) -> tqdm:
+    """The bar of a stage, for a `with`; not shown without a name. done: items that an earlier process did."""
     return tqdm(total=total, initial=done, desc=f"{name:<18}", unit="", dynamic_ncols=True, mininterval=0.5,
-                disable=ranks.rank() > 0)
+                disable=not name or ranks.rank() > 0)
 
 
 def warn_if_long(bar: tqdm) -> None:
