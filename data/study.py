@@ -174,7 +174,7 @@ a point or two would look the same.
 
 # --------------------------------------------------------------------------------------------------------- the runs
 
-JOURNALS = "journal"  # where a run keeps what it has done: a folder below its own
+JOURNALS = "."  # where a run keeps what it has drawn, below its folder
 BY_GENERATOR = ("samples", "labels", "base-samples", "base-labels")  # these depend on how the base writes programs
 BY_JUDGE = ("base-rankings", "base-finals")  # these also on how the base ranks them
 
