@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from plumbing import ranks
 from plumbing.problems import BadInput, first_line
 from plumbing.chat import check_template
-from prefix import shares_prompts
 
 # ------------------------------------------------------------------------------------------------------------ loading
 
@@ -258,10 +257,10 @@ def frozen_copy(model, args):
     if args.lora:
         return model
     if args.shard:  # what is sharded cannot be copied, but it can be read again
-        model, _ = load_model(args.init or args.model, optimizer=args.optimizer, shard=True, device=args.device)
-        with gathered(model):
-            shares_prompts(model)
-    return (model if args.shard else copy.deepcopy(model)).requires_grad_(False)
+        again, _ = load_model(args.init or args.model, optimizer=args.optimizer, shard=True, device=args.device)
+        again.config._attn_implementation = model.config._attn_implementation
+        return again.requires_grad_(False)
+    return copy.deepcopy(model).requires_grad_(False)
 
 
 @contextlib.contextmanager
