@@ -30,7 +30,7 @@ import sandbox
 from plumbing import memory, ranks
 from plumbing.problems import BadInput, Problem, seed_for, write_atomic
 from plumbing.chat import decode, encode, encode_answers, show_first, writes_one_form
-from plumbing.models import (SHORT_NAMES, lora_disabled, add_lora, checkpoint_layers, eos_ids, frozen_copy, gathered,
+from plumbing.models import (SHORT_NAMES, lora_disabled, add_lora, checkpoint_layers, eos_ids, frozen_copy,
                         fits_context, load_checkpoint, load_config, load_model, make_optimizer, save_checkpoint,
                         save_model, warm_up)
 from plumbing.presets import DATA, PRESETS, arg, command_line
@@ -236,7 +236,7 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
     def draw_batch(chosen: range) -> dict[str, list]:  # problem -> [[answer, whether it ended], ...]
         seeds = [[seed_for(seed, problems[i].id, number) for number in range(count // copies)] for i in chosen]
         asked = [prompts[problems[i].id] for i in chosen]
-        rollouts = roll_out(model, tokenizer, asked, args, answers=count // copies, seeds=seeds, **sampling)
+        rollouts = roll_out(model, tokenizer, asked, args, seeds, **sampling)
         units = {}
         for i, r in zip(chosen, rollouts):
             bare = [answer[: len(answer) - ended] for answer, ended in zip(r.answers, r.finished)]  # no EOS
@@ -247,8 +247,8 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, *, name: str, 
     batches = parts(range(len(problems)), max(1, args.rows // count))
     waiting = [chosen for chosen in batches if not all(problems[i].id in journal.done for i in chosen)]
     found = len(problems) - sum(map(len, waiting))
-    with clock.stage(name, len(problems), found) as progress, gathered(model):
-        for units in ranks.in_rounds(waiting, draw_batch):
+    with clock.stage(name, len(problems), found) as progress:
+        for units in draw_in_rounds(model, tokenizer, waiting, draw_batch, args):
             journal.add(units)
             progress.update(len(units))
             clock.propose(name, progress)
@@ -376,12 +376,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
             generator = torch.Generator().manual_seed(seed_for(args.seed, "train", step))
             rollouts, metrics = experience(model, tokenizer, problems, groups, step, args, generator, pool, teacher)
             warm_up(optimizer, args.lr, step, args.warmup)
-            metrics |= grpo.update(
-                model, optimizer, rollouts, mini_batch=args.mini_batch, epochs=args.ppo_epochs, aggregation=args.loss,
-                temperature=args.temperature, clip_low=args.clip, clip_high=args.clip_high or args.clip,
-                dual_clip=args.dual_clip or None, kl=0.0 if supervised else args.kl, ref_model=reference,
-                supervised=supervised, micro_tokens=args.micro_tokens, generator=generator,
-            )
+            metrics |= grpo.update(model, optimizer, rollouts, args, reference=reference, generator=generator)
             metrics |= {"step": step + 1, "seconds": time.time() - began}
             trained = metrics["prompts"] * args.answers * metrics["answer_tokens"]
             metrics["tokens_per_second"] = trained / metrics["seconds"]  # of training answers, without fresh candidates
@@ -441,11 +436,10 @@ def draw_answers(model, tokenizer, prompts: list[torch.Tensor], count: int, args
     seeds = torch.randint(2**62, (len(prompts), count), generator=generator).tolist()
 
     def draw(own: list[int]) -> list[grpo.Rollout]:
-        return roll_out(model, tokenizer, [prompts[i] for i in own], args, answers=count, temperature=args.temperature,
-                        seeds=[seeds[i] for i in own])
+        return roll_out(model, tokenizer, [prompts[i] for i in own], args, [seeds[i] for i in own],
+                        temperature=args.temperature)
 
-    with gathered(model):
-        return ranks.spread(list(range(len(prompts))), draw)
+    return ranks.spread(list(range(len(prompts))), draw)
 
 
 def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: Args, generator, pool):
@@ -510,10 +504,23 @@ def pick(units: list, step: int, args: Args) -> list:
     return sum(orders, [])[start : start + args.batch]
 
 
-def roll_out(model, tokenizer, prompts: list[torch.Tensor], args: Args, **sampling) -> list[grpo.Rollout]:
+def roll_out(model, tokenizer, prompts: list[torch.Tensor], args: Args, seeds, **sampling) -> list[grpo.Rollout]:
     """grpo.rollout with the run's own limits: the longest answer, what ends one, rows at a time."""
-    return grpo.rollout(model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model, tokenizer),
-                        max_rows=args.rows, **sampling)
+    return grpo.rollout(model, prompts, seeds, sampling=grpo.Sampling(**sampling), max_new_tokens=args.max_new_tokens,
+                        eos_ids=eos_ids(model, tokenizer), max_rows=args.rows)
+
+
+def draw_in_rounds(model, tokenizer, work: list, do, args: Args):
+    """ranks.in_rounds, in which a rank without work joins the others' rollout: it gathers a sharded model."""
+    for start in range(0, len(work), ranks.world()):
+        yield from ranks.spread(work[start : start + ranks.world()], lambda own: [do(item) for item in own]
+                                or roll_out(model, tokenizer, [], args, []))
+
+
+def share_prompts(model) -> None:
+    """grpo.enable_sharing, with a line for a model that cannot."""
+    if reason := grpo.enable_sharing(model):
+        print(f"dust: {type(model).__name__} reads the prompt again for each answer, which is slower: {reason}")
 
 
 def score_rollouts(tokenizer, groups: list[Group], rollouts: list[grpo.Rollout], reward: str,
@@ -575,16 +582,15 @@ def judge(model, tokenizer, groups: list[Group], args: Args, clock: Clock, *, na
     def judge_chunk(chunk: range) -> dict[str, str]:
         fitting = [i for i in chunk if fits[i]]
         prompts = [ranking_ids(tokenizer, shown[i], args) for i in fitting]
-        rollouts = roll_out(model, tokenizer, prompts, args, answers=1, temperature=args.eval_temperature,
-                            top_p=args.top_p, top_k=args.top_k,
-                            seeds=[[seed_for(args.seed, "judge", i)] for i in fitting])
+        rollouts = roll_out(model, tokenizer, prompts, args, [[seed_for(args.seed, "judge", i)] for i in fitting],
+                            temperature=args.eval_temperature, top_p=args.top_p, top_k=args.top_k)
         return {str(i): decode(tokenizer, r.prompt, r.answers[0]) for i, r in zip(fitting, rollouts)}
 
     waiting = [chunk for chunk in parts(range(len(groups)), args.rows)
                if not all(str(i) in journal.done for i in chunk if fits[i])]
     found = len(groups) - sum(map(len, waiting))
-    with clock.stage(name, len(groups), found) as progress, gathered(model):
-        for units in ranks.in_rounds(waiting, judge_chunk):
+    with clock.stage(name, len(groups), found) as progress:
+        for units in draw_in_rounds(model, tokenizer, waiting, judge_chunk, args):
             journal.add(units)
             progress.update(len(units))
     judged = []
@@ -620,6 +626,7 @@ def run(args: Args) -> None:
     args = replace(args, optimizer=optimizer)
     loading = dict(optimizer=optimizer, shard=args.shard, device=args.device)
     model, tokenizer = load_model(args.model, **loading, effort="" if args.rank_with else args.reasoning_effort)
+    share_prompts(model)
     if checkpointing:
         checkpoint_layers(model)
     open_run(out, before, args, problems, held_out)
@@ -634,12 +641,14 @@ def run(args: Args) -> None:
     if args.rank_with:
         del model  # two do not always fit
         model, tokenizer = load_model(args.rank_with, **loading, effort=args.reasoning_effort, option="--rank-with")
+        share_prompts(model)
     rows, finals = {}, {}
     rows["base"], finals["base"] = judge_all(model, tokenizer, drawn, args, clock, name="base", out=out)
     if not args.eval_only:
         if args.init:
             del model  # two do not always fit
             model, own = load_model(args.init, **loading, option="--init")
+            share_prompts(model)
             if own.get_vocab() != tokenizer.get_vocab():
                 raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
             if checkpointing:

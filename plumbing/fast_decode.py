@@ -8,31 +8,37 @@ Shapes: B prompts, G answers to the prompt that has the most, n rows (answers be
 tokens so far, V vocabulary; Q query heads, K key heads, D numbers a head. Key heads come first, so that no matrix
 product has to copy the keys.
 """
+from collections import defaultdict
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from plumbing.shared_prompt import Packed, body, split_by_size
+
+PREFILL_TOKENS = 8192  # prompt tokens in one forward: bounds its memory
 
 
 class SharedCache:
     """Keys and values of n answers, one token a row and step. Its interface is that of grpo.PlainCache."""
 
-    def __init__(self, model, prompt_keys: dict[tuple[int, str], list[Tensor]], counts: list[int], logits: Tensor):
-        """Take over prompts that have been read.
-
-        prompt_keys: {(layer, "keys" or "values"): a tensor [L, K, D] for each prompt}. counts: [B], answers to each
-        prompt. logits: [B, V], those of each answer's first token.
-        """
-        self.model, device = model, logits.device
-        first = next(iter(prompt_keys.values()))
-        self.length = torch.tensor([len(x) for x in first], device=device)  # [B]
-        self.prompt = {  # [K, B, L, D], padded on the right
-            at: pad_sequence(parts, batch_first=True).permute(2, 0, 1, 3).contiguous()
-            for at, parts in prompt_keys.items()
-        }
-        self.answer: dict[tuple[int, str], Tensor] = {}  # [K, n, capacity, D], of which self.steps tokens are in use
+    def __init__(self, model, prompts: list[Tensor], counts: list[int]):
+        """Read the prompts [L], each once. counts: [B], answers to each of them."""
+        self.model, device = model, model.device
+        kept, ends = defaultdict(list), []  # (layer, "keys" or "values"): a tensor [L, K, D] for each prompt
+        for part in split_by_size([len(prompt) for prompt in prompts], PREFILL_TOKENS):
+            packed = Packed([(prompt, []) for prompt in prompts[part]], device, keep=True)
+            hidden = body(model, packed, packed.ids, packed.positions)[0]  # [T, H]
+            ends.append(hidden[torch.tensor(packed.sizes).cumsum(0) - 1])  # the last token of each prompt
+            for at, x in packed.kept.items():  # [1, K, T, D]
+                kept[at] += x[0].transpose(0, 1).split(packed.sizes)
+        # [K, B, L, D], padded on the right
+        self.prompt = {at: pad_sequence(x, True).permute(2, 0, 1, 3).contiguous() for at, x in kept.items()}
+        self.answer = {}  # [K, n, capacity, D], of which self.steps tokens are in use
         self.steps = 0
+        self.length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
         self.prompt_of_row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)  # [n]
-        self.logits = logits[self.prompt_of_row]  # [n, V], of each row's next token
+        self.logits = model.get_output_embeddings()(torch.cat(ends))[self.prompt_of_row]  # [n, V], of the next tokens
         self.place_rows()
 
     def place_rows(self) -> None:
@@ -61,8 +67,7 @@ class SharedCache:
         """Read one token a row, [n], and set the logits of the next."""
         self.masks = {}
         positions = (self.length[self.prompt_of_row] + self.steps)[:, None]  # [n, 1]
-        hidden = self.model.base_model(tokens[:, None], position_ids=positions, use_cache=False, layout=self)[0]
-        self.logits = self.model.get_output_embeddings()(hidden[:, 0])
+        self.logits = self.model.get_output_embeddings()(body(self.model, self, tokens[:, None], positions)[:, 0])
         self.steps += 1
 
     def append(self, at: tuple[int, str], x: Tensor, window: int | None) -> Tensor:
