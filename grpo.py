@@ -1,169 +1,75 @@
-"""GRPO by hand: sample G answers to each prompt, compare them with their siblings, push up what did better.
+"""GRPO by hand: sample G answers to each prompt, compare them with their siblings, push up what did better (paper 2.4).
 
-    rollout           prompts -> a Rollout each: G sampled answers and the log-prob of every sampled token
-    group_advantages  rewards -> how much better than its siblings each answer did          (paper 2.4)
-    policy_loss       the clipped surrogate, with an optional pull towards a frozen reference (paper 2.4)
-    update            PPO epochs over mini-batches of whole groups, one optimiser step a mini-batch
+In the order of learning:
 
-A ranking prompt is long and its G answers share it, so the model reads it once for all of them, exactly, in the
-rollout and in the update alike. How it does that, and what a model gets that cannot, is in prefix.py.
+    group_advantages  rewards -> how much better than its siblings each answer did
+    policy_loss       the clipped surrogate of each token, with a pull towards the frozen reference
+    token_weights     how the tokens of a mini-batch are averaged: where GRPO, DAPO and Dr. GRPO differ
+    update            PPO epochs over mini-batches of whole groups, one optimiser step for each mini-batch
+    rollout           prompts -> a Rollout for each: G sampled answers and the log-prob of each of their tokens
+    Packed            the last section: how the model reads a long prompt once for all of its answers, exactly
 
-Shapes: B prompts or rows, G answers a prompt, L prompt tokens, R answer tokens, V vocabulary, N answer tokens of a
-whole batch laid end to end. Log-probs are natural logarithms, in fp32.
+Set every dropout of a model to 0 before you train it here, and call enable_sharing(model) once after loading it.
+Otherwise all still works, but the prompt is read again for each answer, which is slower.
+
+Shapes: B prompts or rows, G answers to a prompt, n rows (answers being decoded), L prompt tokens, R answer tokens,
+N answer tokens of a whole batch laid end to end, T tokens of a packed row, V vocabulary, H hidden; in attention Q query
+heads, K key heads, D numbers a head. Log-probs are natural logarithms, in fp32.
 """
 import contextlib
+import inspect
 import math
 import warnings
+from bdb import BdbQuit
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, GenerationConfig
 
 from plumbing import ranks
+from plumbing.fast_decode import SharedCache
 from plumbing.models import lora_disabled
-from prefix import NAME, Decoding, cut, evaluating, logprobs, plain_decode, shares_prompts, sharing
+from plumbing.shared_prompt import SHARED_ATTENTION, Packed, body, split_by_size
 
-DRAWS = 64  # random numbers a row draws ahead
+MAX_GRADIENT_NORM = 1.0
+DRAWS_AHEAD = 64  # uniform numbers that each answer draws at a time
+DRAWN_LOGITS = 2**21  # logits in one call of draw_token: with more, memory traffic costs more than the arithmetic
+HEAD_LOGITS = 2**24  # logits in memory at a time in the update; the backward pass computes each block of them again
 
 
 @dataclass
 class Rollout:
-    """One prompt and what the model answered to it, G times. All tensors on the CPU."""
+    """One prompt and what the model answered to it, G times. All tensors are on the CPU."""
 
     prompt: Tensor  # [L] token ids
-    answers: list[Tensor]  # G tensors [R_g]: sampled ids, the EOS included where one was sampled
-    logps: list[Tensor]  # G tensors [R_g]: log-prob of each sampled token when it was sampled, temperature applied
+    answers: list[Tensor]  # G tensors [R_g]: sampled ids, the EOS included if one was sampled
+    logps: list[Tensor]  # G tensors [R_g]: log-prob of each token when it was sampled, temperature applied
     finished: list[bool]  # G; False = cut off at max_new_tokens
-    rewards: Tensor | None = None  # [G], filled in by whoever scores the answers
+    rewards: Tensor | None = None  # [G], filled in after the answers are scored
 
 
-# ------------------------------------------------------------------------------------------------------- sampling
+class Sampling(NamedTuple):
+    """How tokens are drawn. Training needs top_p = 1 and top_k = 0 (no filters). Temperature 0: the likeliest token."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
 
 
-def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """One token a row, by inverting the cumulative distribution at `uniform`.
-
-    logits: [B, V]; uniform: [B] in [0, 1), the only randomness. top_p = 1 and top_k = 0 switch the filters off, as
-    training needs them; temperature 0 takes the likeliest token. Returns tokens [B] and their log-probs [B] under
-    the tempered distribution before the filters (untempered at temperature 0).
-    """
-    logps = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [B, V]
-    if temperature == 0:
-        tokens = logps.argmax(-1)  # [B]
-    else:
-        probs, ids = logps.exp(), None  # [B, V]
-        if top_k or top_p < 1:
-            probs, ids = probs.topk(min(top_k or probs.shape[-1], probs.shape[-1]))  # [B, k], likeliest first
-            probs = probs / probs.sum(-1, keepdim=True)
-            probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # by the mass of the likelier ones
-        cdf = probs.cumsum(-1)  # [B, k]
-        # right=True: the first entry above the threshold, so that a token of probability 0 is never drawn
-        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)
-        tokens = (tokens if ids is None else ids.gather(-1, tokens)).squeeze(-1)  # [B]
-    return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1)
-
-
-@torch.no_grad()
-def rollout(
-    model, prompts: list[Tensor], *, answers: int, max_new_tokens: int, eos_ids, temperature: float = 1.0,
-    top_p: float = 1.0, top_k: int = 0, generator: torch.Generator | None = None, max_rows: int = 256,
-    progress=None, seeds: list[list[int]] | None = None,
-) -> list[Rollout]:
-    """Sample `answers` answers to each prompt (LongTensors [L_i] of unequal lengths, at least one token each).
-
-    Each prompt is encoded once for all of its answers. At most max_rows answers decode at a time; prompts of similar
-    length go together, and a prompt is encoded again only where its answers alone are more than max_rows. What an
-    answer draws depends on the generator's state and on its place in the list, not on who shares its batch; or on its
-    own seed, where seeds (answers of them for each prompt) are given.
-    progress(n) is called whenever n more answers have ended. Returns one Rollout
-    a prompt, in the order given.
-    Best-of-N evaluation is the same call with answers=N.
-    """
-    where = generator.device if generator is not None else "cpu"
-    seeds = seeds or torch.randint(2**62, (len(prompts), answers), generator=generator, device=where).tolist()
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    parts = [(i, seeds[i][at : at + max_rows]) for i in order for at in range(0, answers, max_rows)]
-    decode_part = partial(decode, Decoding) if shares_prompts(model) else plain_decode
-    rows = [[] for _ in prompts]
-    with evaluating(model):
-        for chosen in cut([len(own) for _, own in parts], max_rows):
-            batch = [(prompts[i].cpu(), own) for i, own in parts[chosen]]
-            decoded = decode_part(
-                model, batch, max_new_tokens, list(eos_ids), (temperature, top_p, top_k), progress or (lambda n: None)
-            )
-            # cloned, for what was made in inference mode could never be part of a backward pass
-            decoded = ((tokens.clone(), logps.clone(), ended) for tokens, logps, ended in decoded)
-            for i, own in parts[chosen]:
-                rows[i] += [next(decoded) for _ in own]
-    return [Rollout(prompt, *map(list, zip(*own))) for prompt, own in zip(prompts, rows)]
-
-
-@torch.inference_mode()  # less to keep account of than under no_grad: a tenth of a step's time
-def decode(layout, model, batch, max_new_tokens, eos_ids, sampling, progress) -> list[tuple[Tensor, Tensor, bool]]:
-    """The loop behind rollout. layout: Decoding, or one of its kind. batch: each prompt with a seed for each of its
-    answers; n answers in all.
-
-    Returns, for each answer, its tokens [R], their log-probs [R], and whether it ended by itself.
-    """
-    device, n = model.device, sum(len(seeds) for _, seeds in batch)
-    generators = [torch.Generator().manual_seed(seed) for _, seeds in batch for seed in seeds]
-    state = layout(model, [prompt for prompt, _ in batch], [len(seeds) for _, seeds in batch])
-    tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(n, max_new_tokens, device=device)
-    length = torch.full((n,), max_new_tokens, device=device)
-    eos = torch.tensor(eos_ids, device=device)
-    live = torch.arange(n, device=device)  # the rows still in the batch
-    going = torch.ones(n, dtype=torch.bool, device=device)  # those of them that have not ended
-    for t in range(max_new_tokens):
-        if t % DRAWS == 0:
-            uniform = torch.stack([torch.rand(DRAWS, generator=generators[i]) for i in live.tolist()])
-            uniform = uniform.t().to(device)  # [DRAWS, live]
-        token, logp = sample(state.logits, uniform[t % DRAWS], *sampling)  # [live] each
-        tokens[live, t], logps[live, t] = token, logp
-        ends = (token[:, None] == eos).any(-1) & going
-        if n_ends := int(ends.sum()):
-            length[live[ends]] = t + 1
-            going &= ~ends
-            progress(n_ends)
-            keep = going.nonzero().squeeze(-1)
-            if len(keep) == 0:
-                break
-            if len(keep) <= 0.9 * len(live):  # dropping rows copies their keys, so not for every single one
-                state.keep(keep)
-                token, live, going, uniform = token[keep], live[keep], going[keep], uniform[:, keep]
-        if t + 1 < max_new_tokens:
-            state.step(model, token)
-    progress(int(going.sum()))
-    length = length.tolist()
-    going = set(live[going].tolist())
-    return [(tokens[i, :r].cpu(), logps[i, :r].cpu(), i not in going) for i, r in enumerate(length)]
-
-
-# ------------------------------------------------------------------------------------------------------ log-probs
-
-
-def answer_logprobs(model, prompt: Tensor, answers: list[Tensor], *, temperature: float = 1.0) -> list[Tensor]:
-    """Log-probs [R_g] of G answers (LongTensors [R_g]) to one prompt (LongTensor [L]), differentiable.
-
-    Raises ValueError for a model with gradient checkpointing outside `sharing`, where its backward pass would run the
-    layers again with another attention.
-    """
-    again = any(getattr(m, "gradient_checkpointing", False) and m.training for m in model.modules())
-    if torch.is_grad_enabled() and again and shares_prompts(model) and model.config._attn_implementation != NAME:
-        raise ValueError("with gradient checkpointing, call this and backward() inside `with prefix.sharing(model):`")
-    logp, _ = logprobs(model, [(prompt, answers)], temperature)
-    return list(logp.split([len(a) for a in answers]))
-
-
-# ------------------------------------------------------------------------------------------------- GRPO's formulae
+# ----------------------------------------------------------------------------------------------------- the advantages
 
 
 def equal_rewards(rewards: Tensor) -> Tensor:
     """[..., G] -> [...]: True where all G rewards are the same, so that the group teaches nothing.
 
-    By comparing rewards: the standard deviation of equal floats need not come out as zero.
+    Compare the rewards themselves: the standard deviation of equal floats need not come out as zero.
     """
     return (rewards == rewards[..., :1]).all(-1)
 
@@ -171,7 +77,7 @@ def equal_rewards(rewards: Tensor) -> Tensor:
 def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     """How much better each answer did than its siblings (paper 2.4): (r - mean) / (std + eps) along each row.
 
-    rewards: [B, G] or [G], one row a prompt; std as in torch.std (divided by G - 1). Returns the same shape.
+    rewards: [B, G] or [G], one row for each prompt; std as in torch.std (divided by G - 1). Returns the same shape.
     A row of equal rewards gives zeros, exactly.
     """
     rewards = rewards.float()
@@ -182,13 +88,16 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     return advantages.masked_fill(equal_rewards(rewards)[..., None], 0.0)
 
 
+# ----------------------------------------------------------------------------------------------------------- the loss
+
+
 def policy_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, ref_logp: Tensor | None = None, *, clip_low: float = 0.2,
     clip_high: float = 0.2, dual_clip: float | None = None, kl: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped surrogate a token, to be minimised (paper 2.4), plus kl times the distance from a reference.
+    """PPO's clipped surrogate of each token, to be minimised (paper 2.4), plus kl times the distance to a reference.
 
-    logp, old_logp, advantages, ref_logp: one shape, a value a token; only logp carries a gradient. The ratio
+    logp, old_logp, advantages, ref_logp: one shape, a value for each token; only logp carries a gradient. The ratio
     exp(logp - old_logp) is clipped to [1 - clip_low, 1 + clip_high]: 0.2 / 0.2 in the paper, 0.2 / 0.28 in its
     release, with dual_clip 10, which also bounds the loss where the advantage is negative and the ratio large.
     Returns the loss, and diagnostics of the same shape without gradients: "clip" (1 where clipping stopped the
@@ -212,7 +121,22 @@ def policy_loss(
     return loss, diagnostics
 
 
-# --------------------------------------------------------------------------------------------------------- update
+def token_weights(lengths: list[int], loss: str) -> list[float]:
+    """For each answer of a mini-batch, the weight of each of its tokens in the loss. All weights together sum to 1.
+
+    lengths: [answers], the tokens of every answer in the mini-batch, groups of equal rewards included. So the weights do
+    not depend on how the mini-batch is later cut into micro-batches, or shared over ranks.
+    loss: "sequence" takes the mean over each answer's tokens, then over the answers (GRPO and the paper). "token" takes
+    the mean over all tokens, so that a long answer counts more (DAPO and the paper's release). Else ValueError.
+    """
+    if loss == "sequence":
+        return [1 / (len(lengths) * length) for length in lengths]
+    if loss == "token":
+        return [1 / sum(lengths) for _ in lengths]
+    raise ValueError(f'loss is "sequence" or "token", not {loss!r}')
+
+
+# --------------------------------------------------------------------------------------------------------- the update
 
 
 @dataclass
@@ -222,106 +146,164 @@ class Example:
     prompt: Tensor  # [L]
     answer: Tensor  # [R]
     advantage: float
-    rollout_logp: Tensor | None  # [R], as it was sampled; None: nobody has sampled it here
-    old_logp: Tensor | None = None  # [R], by the training forward before the first step; None: the current one
-    ref_logp: Tensor | None = None  # [R], by the frozen reference
+    rollout_logp: Tensor | None  # [R], recorded when it was sampled; None for answers to imitate (sft)
+    old_logp: Tensor | None = None  # [R], by the training forward before the first step; None: the current log-prob
+    ref_logp: Tensor | None = None  # [R], by the frozen reference; None: no KL term
+    weight: float = 0.0  # of each of its tokens in the current mini-batch
 
 
-def make_examples(rollout: Rollout, supervised: bool) -> list[Example]:
-    """The answers of one group with their advantages; none at all where the rewards are equal. Supervised: all."""
-    if supervised:
-        return [Example(rollout.prompt, answer, 1.0, None) for answer in rollout.answers]
-    if equal_rewards(rollout.rewards):
-        return []
-    advantages = group_advantages(rollout.rewards).tolist()
-    return [Example(rollout.prompt, *rest) for rest in zip(rollout.answers, advantages, rollout.logps)]
+def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, generator=None) -> dict[str, float]:
+    """Train on scored rollouts: shuffled PPO epochs, one optimiser step for every args.mini_batch prompts.
 
+    args: dust.Args or any object with its fields mode, mini_batch, ppo_epochs, temperature (that of the rollouts), loss
+    (see token_weights), clip, clip_high (0: the same as clip), dual_clip (0: none), kl, and micro_tokens, which bounds
+    the tokens of one forward: memory and speed, not the gradient. kl > 0 needs a reference, the frozen start; with LoRA
+    it is the model itself. generator: torch.Generator for the shuffling. With several ranks, each has the same rollouts
+    and computes a share of each mini-batch.
 
-def micro_batches(groups: list[list[Example]], micro_tokens: int, shared: bool) -> list[list[list[Example]]]:
-    """Batches of groups, of at most micro_tokens tokens each, the padding of the plain form included.
+    A group is never split between mini-batches. A group of equal rewards is skipped. Only its KL term is lost: the
+    denominator still includes it. A mini-batch of only such groups makes no step, because momentum and weight decay
+    would move the weights without a gradient.
 
-    A larger group is cut into parts of its answers, each with the prompt again; one answer with it is the least.
+    args.mode "sft": learn every answer by cross-entropy; rewards, logps, finished, clipping and kl play no part.
+
+    Returns averages over trained tokens: entropy, clip_share, old_kl, ref_kl, rollout_gap (how far the training
+    forward's log-probs lie from those at sampling; warns above 0.05); averages over steps: loss, grad_norm (before
+    clipping); and zero_variance (the share of groups skipped), tokens (trained, epochs counted), stepped (steps made),
+    skipped (steps left out, with a warning, because their gradient was not finite).
     """
-    parts, sizes = [], []
-    for group in filter(None, groups):
-        prompt, longest = len(group[0].prompt), max(len(e.answer) for e in group)
-        answers = [len(e.answer) if shared else prompt + longest for e in group]
-        prompt *= shared  # once in each part
-        for run in cut(answers, micro_tokens - prompt):
-            parts.append(group[run])
-            sizes.append(prompt + sum(answers[run]))
-    return [parts[run] for run in cut(sizes, micro_tokens)]
+    supervised = args.mode == "sft"
+    if args.kl > 0 and not supervised and reference is None:
+        raise ValueError("kl > 0 needs reference, the frozen start")
+    groups = [make_examples(rollout, supervised) for rollout in rollouts]
+    taught = [group for group in groups if teaches(group)]
+    orders = [torch.randperm(len(groups), generator=generator) for _ in range(args.ppo_epochs)]
+    mini_batches = [part.tolist() for order in orders for part in order.split(args.mini_batch)]
+    if len(mini_batches) > 1 and not supervised:  # in a single step the old policy is the current one
+        remember_logprobs(model, taught, "old_logp", args)
+    if args.kl > 0 and not supervised:
+        with lora_disabled(reference):
+            remember_logprobs(reference, taught, "ref_logp", args)
+    for module in model.modules():  # eval mode, except that transformers checkpoints layers in training mode only
+        module.training = getattr(module, "gradient_checkpointing", False)
+    totals, norms = Counter(), []
+    for mini_batch in mini_batches:
+        chosen = [groups[i] for i in mini_batch]
+        set_weights(chosen, args.loss)
+        if not any(map(teaches, chosen)):
+            continue
+        optimizer.zero_grad(set_to_none=True)
+        sums = backward(model, list(filter(teaches, chosen)), args, supervised)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        norms.append(float(ranks.full_state(norm)))
+        if math.isfinite(norms[-1]):  # else every weight would become NaN, and the checkpoint with them
+            optimizer.step()
+            totals.update(sums)
+    optimizer.zero_grad(set_to_none=True)
+    return averages(totals, norms) | {"zero_variance": 1 - len(taught) / max(len(groups), 1)}
 
 
-def group_logprobs(model, groups: list[list[Example]], temperature: float) -> tuple[Tensor, Tensor]:
-    """logprobs of groups of examples: log-probs and entropies [N], in their order."""
-    return logprobs(model, [(group[0].prompt, [e.answer for e in group]) for group in groups], temperature)
+def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict[str, float]:
+    """Accumulate the gradients of one mini-batch. Return its loss and the sums of its diagnostics over tokens.
 
-
-def my_batches(model, groups: list[list[Example]], micro_tokens: int) -> list[tuple[list[list[Example]], bool]]:
-    """The micro-batches of this rank's share of the groups, and whether each counts.
-
-    Every rank runs as many forwards, for a sharded one waits for all ranks: a rank with less work repeats the shortest
-    answer of all, which does not count.
-    """
-    groups = list(filter(None, groups))
-    batches = micro_batches(ranks.share(groups), micro_tokens, shares_prompts(model))
-    missing = max(ranks.gather(len(batches))) - len(batches)
-    filler = sorted((e for group in groups for e in group), key=lambda e: len(e.prompt) + len(e.answer))[:1]
-    return [(batch, True) for batch in batches] + [([filler], False)] * missing
-
-
-@torch.no_grad()
-def remember_logprobs(model, name: str, groups: list[list[Example]], micro_tokens: int, temperature: float) -> None:
-    """Fill in old_logp or ref_logp (name) of every example with this model's log-probs; on every rank."""
-    for batch, _ in my_batches(model, groups, micro_tokens):
-        examples = [e for group in batch for e in group]
-        with evaluating(model):
-            logp, _ = ranks.run_forward(model, group_logprobs, batch, temperature)
-        for example, values in zip(examples, logp.split([len(e.answer) for e in examples])):
-            setattr(example, name, values.cpu())
-    groups = list(filter(None, groups))  # shared out as in my_batches
-    known = ranks.spread(groups, lambda own: [[getattr(e, name) for e in group] for group in own])
-    for group, values in zip(groups, known):
-        for example, value in zip(group, values):
-            setattr(example, name, value)
-
-
-def backward(
-    model, groups: list[list[Example]], token_weight, micro_tokens: int, temperature: float, supervised: bool = False,
-    **clip_and_kl,
-) -> dict[str, float]:
-    """Accumulate the gradients of one mini-batch, and return its loss and the sums of its diagnostics over tokens.
-
-    Each rank computes a share of the groups; gradients and sums are those of all ranks, on every rank.
-    token_weight(example) is the weight of each of its tokens, the denominator of the whole mini-batch included, so
-    that the sum over micro-batches does not depend on how they were cut.
+    Each rank computes a share of the groups. Gradients and sums are those of all ranks, on every rank.
     """
     sums = dict.fromkeys(["loss", "clip", "old_kl", "ref_kl", "entropy", "rollout_gap", "tokens"], 0.0)
-    shared = shares_prompts(model)
-    for groups_here, counts in my_batches(model, groups, micro_tokens):
-        batch = [e for group in groups_here for e in group]
-        logp, entropy = ranks.run_forward(model, group_logprobs, groups_here, temperature)
-        lengths = torch.tensor([len(e.answer) for e in batch])
-        advantages = torch.tensor([e.advantage for e in batch]).repeat_interleave(lengths).to(logp)  # [N]
-        weights = torch.tensor([token_weight(e) for e in batch]).repeat_interleave(lengths).to(logp)  # [N]
-        # in a single on-policy step the old policy is the current one: the ratio is 1, with its gradient
-        old = logp.detach() if batch[0].old_logp is None else torch.cat([e.old_logp for e in batch]).to(logp)  # [N]
-        ref = None if batch[0].ref_logp is None else torch.cat([e.ref_logp for e in batch]).to(logp)  # [N]
-        loss, diagnostics = policy_loss(logp, old, advantages, ref, **clip_and_kl)  # [N]
-        loss = -logp if supervised else loss  # at advantage 1 and ratio 1 the gradients are the same
-        loss = (loss * weights).sum() * counts
-        with sharing(model) if shared else contextlib.nullcontext():  # checkpointed layers run again
-            loss.backward()
+    clips = dict(clip_low=args.clip, clip_high=args.clip_high or args.clip, dual_clip=args.dual_clip or None)
+    for micro_batch, counts in my_micro_batches(model, groups, args.micro_tokens):
+        logp, entropy = ranks.run_forward(model, group_logprobs, micro_batch, args.temperature)  # [N]
+        field = partial(lay_out, micro_batch, logp)
+        old = logp.detach() if field("old_logp") is None else field("old_logp")  # then the ratio is 1, with its gradient
+        loss, diagnostics = policy_loss(logp, old, field("advantage"), field("ref_logp"), kl=args.kl, **clips)
+        if supervised:
+            loss = -logp
+        loss = (loss * field("weight")).sum() * counts
+        loss.backward()
         if not counts:
             continue
-        sampled = old if batch[0].rollout_logp is None else torch.cat([e.rollout_logp for e in batch]).to(old)  # [N]
-        for name, values in {**diagnostics, "entropy": entropy, "rollout_gap": (old - sampled).abs()}.items():
+        sampled = old if field("rollout_logp") is None else field("rollout_logp")
+        diagnostics |= {"entropy": entropy, "rollout_gap": (old - sampled).abs()}
+        for name, values in diagnostics.items():
             sums[name] += float(values.sum())
         sums["loss"] += float(loss.detach())
         sums["tokens"] += len(logp)
     ranks.sum_gradients(model.parameters())
-    return {name: sum(own[name] for own in ranks.gather(sums)) for name in sums}
+    return {name: sum(part[name] for part in ranks.gather(sums)) for name in sums}
+
+
+def make_examples(rollout: Rollout, supervised: bool) -> list[Example]:
+    """The answers to one prompt with their advantages. Supervised: all answers alike, whatever their rewards."""
+    count = len(rollout.answers)
+    advantages = [1.0] * count if supervised else group_advantages(rollout.rewards).tolist()
+    logps = [None] * count if supervised else rollout.logps
+    return [Example(rollout.prompt, *fields) for fields in zip(rollout.answers, advantages, logps)]
+
+
+def teaches(group: list[Example]) -> bool:
+    """Whether a group has a gradient: with equal rewards all of its advantages are 0."""
+    return any(example.advantage for example in group)
+
+
+def set_weights(groups: list[list[Example]], loss: str) -> None:
+    """Set the weight of every example of a mini-batch."""
+    examples = [example for group in groups for example in group]
+    weights = token_weights([len(example.answer) for example in examples], loss)
+    for example, weight in zip(examples, weights):
+        example.weight = weight
+
+
+def lay_out(groups: list[list[Example]], like: Tensor, name: str) -> Tensor | None:
+    """One field of all examples, [N], a value for each token; numbers are repeated. None if the field is None."""
+    examples = [example for group in groups for example in group]
+    values = [getattr(example, name) for example in examples]
+    if values[0] is None:
+        return None
+    if isinstance(values[0], Tensor):
+        return torch.cat(values).to(like)
+    lengths = torch.tensor([len(example.answer) for example in examples])
+    return torch.tensor(values).repeat_interleave(lengths).to(like)
+
+
+def my_micro_batches(model, groups: list[list[Example]], micro_tokens: int) -> list[tuple[list[list[Example]], bool]]:
+    """The micro-batches of this rank's share of the groups, and whether each counts.
+
+    Every rank runs as many forwards, because a forward of a sharded model waits for all ranks. A rank with less work
+    repeats the shortest answer of all, which does not count.
+    """
+    batches = micro_batches(ranks.share(groups), micro_tokens, shares_prompts(model))
+    missing = max(ranks.gather(len(batches))) - len(batches)
+    shortest = sorted((e for group in groups for e in group), key=lambda e: len(e.prompt) + len(e.answer))[:1]
+    return [(batch, True) for batch in batches] + [([shortest], False)] * missing
+
+
+def micro_batches(groups: list[list[Example]], micro_tokens: int, shared: bool) -> list[list[list[Example]]]:
+    """Batches of groups, of at most micro_tokens tokens each, the padding of unshared rows included.
+
+    A larger group is cut into parts of its answers, each with the prompt again. One answer with its prompt is the least.
+    """
+    parts, sizes = [], []
+    for group in groups:
+        prompt, longest = len(group[0].prompt), max(len(e.answer) for e in group)
+        answers = [len(e.answer) if shared else prompt + longest for e in group]
+        once = prompt if shared else 0  # tokens that each part adds to its answers
+        for part in split_by_size(answers, micro_tokens - once):
+            parts.append(group[part])
+            sizes.append(once + sum(answers[part]))
+    return [parts[batch] for batch in split_by_size(sizes, micro_tokens)]
+
+
+@torch.no_grad()
+def remember_logprobs(model, groups: list[list[Example]], name: str, args) -> None:
+    """Set the field name (old_logp or ref_logp) of every example to this model's log-probs, on every rank."""
+    model.eval()
+    mine = []  # of the examples in this rank's share
+    for micro_batch, counts in my_micro_batches(model, groups, args.micro_tokens):
+        logp, _ = ranks.run_forward(model, group_logprobs, micro_batch, args.temperature)
+        mine += logp.cpu().split([len(e.answer) for group in micro_batch for e in group]) if counts else []
+    for rank, values in enumerate(ranks.gather(mine)):
+        examples = [e for group in groups[rank :: ranks.world()] for e in group]  # as in ranks.share
+        for example, value in zip(examples, values):
+            setattr(example, name, value)
 
 
 def averages(totals: dict[str, float], norms: list[float]) -> dict[str, float]:
@@ -339,56 +321,337 @@ def averages(totals: dict[str, float], norms: list[float]) -> dict[str, float]:
     }
 
 
-def update(
-    model, optimizer, rollouts: list[Rollout], *, mini_batch: int = 16, epochs: int = 1, temperature: float = 1.0,
-    clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None, kl: float = 0.0, ref_model=None,
-    aggregation: str = "sequence", max_grad_norm: float = 1.0, micro_tokens: int = 16384, supervised: bool = False,
-    generator: torch.Generator | None = None,
-) -> dict[str, float]:
-    """Train on scored rollouts: `epochs` passes, shuffled, one optimiser step for every mini_batch prompts.
+# -------------------------------------------------------------------------------------------------------- the rollout
 
-    temperature: the one they were sampled at. kl > 0 needs ref_model, the frozen start (with LoRA the model itself: its
-    adapters are then off). aggregation: "sequence" takes the mean over an answer's tokens, then over the answers (the
-    paper), "token" the mean over all tokens (the release). micro_tokens bounds the padded tokens of one forward: memory
-    and speed, not the gradient. Several ranks have the same rollouts, and compute a share of the groups each.
 
-    A group is never split between mini-batches. One whose rewards are all equal is left out, which changes nothing but
-    its share of the KL term, for the denominator still counts it. A mini-batch in which every group has equal rewards
-    makes no step: momentum and weight decay would move the weights without a gradient.
+@torch.no_grad()
+def rollout(
+    model, prompts: list[Tensor], seeds: list[list[int]], *, sampling: Sampling = Sampling(), max_new_tokens: int,
+    eos_ids: list[int], max_rows: int = 256,
+) -> list[Rollout]:
+    """Sample an answer for each seed of each prompt. Returns one Rollout for each prompt, in the order given.
 
-    supervised: learn every answer instead, by cross-entropy; any number of them a prompt, and their rewards, logps and
-    finished, clipping and kl play no part.
-
-    Returns averages over trained tokens: entropy, clip_share, old_kl, ref_kl, rollout_gap (how far the training
-    forward's log-probs lie from those at sampling; warns above 0.05); averages over steps: loss, grad_norm (before
-    clipping); and zero_variance (the share of groups left out), tokens (trained, epochs counted), stepped (steps made),
-    skipped (steps left out, and warned of, because their gradient was not finite).
+    prompts: LongTensors [L_i] of unequal lengths, at least one token each. seeds: G seeds for each prompt; an answer
+    depends on its seed and not on the answers that are decoded beside it. At most max_rows answers are decoded at a
+    time; prompts of similar length go together, and a prompt is read once for all of its answers in a batch.
+    Best-of-N evaluation is the same call with N seeds for each prompt.
     """
-    if aggregation not in ("sequence", "token"):
-        raise ValueError(f'aggregation is "sequence" or "token", not {aggregation!r}')
-    kl = 0.0 if supervised else kl
-    if kl > 0 and ref_model is None:
-        raise ValueError("kl > 0 needs ref_model, the frozen start")
-    groups = [make_examples(r, supervised) for r in rollouts]
-    if not supervised and (epochs > 1 or len(rollouts) > mini_batch):  # else a single step, with ratio 1
-        remember_logprobs(model, "old_logp", groups, micro_tokens, temperature)
-    if kl > 0:
-        with lora_disabled(ref_model):  # with LoRA the reference is the model itself
-            remember_logprobs(ref_model, "ref_logp", groups, micro_tokens, temperature)
-    settings = dict(supervised=supervised, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl=kl)
-    order = [torch.randperm(len(rollouts), generator=generator).split(mini_batch) for _ in range(epochs)]
-    totals, norms = Counter(), []
-    for chosen in (part.tolist() for parts in order for part in parts if any(groups[i] for i in part)):
-        lengths = [len(answer) for i in chosen for answer in rollouts[i].answers]
-        by_answer = aggregation == "sequence"
-        weigh = lambda e: 1 / (len(lengths) * len(e.answer) if by_answer else sum(lengths))  # noqa: E731
-        optimizer.zero_grad(set_to_none=True)
-        with evaluating(model, checkpointing=True):  # without dropout: the ratio compares the policy with itself
-            sums = backward(model, [groups[i] for i in chosen], weigh, micro_tokens, temperature, **settings)
-        norms.append(float(ranks.full_state(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))))
-        if math.isfinite(norms[-1]):  # or else every weight would be NaN, and the checkpoint
-            optimizer.step()
-            totals.update(sums)
-    optimizer.zero_grad(set_to_none=True)
-    zero_variance = sum(not g for g in groups) / max(len(groups), 1)
-    return averages(totals, norms) | {"zero_variance": zero_variance}
+    model.eval()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    parts = [(i, seeds[i][at : at + max_rows]) for i in order for at in range(0, len(seeds[i]), max_rows)]
+    draw = generate if has_key_cache(model) else generate_with_transformers
+    rollouts = [Rollout(prompt, [], [], []) for prompt in prompts]
+    with ranks.unsharded(model):
+        for batch in split_by_size([len(part_seeds) for _, part_seeds in parts], max_rows):
+            batch_prompts = [prompts[i].cpu() for i, _ in parts[batch]]
+            batch_seeds = [part_seeds for _, part_seeds in parts[batch]]
+            answers = draw(model, batch_prompts, batch_seeds, sampling, max_new_tokens, list(eos_ids))
+            owners = [i for i, part_seeds in parts[batch] for _ in part_seeds]
+            for i, (tokens, logps, finished) in zip(owners, answers):
+                rollouts[i].answers.append(tokens.clone())  # tensors made in inference mode cannot enter a backward pass
+                rollouts[i].logps.append(logps.clone())
+                rollouts[i].finished.append(finished)
+    return rollouts
+
+
+@torch.inference_mode()  # a tenth faster than no_grad
+def generate(
+    model, prompts: list[Tensor], seeds: list[list[int]], sampling: Sampling, max_new_tokens: int, eos_ids: list[int]
+) -> list[tuple[Tensor, Tensor, bool]]:
+    """The decoder: read the prompts, then draw one token a step for each of n answers, until each has ended.
+
+    Returns for each answer its tokens [R], their log-probs [R], and whether it ended by itself.
+    """
+    cache_class = SharedCache if shares_prompts(model) else PlainCache
+    cache = cache_class(model, prompts, [len(prompt_seeds) for prompt_seeds in seeds])
+    device = model.device
+    generators = [torch.Generator().manual_seed(seed) for prompt_seeds in seeds for seed in prompt_seeds]
+    n, eos = len(generators), torch.tensor(eos_ids, device=device)
+    tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
+    logps = torch.zeros(n, max_new_tokens, device=device)
+    length = torch.full((n,), max_new_tokens, device=device)
+    live = torch.arange(n, device=device)  # the answers that have not ended: the rows of the cache
+    for t in range(max_new_tokens):
+        if t % DRAWS_AHEAD == 0:
+            draws = torch.stack([torch.rand(DRAWS_AHEAD, generator=generators[i]) for i in live.tolist()]).to(device)
+        token, logp = draw_token(cache.logits, draws[:, t % DRAWS_AHEAD], sampling)  # [live] each
+        tokens[live, t], logps[live, t] = token, logp
+        ended = torch.isin(token, eos)
+        if ended.any():
+            length[live[ended]] = t + 1
+            rows = (~ended).nonzero().squeeze(-1)
+            live, token, draws = live[rows], token[rows], draws[rows]
+            if len(live) == 0:
+                break
+            cache.keep(rows)
+        if t + 1 < max_new_tokens:
+            cache.step(token)
+    unfinished = set(live.tolist())
+    return [(tokens[i, :r].cpu(), logps[i, :r].cpu(), i not in unfinished) for i, r in enumerate(length.tolist())]
+
+
+def draw_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draw one token for each row, by inverting the cumulative distribution at `uniform`.
+
+    logits: [B, V]; uniform: [B] in [0, 1), the only randomness. Returns tokens [B] and their log-probs [B] under the
+    tempered distribution before the filters (untempered at temperature 0).
+    """
+    rows = max(1, DRAWN_LOGITS // logits.shape[-1])
+    if len(logits) > rows:
+        parts = [draw_token(*part, sampling) for part in zip(logits.split(rows), uniform.split(rows))]
+        return tuple(map(torch.cat, zip(*parts)))
+    logps = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)  # [B, V]
+    if sampling.temperature == 0:
+        tokens = logps.argmax(-1, keepdim=True)  # [B, 1]
+    else:
+        probs, ids = likeliest(logps.exp(), sampling)  # [B, k]
+        cdf = probs.cumsum(-1)  # [B, k]
+        # right=True: the first entry above the threshold, so that a token of probability 0 is never drawn
+        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)
+        tokens = tokens if ids is None else ids.gather(-1, tokens)  # [B, 1]
+    return tokens.squeeze(-1), logps.gather(-1, tokens).squeeze(-1)
+
+
+def likeliest(probs: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Apply top-k, then top-p to probs [B, V]: [B, k], likeliest first and 0 beyond top_p, and their token ids [B, k].
+
+    Without a filter: the probs as they are, and None.
+    """
+    vocabulary = probs.shape[-1]
+    if not sampling.top_k and sampling.top_p >= 1:
+        return probs, None
+    count = min(sampling.top_k or 256, vocabulary)  # top-p alone rarely reaches further, and sorting all is slow
+    while True:
+        best, ids = probs.topk(count)
+        best = best / (best if sampling.top_k else probs).sum(-1, keepdim=True)
+        likelier = best.cumsum(-1) - best  # [B, k], the mass of the likelier tokens
+        enough = sampling.top_k or count == vocabulary or (likelier + best)[:, -1].min() >= sampling.top_p
+        if enough:
+            return best.masked_fill(likelier >= sampling.top_p, 0), ids
+        count = min(8 * count, vocabulary)
+
+
+class PlainCache:
+    """Keys and values of n answers in transformers' own cache, a row for each; logits: [n, V], of each next token.
+
+    Each prompt is read once, padded on the left. Then its row is repeated for each of its answers.
+    """
+
+    def __init__(self, model, prompts: list[Tensor], counts: list[int]):
+        self.model, self.cache = model, DynamicCache(config=model.config)
+        cache_name = "cache" if takes(model, "cache") else "past_key_values"  # since transformers 5.24, and before
+        self.arguments = {"use_cache": True, cache_name: self.cache}
+        if takes(model, "logits_to_keep"):  # else the logits of all positions are computed
+            self.arguments["logits_to_keep"] = 1
+        longest = max(map(len, prompts))
+        ids = torch.stack([F.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]).to(model.device)  # [B, L]
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)  # [B]
+        positions = torch.arange(longest, device=model.device) - (longest - lengths)[:, None]  # [B, L], < 0 in padding
+        self.mask = (positions >= 0).long()
+        self.read(ids, positions.clamp(min=0))
+        self.length = lengths[:, None]
+        self.keep(torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(model.device))
+
+    def read(self, ids: Tensor, positions: Tensor) -> None:
+        """Feed tokens [n, t] at positions [n, t]."""
+        self.logits = self.model(ids, attention_mask=self.mask, position_ids=positions, **self.arguments).logits[:, -1]
+
+    def step(self, tokens: Tensor) -> None:
+        """Feed one token for each row, [n], and set the logits of the next."""
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+        self.read(tokens[:, None], self.length)
+        self.length = self.length + 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only these rows [n'], in this order."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.length, self.logits = self.mask[rows], self.length[rows], self.logits[rows]
+
+
+def takes(model, argument: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def has_key_cache(model) -> bool:
+    """Whether generate can serve this model: it keeps keys and values at positions that it is told, and nothing else.
+
+    Not so recurrent states (Mamba, Qwen3-Next), and rotary positions that change with the longest row.
+    """
+    return takes(model, "position_ids") and not model._is_stateful and not positions_follow_longest_row(model)
+
+
+def positions_follow_longest_row(model) -> bool:
+    """Whether the rotary positions of one row depend on the longest row of its batch."""
+    config = model.config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rotaries = [rotary, *(part for part in rotary.values() if isinstance(part, dict))]  # one for each type of layer
+    kinds = [str(part.get("rope_type") or part.get("type")) for part in rotaries]
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
+def generate_with_transformers(
+    model, prompts: list[Tensor], seeds: list[list[int]], sampling: Sampling, max_new_tokens: int, eos_ids: list[int]
+) -> list[tuple[Tensor, Tensor, bool]]:
+    """generate for a model that it cannot serve: transformers' own generation, each prompt repeated for its answers.
+
+    It draws for all answers of a call at once: the answers to one prompt share the first of their seeds.
+    """
+    temperature, top_p, top_k = sampling
+    choice = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature else {}
+    # the model's own config may hold penalties that training knows nothing of
+    own_config, model.generation_config = model.generation_config, GenerationConfig()
+    results = []
+    try:
+        for prompt, prompt_seeds in zip(prompts, seeds):
+            ids = prompt.expand(len(prompt_seeds), -1).to(model.device)  # [G, L]
+            with torch.random.fork_rng():
+                torch.manual_seed(prompt_seeds[0])
+                rows = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
+                    eos_token_id=eos_ids or None, pad_token_id=eos_ids[0] if eos_ids else 0, **choice,
+                )[:, len(prompt) :].cpu()  # [G, R]
+            ended = [torch.isin(row, torch.tensor(eos_ids)).nonzero() for row in rows]
+            answers = [row[: int(ends[0]) + 1] if len(ends) else row for row, ends in zip(rows, ended)]
+            sizes = [len(answer) for answer in answers]
+            blocks = split_by_size(sizes, HEAD_LOGITS // model.config.get_text_config().vocab_size)
+            logps = [plain_logprobs(model, prompt, answers[block], temperature or 1.0)[0] for block in blocks]
+            results += zip(answers, torch.cat(logps).cpu().split(sizes), [len(ends) > 0 for ends in ended])
+    finally:
+        model.generation_config = own_config
+    return results
+
+
+# ---------------------------------------------------------------------- one prompt for all of its answers, exactly
+#
+# A ranking prompt is long, and its G answers share it. So the model reads it once for all of them, in the rollout and in
+# the update, with the same log-probs and gradients as if each answer had a row of its own. The layers run as they are;
+# where they attend, they call shared_attention, which hands their queries, keys and values to the layout of this
+# forward: Packed (the update, and the prompts of a rollout) or SharedCache (a step of a rollout). That is all that a
+# model has to offer; enable_sharing finds out whether it does.
+
+
+def shares_prompts(model) -> bool:
+    """Whether enable_sharing has switched this model."""
+    return model.config._attn_implementation == SHARED_ATTENTION
+
+
+@contextlib.contextmanager
+def plain_attention(model):
+    """Inside, the model attends as transformers does by default."""
+    before = model.config._attn_implementation
+    if before == SHARED_ATTENTION:
+        model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def token_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-prob [N] of each target [N], and the entropy [N] of what it was drawn from. head: hidden -> logits [N, V]."""
+    logits = head(hidden)  # [N, V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # as in draw_token
+    logps = logits.log_softmax(-1)
+    known = logps.detach()  # the entropy is a diagnostic, without a gradient
+    entropy = -known.exp().mul_(known.clamp(min=-1e4)).sum(-1)  # clamped, because 0 * -inf is not a number
+    return logps.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def packed_logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: float) -> tuple[Tensor, Tensor]:
+    """logprobs with each prompt read once. Only positions that predict a token meet the head, in blocks that the
+    backward pass computes again if there are several: [T, V] never exists.
+    """
+    packed = Packed(groups, model.device)
+    hidden = body(model, packed, packed.ids, packed.positions)[0, packed.live]  # [N, H]
+    targets = torch.cat([answer for _, answers in groups for answer in answers]).to(model.device)  # [N]
+    head = model.get_output_embeddings()
+    rows = max(1, HEAD_LOGITS // head.weight.shape[0])
+    run = token_logprobs if len(targets) <= rows else partial(checkpoint, token_logprobs, use_reentrant=False)
+    blocks = zip(hidden.split(rows), targets.split(rows))
+    logps, entropies = zip(*(run(head, x, y, temperature) for x, y in blocks))
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def plain_logprobs(model, prompt: Tensor, answers: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+    """logprobs of one group by the definition: a row [prompt, answer] for each answer. Models that cannot share prompts
+    use this form, and packed_logprobs is tested against it. Padding on the right cannot reach real tokens: causality.
+    """
+    rows = [torch.cat([prompt.cpu(), answer.cpu()[:-1]]) for answer in answers]
+    longest = max(map(len, answers))
+    ids = pad_sequence(rows, batch_first=True).to(model.device)  # [G, L + R - 1]
+    last = {"logits_to_keep": longest} if takes(model, "logits_to_keep") else {}
+    with plain_attention(model):
+        logits = model(ids, use_cache=False, **last).logits[:, -longest:]  # [G, R, V]
+    live = torch.cat([row[: len(answer)] for row, answer in zip(logits, answers)])  # [N, V]
+    return token_logprobs(lambda x: x, live, torch.cat(answers).to(model.device), temperature)
+
+
+def logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [N] of all answers [R_g] to some prompts [L], end to end; the former differentiable."""
+    if shares_prompts(model):
+        return packed_logprobs(model, groups, temperature)
+    return tuple(map(torch.cat, zip(*(plain_logprobs(model, *group, temperature) for group in groups))))
+
+
+def group_logprobs(model, groups: list[list[Example]], temperature: float) -> tuple[Tensor, Tensor]:
+    """logprobs of groups of examples: log-probs and entropies [N], in their order."""
+    return logprobs(model, [(group[0].prompt, [e.answer for e in group]) for group in groups], temperature)
+
+
+def answer_logprobs(model, prompt: Tensor, answers: list[Tensor], *, temperature: float = 1.0) -> list[Tensor]:
+    """Log-probs [R_g] of G answers (LongTensors [R_g]) to one prompt (LongTensor [L]), differentiable."""
+    logps, _ = logprobs(model, [(prompt, answers)], temperature)
+    return list(logps.split([len(answer) for answer in answers]))
+
+
+def enable_sharing(model) -> str:
+    """Let a model read each prompt once for all of its answers. Call this once, after loading it, on every rank.
+
+    It tries the shared forms on two short prompts. If they give what the plain form gives, the model's attention is
+    shared_attention from then on, and this returns "". Otherwise the model stays as it is, and this returns the reason
+    in a few words: linear attention and state spaces keep no keys, some models add biases to attention or cap logits.
+    """
+    before, reason = model.config._attn_implementation, "the check did not end"
+    model.config._attn_implementation = SHARED_ATTENTION
+    model.eval()
+    try:
+        reason = find_difference(model)
+    except (BdbQuit, torch.OutOfMemoryError):  # these say nothing about the model
+        raise
+    except Exception as error:  # any model's code may run here
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        if reason:
+            model.config._attn_implementation = before
+    return reason
+
+
+@torch.no_grad()
+def find_difference(model) -> str:
+    """In a few words, where the shared forms differ from the plain one; "" if they do not."""
+    config = model.config.get_text_config()
+    if getattr(config, "final_logit_softcapping", None):
+        return "its logits are soft-capped"
+    if "chunked_attention" in (getattr(config, "layer_types", None) or []):
+        return "its attention is chunked"
+    if positions_follow_longest_row(model):
+        return "its rotary positions depend on the longest row"
+    window = getattr(config, "sliding_window", None) or 0
+    lengths = [window + 3 if 0 < window <= 1024 else 5, 3]  # a larger window is taken on trust
+    vocabulary = model.get_input_embeddings().num_embeddings
+    prompts = [torch.arange(7, 7 + length) * 31 % vocabulary for length in lengths]
+    packed = Packed([(prompt, []) for prompt in prompts], model.device, keep=True)
+    hidden = ranks.run_forward(model, body, packed, packed.ids, packed.positions)
+    if len(packed.kept) < 2 * config.num_hidden_layers:  # keys and values
+        return "not all of its layers attend"
+    with ranks.unsharded(model):
+        answers, decoded, _ = zip(*generate(model, prompts, [[0, 1], [2, 3]], Sampling(), 3, []))
+    for prompt, rows in zip(prompts, (slice(2), slice(2, 4))):
+        plain, _ = ranks.run_forward(model, plain_logprobs, prompt, answers[rows], 1.0)
+        packed, _ = ranks.run_forward(model, packed_logprobs, [(prompt, answers[rows])], 1.0)
+        for name, logps in (("update", packed), ("rollout", torch.cat(decoded[rows]).to(plain))):
+            gap = float((logps - plain).abs().mean())
+            if not gap < max(torch.finfo(hidden.dtype).eps, 1e-7) ** 0.5:
+                return f"the shared {name} is off by {gap:.2g} nats a token"
+    return ""

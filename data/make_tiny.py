@@ -30,6 +30,7 @@ Evaluation problems are kept apart by a hash of the statement (words and example
 and evaluation each draw from their own split. One fifth of the word orders occurs in the evaluation only.
 """
 import argparse
+import copy
 import json
 import math
 import random
@@ -51,7 +52,7 @@ DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 from plumbing.problems import BadInput, first_line  # noqa: E402
 from plumbing.models import render  # noqa: E402
-from grpo import rollout  # noqa: E402
+from grpo import Sampling, enable_sharing, rollout  # noqa: E402
 from rank_prompt import extract_code, generation_prompt, ndcg, parse_ranking, random_ndcg, ranking_prompt  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------- the world
@@ -484,8 +485,12 @@ def probe(model, tokenizer, *, problems: int = 200, seed: int = 5) -> dict[str, 
     asked += [ranking_prompt(p.question, [code_of(c) for c, _ in g]) for p, g in zip(drawn, groups)]
     prompts = [torch.tensor(tokenizer(render(tokenizer, a, True), add_special_tokens=False).input_ids) for a in asked]
     generator = torch.Generator().manual_seed(seed)
-    settings = dict(answers=1, max_new_tokens=180, temperature=0.6, top_p=0.95, top_k=20)
-    rollouts = rollout(model, prompts, **settings, eos_ids=[tokenizer.eos_token_id], generator=generator)
+    model = copy.deepcopy(model)  # the one in training attends in transformers' own way
+    enable_sharing(model)
+    seeds = torch.randint(2**62, (len(prompts), 1), generator=generator).tolist()
+    sampling = Sampling(temperature=0.6, top_p=0.95, top_k=20)
+    eos_ids = [tokenizer.eos_token_id]
+    rollouts = rollout(model, prompts, seeds, sampling=sampling, max_new_tokens=180, eos_ids=eos_ids)
     answers = [tokenizer.decode(r.answers[0], skip_special_tokens=True) for r in rollouts]
     written, ranked = answers[:problems], answers[problems:]
     result = {f"gen/{name}": value for name, value in skills(drawn, written).items()}

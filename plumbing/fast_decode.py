@@ -1,0 +1,127 @@
+"""Decode the G answers to a prompt beside one copy of its keys: the numbers of grpo.PlainCache, faster.
+
+A cache with a row for each answer holds a prompt's keys and values G times, and every step reads all of these copies.
+Here they are held once. The queries of a prompt's answers meet them in one matrix product; each answer's newer keys
+are kept beside them.
+
+Shapes: B prompts, G answers to the prompt that has the most, n rows (answers being decoded), L prompt tokens, m answer
+tokens so far, V vocabulary; Q query heads, K key heads, D numbers a head. Key heads come first, so that no matrix
+product has to copy the keys.
+"""
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from plumbing.shared_prompt import Packed, body, split_by_size
+
+PREFILL_TOKENS = 8192  # prompt tokens in one forward: bounds its memory
+
+
+class SharedCache:
+    """Keys and values of n answers, one token a row and step. Its interface is that of grpo.PlainCache."""
+
+    def __init__(self, model, prompts: list[Tensor], counts: list[int]):
+        """Read the prompts [L], each once. counts: [B], answers to each of them."""
+        self.model, device = model, model.device
+        kept, ends = defaultdict(list), []  # (layer, "keys" or "values"): a tensor [L, K, D] for each prompt
+        for part in split_by_size([len(prompt) for prompt in prompts], PREFILL_TOKENS):
+            packed = Packed([(prompt, []) for prompt in prompts[part]], device, keep=True)
+            hidden = body(model, packed, packed.ids, packed.positions)[0]  # [T, H]
+            ends.append(hidden[torch.tensor(packed.sizes).cumsum(0) - 1])  # the last token of each prompt
+            for at, x in packed.kept.items():  # [1, K, T, D]
+                kept[at] += x[0].transpose(0, 1).split(packed.sizes)
+        # [K, B, L, D], padded on the right
+        self.prompt = {at: pad_sequence(x, True).permute(2, 0, 1, 3).contiguous() for at, x in kept.items()}
+        self.answer = {}  # [K, n, capacity, D], of which self.steps tokens are in use
+        self.steps = 0
+        self.length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
+        self.prompt_of_row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)  # [n]
+        self.logits = model.get_output_embeddings()(torch.cat(ends))[self.prompt_of_row]  # [n, V], of the next tokens
+        self.place_rows()
+
+    def place_rows(self) -> None:
+        """Give each row a place beside its prompt: one of B * G, of which some stay empty if the counts differ."""
+        counts = self.prompt_of_row.bincount(minlength=len(self.length))  # [B]
+        first_row = counts.cumsum(0) - counts  # [B]
+        number = torch.arange(len(self.prompt_of_row), device=counts.device) - first_row[self.prompt_of_row]  # [n]
+        self.G = int(counts.max())
+        self.place = self.prompt_of_row * self.G + number  # [n]
+        self.places = len(counts) * self.G
+        self.masks: dict = {}
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only these rows [n'], and only the prompts that they need."""
+        prompts, self.prompt_of_row = self.prompt_of_row[rows].unique(return_inverse=True)
+        if len(prompts) < len(self.length):
+            self.length = self.length[prompts]
+            for at, x in self.prompt.items():  # one at a time: memory need not hold all of them twice
+                self.prompt[at] = x[:, prompts]
+        for at, x in self.answer.items():
+            self.answer[at] = x[:, rows]
+        self.logits = self.logits[rows]
+        self.place_rows()
+
+    def step(self, tokens: Tensor) -> None:
+        """Read one token a row, [n], and set the logits of the next."""
+        self.masks = {}
+        positions = (self.length[self.prompt_of_row] + self.steps)[:, None]  # [n, 1]
+        self.logits = self.model.get_output_embeddings()(body(self.model, self, tokens[:, None], positions)[:, 0])
+        self.steps += 1
+
+    def append(self, at: tuple[int, str], x: Tensor, window: int | None) -> Tensor:
+        """Add the newest token's keys or values [n, K, 1, D]. Return those that it sees, [K * n, m, D]."""
+        if at not in self.answer:
+            self.answer[at] = x.new_empty(x.shape[1], len(x), 32, x.shape[3])
+        elif self.steps == self.answer[at].shape[2]:
+            self.answer[at] = torch.cat([self.answer[at], torch.empty_like(self.answer[at])], 2)
+        self.answer[at][:, :, self.steps] = x[:, :, 0].transpose(0, 1)
+        end = self.steps + 1
+        return self.answer[at].flatten(0, 1)[:, max(0, end - (window or end)) : end]
+
+    def prompt_mask(self, window: int | None) -> Tensor | None:
+        """[B, 1, L]: -inf at padding and at tokens that the window has left behind. None if there are none of these."""
+        if window not in self.masks:
+            at = torch.arange(self.prompt[0, "keys"].shape[2], device=self.length.device)  # [L]
+            hidden = at >= self.length[:, None]  # [B, L]
+            if window:
+                hidden |= self.length[:, None] + self.steps - at >= window
+            mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)
+            self.masks[window] = mask[:, None] if hidden.any() else None
+        return self.masks[window]
+
+    def by_prompt(self, x: Tensor) -> Tensor:
+        """Bring rows together, [K * n, Q/K, X] -> [K * B, G * Q/K, X]. Empty places hold zeros."""
+        if len(self.place) < self.places:
+            rows = x.unflatten(0, (-1, len(self.place)))  # [K, n, Q/K, X]
+            x = x.new_zeros(len(rows), self.places, *x.shape[1:]).index_copy_(1, self.place, rows).flatten(0, 1)
+        return x.reshape(-1, self.G * x.shape[1], x.shape[2])
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """The way back, [K * B, G * Q/K, X] -> [K * n, Q/K, X]."""
+        x = x.reshape(-1, x.shape[1] // self.G, x.shape[2])
+        if len(self.place) < self.places:
+            x = x.unflatten(0, (-1, self.places))[:, self.place].flatten(0, 1)
+        return x
+
+    def attend(self, module, q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks) -> Tensor:
+        """q [n, Q, 1, D] to the prompts' keys and to the rows' own, k and v [n, K, 1, D] included -> [n, 1, Q, D].
+
+        What this costs is mostly the number of its operations, so they are few, and on three dimensions.
+        """
+        layer, n, K = module.layer_idx, len(q), k.shape[1]
+        own_k, own_v = self.append((layer, "keys"), k, window), self.append((layer, "values"), v, window)
+        prompt_k, prompt_v = (self.prompt[layer, name].flatten(0, 1) for name in ("keys", "values"))  # [K * B, L, D]
+        q = (q * scale).reshape(n, K, -1, q.shape[-1]).transpose(0, 1).flatten(0, 1)  # [K * n, Q/K, D]
+        to_prompt = torch.bmm(self.by_prompt(q), prompt_k.mT)  # [K * B, G * Q/K, L]
+        if (mask := self.prompt_mask(window)) is not None:
+            to_prompt = (to_prompt.unflatten(0, (K, -1)) + mask).flatten(0, 1)
+        scores = [to_prompt, self.by_prompt(torch.bmm(q, own_k.mT))]  # the second: [K * B, G * Q/K, m]
+        if sinks is not None:  # [Q]: the score of one more key, whose value is 0
+            sinks = sinks.to(q).view(K, 1, 1, -1).expand(-1, len(self.length), self.G, -1)  # [K, B, G, Q/K]
+            scores.append(sinks.reshape(len(to_prompt), -1, 1))
+        weights = torch.cat(scores, -1).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q)
+        to_prompt, to_own, *_ = weights.split([score.shape[-1] for score in scores], -1)
+        out = torch.baddbmm(self.by_row(torch.bmm(to_prompt, prompt_v)), self.by_row(to_own), own_v)  # [K * n, Q/K, D]
+        return out.unflatten(0, (K, n)).transpose(0, 1).reshape(n, 1, q.shape[1] * K, -1)
