@@ -360,7 +360,7 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, file
     programs = dict.fromkeys((c.problem_id, c.code) for c in candidates if c.code is not None)
     work = {f"{problem_id}/{seed_for(code)}/{len(code)}": (problem_id, code) for problem_id, code in programs}
     workers = max(1, args.workers // ranks.local_world())  # processes on one machine share them
-    with sandbox.Pool(workers, timeout=args.timeout, memory_mb=args.memory_mb) as pool:
+    with sandbox.Pool(workers=workers, timeout=args.timeout, memory_mb=args.memory_mb) as pool:
 
         def run_programs(chunk: list[tuple[str, str]]) -> list[int]:
             return [int(passed) for passed in pool.label([(code, tests[problem_id]) for problem_id, code in chunk])]

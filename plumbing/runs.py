@@ -51,7 +51,7 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
 
 def progress_bar(name: str | None, total: int, done: int) -> tqdm:
     """The bar of a stage, for a `with`; not shown without a name. done: items that an earlier process did."""
-    return tqdm(total=total, initial=done, desc=f"{name:<18}", unit="", dynamic_ncols=True, mininterval=0.5,
+    return tqdm(total=total, initial=done, desc=f"{name or '':<18}", unit="", dynamic_ncols=True, mininterval=0.5,
                 disable=not name or ranks.rank() > 0)
 
 

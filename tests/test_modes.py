@@ -188,7 +188,7 @@ def test_a_thinking_part_that_both_templates_open_is_opened_once(monkeypatch):
     said = "\nTry:\n</think>\n\nRanking: 1, 2, 3, 4"
 
     def draw(model, tokenizer, prompts, *_):
-        ids = torch.tensor(tokenizer(said, add_special_tokens=False).input_ids)
+        ids = torch.tensor([*tokenizer(said, add_special_tokens=False).input_ids, end])
         return [dust.grpo.Rollout(prompt, [ids], [torch.zeros(len(ids))], [True]) for prompt in prompts]
 
     end = student.eos_token_id
