@@ -67,7 +67,7 @@ def test_generation_is_paid_for_passing_and_for_nothing_else(llama, tmp_path, se
     paid = {True: set(), False: set()}
     for rollout in sum(seen["rollouts"], []):
         for answer, reward in zip(rollout.answers, rollout.rewards.tolist()):
-            code = rank_prompt.extract_code(dust.decode(tokenizer, rollout.prompt, answer))
+            code = rank_prompt.extract_code(dust.answer_text(tokenizer, rollout.prompt, answer))
             paid[code in ("print(1)", "print(1.0)")].add(reward)
     assert paid == {True: {1.0}, False: {0.0}}
 
