@@ -38,18 +38,3 @@ def llama(tmp_path_factory) -> dict:
     arguments = ["--model", folder / "model", "--train", folder / "problems.jsonl", "--eval", folder / "problems.jsonl",
                  "--preset", "laptop", "--max-new-tokens", "12", "--lr", "0.003", *SMALL]
     return {"folder": folder, "arguments": [str(a) for a in arguments]}
-
-
-def bytes_kept(model, forward) -> int:
-    """What forward() keeps for its backward pass, in bytes, besides the model's own weights."""
-    own, kept, parts = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
-
-    def keep(tensor):
-        parts.append(tensor)  # a storage that is freed would be counted again
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes() * (storage.data_ptr() not in own)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()
-    return sum(kept.values())
