@@ -1,5 +1,5 @@
 """Other families than the shipped model's: their templates, their answers, their weights; weights that really move,
-adapters and memory; and the paper's presets."""
+adapters and memory."""
 import copy
 import json
 from types import SimpleNamespace
@@ -16,13 +16,12 @@ from transformers import (AutoModelForCausalLM, GPT2Config, GptOssConfig, LlamaC
 import dust
 import rank_prompt
 from conftest import SMALL
-from plumbing import models, progress, runs
+from plumbing import models
 from plumbing.problems import BadInput, Problem
-from plumbing.models import (SHORT_NAMES, SmallStepAdam, add_lora, answer_text, check_model, check_template,
-                             choose_optimizer, encode, find_model, fixed_memory, full_name, load_checkpoint, load_model,
-                             lora_disabled, make_optimizer, memory_line, render, save_checkpoint, save_model,
-                             show_first, warm_up)
-from plumbing.presets import PAPER
+from plumbing.models import (SmallStepAdam, add_lora, answer_text, check_template, count_parameters,
+                             choose_optimizer, encode, find_model, full_name, load_checkpoint, load_model,
+                             lora_disabled, make_optimizer, render, save_checkpoint, save_model,
+                             show_first)
 from dust import Candidate, Group
 from test_dust import check_run, error_of, run_dust
 
@@ -85,15 +84,16 @@ def problems(tmp_path_factory):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_goes_from_sample_to_report_and_is_saved_as_trained(family, tmp_path, problems, monkeypatch):
     """MoE, sinks and sliding windows, harmony, no template at all: one path; and model/ is what transformers reads."""
-    trained, save_model = [], dust.save_model
+    trained, save_model = [], models.save_model
     ids = torch.arange(20)[None] + 3
 
     @torch.no_grad()
     def spy(folder, model, tokenizer):
-        trained.append(model(ids).logits)
+        with dust.grpo.plain_attention(model):
+            trained.append(model(ids).logits)
         save_model(folder, model, tokenizer)
 
-    monkeypatch.setattr(dust, "save_model", spy)
+    monkeypatch.setattr(models, "save_model", spy)
     model = make_model(tmp_path / "model", family)
     out = tmp_path / "run"
     assert run_dust("--model", model, "--train", problems, "--eval", problems, "--out", out, "--preset", "laptop",
@@ -199,17 +199,8 @@ def test_a_short_name_is_the_hubs_and_a_folder_of_that_name_wins(tmp_path, monke
     assert full_name("qwen3-4b") == "Qwen/Qwen3-4B" and full_name("GPT-OSS-20B") == "openai/gpt-oss-20b"
     assert full_name("Qwen3-4B-Thinking") == full_name("Qwen3-4B-Thinking-2507") == "Qwen/Qwen3-4B-Thinking-2507"
     assert full_name("some/model") == "some/model" and full_name("") == ""
-    args = dust.parse_args(["--model", "Qwen3-4B", "--mode", "sft", "--teacher", "Qwen3-30B-Instruct"])
-    assert (args.model, args.teacher) == ("Qwen/Qwen3-4B", "Qwen/Qwen3-30B-A3B-Instruct-2507")
     (tmp_path / "Qwen3-4B").mkdir()
-    assert dust.parse_args(["--model", "Qwen3-4B"]).model == "Qwen3-4B"
-
-
-def test_help_lists_the_short_names(capsys):
-    with pytest.raises(SystemExit):
-        dust.parse_args(["--help"])
-    text = capsys.readouterr().out
-    assert all(name in text for name in SHORT_NAMES)
+    assert full_name("Qwen3-4B") == "Qwen3-4B"
 
 
 @pytest.fixture
@@ -240,7 +231,7 @@ def test_a_gated_model_says_what_to_do(where, monkeypatch, hub):
     else:
         hub(errors.LocalEntryNotFoundError("not here"), gated)
     with pytest.raises(BadInput, match="--model some/model is gated: accept its licence .* `hf auth login`"):
-        check_model("some/model")
+        count_parameters("some/model")
 
 
 def test_a_name_that_the_hub_does_not_know_and_a_download_that_breaks_are_one_line_each(hub):
@@ -288,7 +279,7 @@ def test_mxfp4_weights_become_ordinary_ones_and_are_saved_as_such(tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
-    assert check_model(str(folder)) > 0
+    assert count_parameters(str(folder)) > 0
     model, tokenizer = load_model(str(folder), optimizer="fp32", shard=False, device="cpu")
     state = model.state_dict()
     assert wanted and all(torch.equal(state[name], value) for name, value in wanted.items())
@@ -330,12 +321,12 @@ def test_a_download_that_was_stopped_goes_on(tmp_path, hub):
 def test_a_configuration_that_is_no_language_models_is_found_before_anything_runs(option, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(BadInput, match=f"^{option} {tmp_path} does not load: [^\n]*$"):
-        check_model(str(tmp_path), option)
+        count_parameters(str(tmp_path), option)
 
 
 def test_parameters_are_counted_without_loading_them(llama):
     folder = str(llama["folder"] / "model")
-    assert check_model(folder) == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    assert count_parameters(folder) == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
 
 
 def test_no_model_has_dropout_in_training_mode(tmp_path):
@@ -475,7 +466,7 @@ def tiny():
 
 
 def test_lora_without_its_package_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(runs, "find_spec", lambda name: None)
+    monkeypatch.setattr(dust, "find_spec", lambda name: None)
     assert dust.main(["--lora", "4"]) == 2
     assert capsys.readouterr().err == "dust: --lora needs the package peft: pip install peft\n"
 
@@ -554,30 +545,40 @@ def test_a_lora_run_saves_an_ordinary_model(llama, tmp_path):
 QWEN3_4B, GB = 4_022_468_096, 1e9
 
 
-@pytest.mark.parametrize("kind, total", [("fp32", 64.4), ("masters", 64.4), ("kahan", 56.3)])
-def test_the_memory_of_a_4_b_model(kind, total):
-    """Weights, gradients and optimiser state in GB: 16, 16 and 14 bytes a weight."""
-    parts = fixed_memory(QWEN3_4B, kind, reference=QWEN3_4B)
-    assert sum(parts[name] for name in ("weights", "gradients", "optimiser")) / GB == pytest.approx(total, abs=0.06)
-    assert parts["reference"] == parts["weights"]  # the frozen copy
-    assert fixed_memory(QWEN3_4B, kind, lora=True) == fixed_memory(QWEN3_4B, kind, train=False, reference=1)
-    assert sum(fixed_memory(1000, "masters", shards=4).values()) == 4000  # fp32 shards are their own masters
-    assert fixed_memory(1000, "masters", shards=4)["weights"] == 1000
+def choice(monkeypatch, parameters: int, there: float, given: str = "", **settings) -> tuple[str, str]:
+    """The optimiser and the plan's line for a model of so many parameters and so much memory."""
+    monkeypatch.setattr(models, "count_parameters", lambda *_: parameters)
+    monkeypatch.setattr(models, "room", lambda device: there)
+    return choose_optimizer(dust.Args(**settings), given)
 
 
-def test_the_optimiser_is_the_first_that_leaves_half_of_the_memory():
+def test_the_bytes_of_a_weight_are_those_of_the_optimisers():
+    """Weight, gradient and optimiser state of a 4 B model in GB: 64.4, 64.4 and 56.3."""
+    for kind in ("masters", "kahan"):
+        p = torch.nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
+        optimizer = SmallStepAdam([p], 1e-3, kind)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        kept = sum(x.numel() * x.element_size() for x in optimizer.state[p].values() if isinstance(x, torch.Tensor))
+        assert (kept + 2 * 100 * 2) / 100 == models.BYTES[kind]
+    assert [round(QWEN3_4B * size / GB, 1) for size in models.BYTES.values()] == [64.4, 64.4, 56.3]
+
+
+def test_the_optimiser_is_the_first_that_leaves_half_of_the_memory(monkeypatch):
     for there, kind in ((300, "fp32"), (150, "masters"), (130, "kahan"), (24, "kahan")):
-        assert choose_optimizer(QWEN3_4B, there * GB, reference=QWEN3_4B) == (kind, kind != "fp32" or there < 804)
-    assert choose_optimizer(QWEN3_4B, 24 * GB, lora=True) == ("masters", True)
-    assert choose_optimizer(QWEN3_4B, 300 * GB, "kahan") == ("kahan", True)  # what is given stays
-    assert choose_optimizer(844_032, 4 * GB, reference=844_032) == ("fp32", False)  # the shipped model on a laptop
+        assert choice(monkeypatch, QWEN3_4B, there * GB)[0] == kind
+    assert choice(monkeypatch, QWEN3_4B, 24 * GB, lora=16)[0] == "masters"
+    assert choice(monkeypatch, QWEN3_4B, 300 * GB, "kahan")[0] == "kahan"  # what is given stays
+    assert choice(monkeypatch, 844_032, 4 * GB)[0] == "fp32"  # the shipped model on a laptop
 
 
-def test_the_plan_says_what_is_needed_and_what_to_do_where_it_does_not_fit():
-    line = memory_line(QWEN3_4B, 80 * GB, "kahan", reference=QWEN3_4B)
-    parts = "weights 8.0 GB, gradients 8.0 GB, optimiser 40.2 GB, reference 8.0 GB"
-    assert line == f"{parts}: 64.4 GB of 80.0 GB (--optimizer kahan)"
-    assert memory_line(QWEN3_4B, 60 * GB, "kahan", reference=QWEN3_4B).endswith("--lora 16, or --shard on more GPUs")
+def test_the_plan_says_what_is_needed_and_what_to_do_where_it_does_not_fit(monkeypatch):
+    kind, line = choice(monkeypatch, QWEN3_4B, 80 * GB, "kahan")
+    assert line == "64.4 GB of 80.0 GB for weights, gradients, optimiser and reference (--optimizer kahan)"
+    assert choice(monkeypatch, QWEN3_4B, 60 * GB, "kahan")[1].endswith("--lora 16, or --shard on more GPUs")
+    assert choice(monkeypatch, QWEN3_4B, 80 * GB, "kahan", kl=0.0)[1].startswith("56.3 GB")  # no reference
+    assert choice(monkeypatch, QWEN3_4B, 80 * GB, "kahan", kl=0.0, mode="sft")[1].startswith("64.4 GB")  # a teacher
+    assert choice(monkeypatch, QWEN3_4B, 80 * GB, "kahan", eval_only=True)[1].startswith("8.0 GB")
 
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path):
@@ -597,99 +598,6 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
         load_checkpoint(path, model, optimizer)
 
 
-# ------------------------------------------------------------------------------------------------------------- presets
-
-
-def test_the_release_preset_is_the_papers_with_each_documented_difference():
-    """Each is one field whose default is the paper's (tutorial.md, "Where the paper and its release disagree")."""
-    paper, release = (dust.parse_args(["--model", "some/model", "--preset", name]) for name in ("paper", "release"))
-    changed = {name: (getattr(paper, name), getattr(release, name)) for name in vars(paper)
-               if getattr(paper, name) != getattr(release, name)}
-    assert changed == {
-        "preset": ("paper", "release"), "clip_high": (0.0, 0.28), "dual_clip": (0.0, 10.0),
-        "loss": ("sequence", "token"), "kl": (0.001, 0.0), "weight_decay": (0.0, 0.1), "warmup": (0, 10),
-        "labels": ("binary", "fractional"), "parser": ("strict", "lenient"), "shuffle": (True, False),
-        "question": ("problem", "prompt"), "repeats": (10, 6), "eval_temperature": (0.6, 1.0),
-    }
-
-
-def test_presets_and_data_follow_the_model_and_what_is_given_wins():
-    shipped, other = dust.parse_args([]), dust.parse_args(["--model", "some/model"])
-    assert (shipped.preset, shipped.train, shipped.eval) == ("laptop", "micro-train", "micro-eval")
-    assert (other.preset, other.train, other.eval) == ("paper", "rstar-coder", "livecodebench-v6")
-    assert all(getattr(other, name) == value for name, value in PAPER.items())
-    mine = dust.parse_args("--model some/model --eval mine.jsonl --preset release --clip-high 0.5".split())
-    assert (mine.train, mine.eval, mine.clip_high, mine.dual_clip) == ("rstar-coder", "mine.jsonl", 0.5, 10.0)
-    assert dust.parse_args(["--model", "some/model", "--preset", "laptop"]).train == "micro-train"
-
-
-@pytest.mark.parametrize("arguments, reason", [
-    (["--dual-clip", "0.5"], "--dual-clip is 0.5; it has to be above 1"),
-    (["--rank-with", "nowhere"], "--rank-with only measures"),
-    (["--warmup", "-1"], "--warmup is -1"),
-])
-def test_new_settings_that_cannot_work_are_refused(capsys, arguments, reason):
-    assert reason in error_of(capsys, *arguments)
-
-
-@pytest.fixture
-def updates(monkeypatch) -> list[dict]:
-    """The settings of each update, with its learning rate and weight decay."""
-    calls, update = [], dust.grpo.update
-
-    def spy(model, optimizer, rollouts, **settings):
-        own = {name: optimizer.param_groups[0][name] for name in ("lr", "weight_decay")}
-        calls.append(settings | own | {"rewards": [r for one in rollouts for r in one.rewards.tolist()]})
-        return update(model, optimizer, rollouts, **settings)
-
-    monkeypatch.setattr(dust.grpo, "update", spy)
-    return calls
-
-
-def test_the_releases_settings_reach_the_update(tmp_path, problems, updates, monkeypatch):
-    asked, ranking_prompt = [], rank_prompt.ranking_prompt
-    monkeypatch.setattr(rank_prompt, "ranking_prompt", lambda *a: (asked.append(a[0]), ranking_prompt(*a))[1])
-    monkeypatch.setitem(rank_prompt.READERS, "strict", lambda *a: pytest.fail("neither for rewards nor in the report"))
-    monkeypatch.setattr(rank_prompt, "parse_ranking", rank_prompt.READERS["strict"])
-    out = tmp_path / "run"
-    tests = [{"input": "", "output": "1\n"}, {"input": "", "output": "1.0\n"}, {"input": "", "output": "3\n"}]
-    lines = [json.loads(line) | {"tests": tests} for line in problems.read_text().splitlines()]
-    train = tmp_path / "train.jsonl"
-    train.write_text("".join(json.dumps(line | {"question": "Now " + line["question"]}) + "\n" for line in lines))
-    model = make_model(tmp_path / "model", "qwen3")
-    assert run_dust("--model", model, "--train", train, "--eval", problems, "--out", out, "--preset", "release",
-                    *SMALL, "--max-new-tokens", "12", "--lr", "0.003", "--save-every", "1") == 0
-    first, clips = updates[0], ("clip_low", "clip_high", "dual_clip", "aggregation")
-    assert [first[name] for name in clips] == [0.2, 0.28, 10.0, "token"]
-    assert (first["kl"], first["ref_model"], first["weight_decay"]) == (0.0, None, 0.1)
-    assert [round(one["lr"], 9) for one in updates] == [0.0003, 0.0006]
-    labels = {json.loads(line)["share"] for line in (out / "candidates.jsonl").read_text().splitlines()}
-    assert labels == {0.0, 2 / 3}  # so no program is right, and yet there are pairs
-    assert {json.loads(line)["correct"] for line in (out / "candidates.jsonl").read_text().splitlines()} == {False}
-    assert any(reward > 0 for one in updates for reward in one["rewards"])
-    assert asked and all("reads from standard input" in question for question in asked)  # all of the other prompt
-
-
-def test_the_papers_settings_reach_the_update(tmp_path, llama, updates):
-    assert run_dust(*llama["arguments"], "--out", tmp_path / "run") == 0
-    first, clips = updates[0], ("clip_low", "clip_high", "dual_clip", "aggregation")
-    assert [first[name] for name in clips] == [0.2, 0.2, None, "sequence"]
-    assert (first["kl"], first["weight_decay"], [one["lr"] for one in updates]) == (0.001, 0.0, [0.003, 0.003])
-
-
-def test_groups_are_shown_anew_in_each_step_unless_told_otherwise(monkeypatch):
-    candidates = [Candidate("p", str(i), f"code {i}", i < 2) for i in range(4)]
-    group = Group(Problem("p", "Q", []), candidates)
-    shown = {True: set(), False: set()}
-    monkeypatch.setattr(dust, "draw_answers", lambda *a, **k: [])
-    monkeypatch.setattr(dust, "score_rollouts", lambda *a: {})
-    for shuffle, orders in shown.items():
-        monkeypatch.setattr(dust, "ranking_ids", lambda t, g, a: orders.add(tuple(c.answer for c in g.candidates)))
-        for step in range(6):
-            dust.experience(None, None, [], [group], step, dust.Args(batch=1, shuffle=shuffle), None, None, None)
-    assert shown[False] == {tuple("0123")} and len(shown[True]) > 2
-
-
 @pytest.mark.parametrize("keep", ["masters", "kahan"])
 def test_weight_decay_is_adamws(keep):
     torch.manual_seed(0)
@@ -705,115 +613,3 @@ def test_weight_decay_is_adamws(keep):
         reference.step(), optimizer.step()
     exact = optimizer.state[own]["kept"] if keep == "masters" else own.float() + optimizer.state[own]["kept"].float()
     assert torch.allclose(exact, plain, atol=1e-3)
-
-
-def test_the_learning_rate_grows_and_then_stays():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    rates = []
-    for step in range(6):
-        warm_up(optimizer, 2.0, step, 4)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
-    warm_up(optimizer, 2.0, 0, 0)
-    assert optimizer.param_groups[0]["lr"] == 2.0
-
-
-# ---------------------------------------------------------------------- the judge, the data, and a run that is long
-
-
-def test_another_model_can_judge_and_the_programs_stay_those_of_the_first(tmp_path, problems, monkeypatch):
-    efforts = {}
-    spy = lambda own, *a, **k: (efforts.update({own.chat_template: a[2:]}), render(own, *a, **k))[1]  # noqa: E731
-    monkeypatch.setattr(models, "render", spy)
-    model, other = make_model(tmp_path / "model", "qwen3"), make_model(tmp_path / "judge", "gpt-oss")
-    command = ["--model", model, "--eval", problems, "--eval-only", "--preset", "laptop", *SMALL,
-               "--max-new-tokens", "12", "--eval-temperature", "1"]
-    assert run_dust(*command, "--out", tmp_path / "own") == 0
-    assert run_dust(*command, "--rank-with", other, "--reasoning-effort", "low", "--out", tmp_path / "other") == 0
-    own, others = tmp_path / "own" / "journal", tmp_path / "other" / "journal"
-    assert (own / "base-samples.jsonl").read_text() == (others / "base-samples.jsonl").read_text()
-    assert (own / "base-rankings.jsonl").read_text() != (others / "base-rankings.jsonl").read_text()
-    assert efforts[HARMONY] == ("low",)
-    rows = [json.loads((tmp_path / name / "report.json").read_text())["rows"] for name in ("own", "other")]
-    assert list(rows[1]) == ["base"] and rows[0]["base"]["pass1"] == rows[1]["base"]["pass1"]
-
-
-def test_training_problems_of_the_evaluation_are_left_out_and_counted(tmp_path, problems, capsys):
-    """By their statement, for ids differ between sets; --limit counts what is left."""
-    lines = [json.loads(line) for line in problems.read_text().splitlines()]
-    train = tmp_path / "train.jsonl"
-    mine = [{"id": f"new{i}", "question": f"Another {i}", "tests": lines[0]["tests"]} for i in range(3)]
-    renamed = [line | {"id": "x" + line["id"]} for line in lines[:2]]
-    train.write_text("".join(json.dumps(line) + "\n" for line in [*renamed, *mine]))
-    args = dust.parse_args(["--train", str(train), "--eval", str(problems), "--limit", "2", "--eval-limit", "4"])
-    own, held_out = dust.problems_of(args)
-    assert "2 of 5 problems of --train left out" in capsys.readouterr().out
-    assert [p.id for p in own] == ["new0", "new1"] and [p.id for p in held_out] == ["p0", "p2", "p4", "p6"]
-    train.write_text("".join(json.dumps(line) + "\n" for line in renamed))
-    assert "every problem of --train" in error_of(capsys, "--train", train, "--eval", problems)
-    assert len(dust.problems_of(dust.replace(args, train=str(problems), limit=0))[0]) == 8  # meant so, and said
-    assert "are the same" in capsys.readouterr().out
-
-
-def test_a_run_of_days_says_after_its_first_batch_how_to_become_shorter(monkeypatch, capsys):
-    """After the last one it would be too late. 100 s for 1 of 2000 units, and as much work again: 4.6 days."""
-    now = [0.0]
-    monkeypatch.setattr(progress.time, "time", lambda: now[0])
-    clock = dust.Clock({"sample": 2000, "train": 2000}, {"sample": {"--limit": 500, "--candidates": 16}})
-    with clock.stage("sample", 500) as bar:
-        for _ in range(2):
-            now[0] += 100
-            bar.update(0.25)
-            clock.propose("sample", bar)
-    said = capsys.readouterr().out
-    assert said.count("days to go") == 1 and "about 4.6 days" in said and "--limit 108 or --candidates 3" in said
-    clock = dust.Clock({"sample": 2000}, {"sample": {"--limit": 500}})
-    with clock.stage("sample", 500) as bar:
-        now[0] += 10
-        bar.update(0.25)
-        clock.propose("sample", bar)
-    assert "days" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("repeats, finals", [(1, 0), (2, 3), (3, 3), (4, 6)])
-def test_the_plan_counts_a_final_for_each_two_groups_of_a_problem(repeats, finals, monkeypatch, tmp_path):
-    """With --repeats 1 it planned half as many rankings again as there would be, and the time with them."""
-    monkeypatch.setattr(runs, "Clock", lambda work, smaller: work)
-    held_out = [Problem(f"p{i}", "?", []) for i in range(3)]
-    work = runs.plan(held_out, held_out, dust.Args(repeats=repeats), tmp_path, [])
-    assert work["base: rankings"] == work["trained: rankings"] == 3 * repeats + finals
-
-
-def test_the_plan_counts_the_frozen_teacher_that_has_no_kl_to_need_it(tmp_path):
-    problems = [Problem("p", "?", [])]
-    needs = [" ".join(runs.fit(dust.Args(mode=mode, kl=0.0, device="cpu"), {}, problems)[2]) for mode in ("sft", "rank")]
-    assert "reference" in needs[0] and "reference" not in needs[1]
-
-
-def test_an_error_without_words_is_not_answered_with_another():
-    assert runs.what_to_put_right(NotImplementedError()) == "" == runs.what_to_put_right(RuntimeError(""))
-    assert runs.what_to_put_right(MemoryError("can't allocate memory: 9 bytes")).startswith("out of memory: lower --rows")
-
-
-# -------------------------------------------------------------------------------------------------- fractional labels
-
-
-def test_a_share_of_the_tests_is_a_label_and_only_all_of_them_make_a_program_correct():
-    """A pool stops a job where a test fails: each test has to be a job of its own, of the right program."""
-    class Pool:
-        def label(self, jobs):
-            return [all(test["output"] in code for test in tests) for code, tests in jobs]
-
-    tests = {"p": [{"output": "a"}, {"output": "b"}], "q": [{"output": "a"}, {"output": "c"}, {"output": "d"}]}
-    programs = [("p", "ab"), ("p", "a"), ("q", "acb"), ("q", "x")]
-    assert dust.run_tests(Pool(), programs, tests, dust.Args()) == [1, 0, 0, 0]
-    shares = dust.run_tests(Pool(), programs, tests, dust.Args(labels="fractional"))
-    assert shares == pytest.approx([1, 1 / 2, 2 / 3, 0])
-    candidates = [Candidate(name, "", code) for name, code in programs] + [Candidate("p", "", None)]
-    dust.set_labels(candidates, dict(zip(programs, shares)), dust.Args(labels="fractional"))
-    assert [c.correct for c in candidates] == [True, False, False, False, False]
-    assert [c.label for c in candidates] == [*shares, 0]
-    problem = Problem("q", "", [])
-    assert [g.labels for g in dust.make_groups([problem], candidates, 2)] == [[shares[2], 0]]
-    dust.set_labels(candidates, dict(zip(programs, [1, 0, 0, 0])), dust.Args())
-    assert [c.label for c in candidates] == [1, 0, 0, 0, 0] and dust.make_groups([problem], candidates, 2) == []

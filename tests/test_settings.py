@@ -1,0 +1,134 @@
+"""Settings: the command line, the presets, and what reaches the update."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+import dust
+from conftest import SMALL
+from dust import Candidate, Group
+from plumbing import runs
+from plumbing.problems import Problem
+from test_dust import ROOT, error_of, run_dust
+
+
+def test_help_and_a_wrong_option_need_no_torch():
+    """Importing torch and transformers takes five seconds, which a typing error should not cost."""
+    code = ("import runpy, sys; sys.argv = ['dust.py', {!r}]\n"
+            "try: runpy.run_path('dust.py', run_name='__main__')\n"
+            "except SystemExit as end: print('torch' in sys.modules, end.code)")
+    for option, status in (("--help", 0), ("--no-such-option", 2), ("--batch=0", 2)):
+        done = subprocess.run([sys.executable, "-c", code.format(option)], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == f"False {status}", done.stderr
+
+
+def test_there_are_at_most_fifty_options():
+    assert len(dust.Args.__dataclass_fields__) <= 50
+
+
+def test_the_release_preset_is_the_papers_with_each_documented_difference():
+    """Each is one field whose default is the paper's (tutorial.md, "Where the paper and its release disagree")."""
+    paper, release = (dust.parse_args(["--model", "some/model", "--preset", name]) for name in ("paper", "release"))
+    changed = {name: (getattr(paper, name), getattr(release, name)) for name in vars(paper)
+               if getattr(paper, name) != getattr(release, name)}
+    assert changed == {
+        "preset": ("paper", "release"), "clip_high": (0.0, 0.28), "dual_clip": (0.0, 10.0),
+        "loss": ("sequence", "token"), "kl": (0.001, 0.0), "weight_decay": (0.0, 0.1), "warmup": (0, 10),
+        "shuffle": (True, False), "repeats": (10, 6), "eval_temperature": (0.6, 1.0),
+    }
+
+
+def test_presets_and_data_follow_the_model_and_what_is_given_wins():
+    shipped, other = dust.parse_args([]), dust.parse_args(["--model", "some/model"])
+    assert (shipped.preset, shipped.train, shipped.eval) == ("laptop", "micro-train", "micro-eval")
+    assert (other.preset, other.train, other.eval) == ("paper", "rstar-coder", "livecodebench-v6")
+    assert all(getattr(other, name) == value for name, value in dust.PAPER.items())
+    mine = dust.parse_args("--model some/model --eval mine.jsonl --preset release --clip-high 0.5".split())
+    assert (mine.train, mine.eval, mine.clip_high, mine.dual_clip) == ("rstar-coder", "mine.jsonl", 0.5, 10.0)
+    assert dust.parse_args(["--model", "some/model", "--preset", "laptop"]).train == "micro-train"
+
+
+@pytest.mark.parametrize("arguments, reason", [
+    (["--dual-clip", "0.5"], "--dual-clip is 0.5; it has to be above 1"),
+    (["--warmup", "-1"], "--warmup is -1"),
+])
+def test_new_settings_that_cannot_work_are_refused(capsys, arguments, reason):
+    assert reason in error_of(capsys, *arguments)
+
+
+@pytest.fixture
+def updates(monkeypatch) -> list[dict]:
+    """The settings of each update, with its learning rate and weight decay, and whether it has a reference."""
+    calls, update = [], dust.grpo.update
+
+    def spy(model, optimizer, rollouts, args, *, reference, generator):
+        rates = {name: optimizer.param_groups[0][name] for name in ("lr", "weight_decay")}
+        calls.append(vars(args) | rates | {"reference": reference is not None})
+        return update(model, optimizer, rollouts, args, reference=reference, generator=generator)
+
+    monkeypatch.setattr(dust.grpo, "update", spy)
+    return calls
+
+
+def test_the_releases_settings_reach_the_update(llama, tmp_path, updates):
+    """And the learning rate grows over the first ten steps, as its warm-up says."""
+    command = [*llama["arguments"], "--preset", "release", *SMALL, "--max-new-tokens", "12", "--lr", "0.003"]
+    assert run_dust(*command, "--save-every", "1", "--out", tmp_path / "run") == 0
+    first = updates[0]
+    assert [first[name] for name in ("clip", "clip_high", "dual_clip", "loss")] == [0.2, 0.28, 10.0, "token"]
+    assert (first["kl"], first["reference"], first["weight_decay"]) == (0.0, False, 0.1)
+    assert [round(one["lr"], 9) for one in updates] == [0.0003, 0.0006]
+
+
+def test_the_papers_settings_reach_the_update(tmp_path, llama, updates):
+    assert run_dust(*llama["arguments"], "--out", tmp_path / "run") == 0
+    first = updates[0]
+    assert [first[name] for name in ("clip", "clip_high", "dual_clip", "loss")] == [0.2, 0.0, 0.0, "sequence"]
+    assert (first["kl"], first["reference"], first["weight_decay"]) == (0.001, True, 0.0)
+    assert [one["lr"] for one in updates] == [0.003, 0.003]
+
+
+@pytest.mark.parametrize("warmup, rates", [(0, [2.0] * 6), (4, [0.5, 1.0, 1.5, 2.0, 2.0, 2.0])])
+def test_the_learning_rate_grows_and_then_stays(llama, tmp_path, updates, warmup, rates):
+    command = [*llama["arguments"], "--steps", 6, "--lr", 2, "--warmup", warmup, "--out", tmp_path / "run"]
+    run_dust(*command)
+    assert [one["lr"] for one in updates] == rates
+
+
+def test_groups_are_shown_anew_in_each_step_unless_told_otherwise(monkeypatch):
+    candidates = [Candidate("p", str(i), f"code {i}", i < 2) for i in range(4)]
+    group = Group(Problem("p", "Q", []), candidates)
+    shown = {True: set(), False: set()}
+    monkeypatch.setattr(dust, "draw_for_training", lambda *a, **k: [])
+    monkeypatch.setattr(dust, "score_rollouts", lambda *a: {})
+    for shuffle, orders in shown.items():
+        monkeypatch.setattr(dust, "ranking_ids", lambda t, g, a: orders.add(tuple(c.answer for c in g.candidates)))
+        for step in range(6):
+            dust.experience(None, None, [group], step, dust.Args(batch=1, shuffle=shuffle), None, None)
+    assert shown[False] == {tuple("0123")} and len(shown[True]) > 2
+
+
+def test_training_problems_of_the_evaluation_are_left_out_and_counted(tmp_path, llama, capsys):
+    """By their statement, for ids differ between sets; --limit counts what is left."""
+    problems = llama["folder"] / "problems.jsonl"
+    lines = [json.loads(line) for line in problems.read_text().splitlines()]
+    train = tmp_path / "train.jsonl"
+    mine = [{"id": f"new{i}", "question": f"Another {i}", "tests": lines[0]["tests"]} for i in range(3)]
+    renamed = [line | {"id": "x" + line["id"]} for line in lines[:2]]
+    train.write_text("".join(json.dumps(line) + "\n" for line in [*renamed, *mine]))
+    args = dust.parse_args(["--train", str(train), "--eval", str(problems), "--limit", "2", "--eval-limit", "4"])
+    own, held_out = dust.read_problems(args)
+    assert "2 of 5 problems of --train left out" in capsys.readouterr().out
+    assert [p.id for p in own] == ["new0", "new1"] and [p.id for p in held_out] == ["p0", "p2", "p4", "p6"]
+    train.write_text("".join(json.dumps(line) + "\n" for line in renamed))
+    assert "every problem of --train" in error_of(capsys, "--train", train, "--eval", problems)
+    assert len(dust.read_problems(dust.replace(args, train=str(problems), limit=0))[0]) == 8  # meant so, and said
+    assert "are the same" in capsys.readouterr().out
+
+
+def test_an_error_without_words_is_not_answered_with_another():
+    assert runs.what_to_do(NotImplementedError()) == "" == runs.what_to_do(RuntimeError(""))
+    assert runs.what_to_do(MemoryError("can't allocate memory: 9 bytes")).startswith("out of memory: lower --rows")
+
+
