@@ -89,7 +89,7 @@ def load_config(folder: str):
 
 
 def does_not_load(option: str, name: str, error: Exception) -> BadInput:
-    """Return the one line for whatever three libraries raise."""
+    """Return the error in one line. Three libraries take part in loading, and each has exceptions of its own."""
     return error if isinstance(error, BadInput) else BadInput(f"{option} {name} does not load: {first_line(error)}")
 
 
@@ -138,7 +138,8 @@ def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: s
     # a shard is its own fp32 master: the forward casts what it has gathered
     dtype = torch.float32 if optimizer == "fp32" or (shard and optimizer == "masters") else torch.bfloat16
     try:
-        config, tokenizer = load_config(folder), AutoTokenizer.from_pretrained(folder)
+        config = load_config(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         if not tokenizer("x y 1").input_ids:
             raise BadInput(f"{option} {name}: its tokenizer is empty")
         check_template(tokenizer, name, effort)
@@ -316,9 +317,9 @@ def fixed_memory(parameters: int, optimizer: str, *, train=True, lora=False, ref
 def choose_optimizer(parameters: int, there: float, given: str = "", **settings) -> tuple[str, bool]:
     """Return the optimiser, and whether to checkpoint layers, for `there` bytes of memory.
 
-    given: the optimiser, if the user has chosen one. settings: of fixed_memory. Otherwise it is the first whose fixed
-    part takes at most half of the memory, or the smallest. A small fp32 model keeps all activations; with a 0.6B model
-    those of 16,384 tokens take already about six times the fixed part.
+    given: the optimiser that the user has chosen; without it take the first whose fixed part is at most half of the
+    memory, or else the last. settings: those of fixed_memory. Only a small fp32 model keeps all its activations: those
+    of 16,384 tokens are, for a model of 0.6 B parameters, about six times as large as the fixed part.
     """
     for kind in [given] if given else BYTES:
         fixed = sum(fixed_memory(parameters, kind, **settings).values())
