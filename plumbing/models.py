@@ -88,7 +88,7 @@ def load_config(folder: str):
 
 
 def does_not_load(option: str, name: str, error: Exception) -> BadInput:
-    """Return the one line for whatever three libraries raise."""
+    """Return the error in one line. Three libraries take part in loading, and each has exceptions of its own."""
     return error if isinstance(error, BadInput) else BadInput(f"{option} {name} does not load: {first_line(error)}")
 
 
@@ -137,7 +137,8 @@ def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: s
     # a shard is its own fp32 master: the forward casts what it has gathered
     dtype = torch.float32 if optimizer == "fp32" or (shard and optimizer == "masters") else torch.bfloat16
     try:
-        config, tokenizer = load_config(folder), AutoTokenizer.from_pretrained(folder)
+        config = load_config(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         if not tokenizer("x y 1").input_ids:
             raise BadInput(f"{option} {name}: its tokenizer is empty")
         check_template(tokenizer, name, effort)

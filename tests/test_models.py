@@ -330,11 +330,14 @@ def test_parameters_are_counted_without_loading_them(llama):
 
 
 def test_no_model_has_dropout_in_training_mode(tmp_path):
-    """OPT calls F.dropout and skips whole layers itself, so there is no nn.Dropout to switch off. In training mode the
-    update then saw another model than the rollout, and the ratio of their probabilities was noise."""
+    """OPT calls F.dropout and skips whole layers itself, so there is no nn.Dropout to switch off.
+
+    In training mode the update would see another model than the rollout, and the ratio of their probabilities would be
+    noise.
+    """
     tokenizer = make_tokenizer(QWEN)
-    config = OPTConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=4, ffn_dim=32, num_attention_heads=4,
-                       word_embed_proj_dim=32, dropout=0.5, attention_dropout=0.5, layerdrop=0.5)
+    config = OPTConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=4, ffn_dim=32,
+                       num_attention_heads=4, word_embed_proj_dim=32, dropout=0.5, attention_dropout=0.5, layerdrop=0.5)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model, _ = load_model(str(tmp_path), optimizer="fp32", shard=False, device="cpu")
@@ -516,7 +519,7 @@ def test_what_adapters_learned_in_small_steps_is_not_rounded_away_in_what_is_sav
     torch.testing.assert_close(saved - before.float(), change, atol=1e-7, rtol=1e-2)
 
 def test_adapters_are_on_gpt2s_own_linear_layers_and_leave_experts_alone():
-    """GPT-2 has none of torch's: its adapters were refused. Adapters of experts would copy all of them in each forward."""
+    """GPT-2 has no torch.nn.Linear: its adapters were refused. Adapters of experts would copy them in each forward."""
     pytest.importorskip("peft")
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=37))
     mixture = AutoModelForCausalLM.from_config(CONFIGS["qwen3-moe"][0])
