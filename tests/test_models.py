@@ -10,7 +10,7 @@ from transformers import (AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTr
                           Qwen3MoeConfig)
 
 import dust
-import prefix
+import grpo
 import rank_prompt
 from conftest import SMALL, bytes_kept
 from plumbing import chat, memory, progress, runs
@@ -82,7 +82,8 @@ def test_every_family_goes_from_sample_to_report_and_is_saved_as_trained(family,
 
     @torch.no_grad()
     def spy(folder, model, tokenizer):
-        trained.append(model(ids).logits)
+        with grpo.plain_attention(model):
+            trained.append(model(ids).logits)
         save_model(folder, model, tokenizer)
 
     monkeypatch.setattr(dust, "save_model", spy)
@@ -233,9 +234,9 @@ def test_the_arithmetic_of_experts_is_near_what_a_backward_pass_keeps(family):
     config = type(CONFIGS[family][0])(**CONFIGS[family][0].to_dict() | {
         "vocab_size": 37, "num_experts_per_tok": 4, "hidden_size": 64, "eos_token_id": 2, "layer_types": None})
     model = AutoModelForCausalLM.from_config(config)
-    prefix.shares_prompts(model)
+    grpo.enable_sharing(model)
     group = torch.arange(100) % 37, [torch.arange(40) % 37] * 8
-    kept = bytes_kept(model, lambda: prefix.logprobs(model, [group], 1.0))
+    kept = bytes_kept(model, lambda: grpo.logprobs(model, [group], 1.0))
     shape = memory.shape_of(config)
     assert kept == pytest.approx(memory.activations(shape, 100 + 8 * 39, 4, False), rel=0.25)
     pytest.importorskip("peft")
@@ -344,10 +345,10 @@ def updates(monkeypatch) -> list[dict]:
     """The settings of each update, with its learning rate and weight decay."""
     calls, update = [], dust.grpo.update
 
-    def spy(model, optimizer, rollouts, **settings):
+    def spy(model, optimizer, rollouts, args, **settings):
         own = {name: optimizer.param_groups[0][name] for name in ("lr", "weight_decay")}
-        calls.append(settings | own | {"rewards": [r for one in rollouts for r in one.rewards.tolist()]})
-        return update(model, optimizer, rollouts, **settings)
+        calls.append(vars(args) | settings | own | {"rewards": [r for one in rollouts for r in one.rewards.tolist()]})
+        return update(model, optimizer, rollouts, args, **settings)
 
     monkeypatch.setattr(dust.grpo, "update", spy)
     return calls
@@ -366,9 +367,9 @@ def test_the_releases_settings_reach_the_update(tmp_path, problems, updates, mon
     model = make_model(tmp_path / "model", "qwen3")
     assert run_dust("--model", model, "--train", train, "--eval", problems, "--out", out, "--preset", "release",
                     *SMALL, "--max-new-tokens", "12", "--lr", "0.003", "--save-every", "1") == 0
-    first, clips = updates[0], ("clip_low", "clip_high", "dual_clip", "aggregation")
+    first, clips = updates[0], ("clip", "clip_high", "dual_clip", "loss")
     assert [first[name] for name in clips] == [0.2, 0.28, 10.0, "token"]
-    assert (first["kl"], first["ref_model"], first["weight_decay"]) == (0.0, None, 0.1)
+    assert (first["kl"], first["reference"], first["weight_decay"]) == (0.0, None, 0.1)
     assert [round(one["lr"], 9) for one in updates] == [0.0003, 0.0006]
     labels = {json.loads(line)["share"] for line in (out / "candidates.jsonl").read_text().splitlines()}
     assert labels == {0.0, 2 / 3}  # so no program is right, and yet there are pairs
@@ -379,8 +380,8 @@ def test_the_releases_settings_reach_the_update(tmp_path, problems, updates, mon
 
 def test_the_papers_settings_reach_the_update(tmp_path, llama, updates):
     assert run_dust(*llama["arguments"], "--out", tmp_path / "run") == 0
-    first, clips = updates[0], ("clip_low", "clip_high", "dual_clip", "aggregation")
-    assert [first[name] for name in clips] == [0.2, 0.2, None, "sequence"]
+    first, clips = updates[0], ("clip", "clip_high", "dual_clip", "loss")
+    assert [first[name] for name in clips] == [0.2, 0.0, 0.0, "sequence"]
     assert (first["kl"], first["weight_decay"], [one["lr"] for one in updates]) == (0.001, 0.0, [0.003, 0.003])
 
 

@@ -31,9 +31,9 @@ def seen(monkeypatch) -> dict:
     calls = {"rollouts": [], "weights": []}
     update, draw_answers = dust.grpo.update, dust.draw_answers
 
-    def spy_update(model, optimizer, rollouts, **settings):
+    def spy_update(model, optimizer, rollouts, args, **settings):
         calls["rollouts"].append(rollouts)
-        return update(model, optimizer, rollouts, **settings)
+        return update(model, optimizer, rollouts, args, **settings)
 
     def spy_draw(model, *arguments):
         calls["weights"].append(weights_of(model))

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import dust
-import prefix
+import grpo
 from conftest import bytes_kept
 from plumbing import memory, runs
 from plumbing.problems import BadInput
@@ -258,12 +258,12 @@ def test_a_plan_that_does_not_fit_says_what_to_change():
 def test_the_arithmetic_of_activations_is_near_what_a_backward_pass_keeps(checkpointing):
     """The one part that is no plain count; within a third, without the layer that checkpointing computes again."""
     model = tiny()
-    prefix.shares_prompts(model)
+    grpo.enable_sharing(model)
     if checkpointing:
         checkpoint_layers(model)
         model.train()
     group = torch.arange(300) % 37, [torch.arange(40) % 37] * 8
-    kept = bytes_kept(model, lambda: prefix.logprobs(model, [group], 1.0))
+    kept = bytes_kept(model, lambda: grpo.logprobs(model, [group], 1.0))
     shape, tokens = memory.shape_of(model.config), 300 + 8 * 39
     guess = memory.activations(shape, tokens, 4, checkpointing)
     if checkpointing:
