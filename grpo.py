@@ -616,7 +616,8 @@ def enable_sharing(model) -> str:
     model.config._attn_implementation = SHARED_ATTENTION
     model.eval()
     try:
-        reason = find_difference(model)
+        with ranks.unsharded(model):
+            reason = find_difference(model)
     except (BdbQuit, torch.OutOfMemoryError):  # these say nothing about the model
         raise
     except Exception as error:  # any model's code may run here
@@ -642,16 +643,15 @@ def find_difference(model) -> str:
     vocabulary = model.get_input_embeddings().num_embeddings
     prompts = [torch.arange(7, 7 + length) * 31 % vocabulary for length in lengths]
     packed = Packed([(prompt, []) for prompt in prompts], model.device, keep=True)
-    hidden = ranks.run_forward(model, body, packed, packed.ids, packed.positions)
+    body(model, packed, packed.ids, packed.positions)
     if len(packed.kept) < 2 * config.num_hidden_layers:  # keys and values
         return "not all of its layers attend"
-    with ranks.unsharded(model):
-        answers, decoded, _ = zip(*generate(model, prompts, [[0, 1], [2, 3]], Sampling(), 3, []))
+    answers, decoded, _ = zip(*generate(model, prompts, [[0, 1], [2, 3]], Sampling(), 3, []))
     for prompt, rows in zip(prompts, (slice(2), slice(2, 4))):
-        plain, _ = ranks.run_forward(model, plain_logprobs, prompt, answers[rows], 1.0)
-        packed, _ = ranks.run_forward(model, packed_logprobs, [(prompt, answers[rows])], 1.0)
+        plain, _ = plain_logprobs(model, prompt, answers[rows], 1.0)
+        packed, _ = packed_logprobs(model, [(prompt, answers[rows])], 1.0)
         for name, logps in (("update", packed), ("rollout", torch.cat(decoded[rows]).to(plain))):
             gap = float((logps - plain).abs().mean())
-            if not gap < max(torch.finfo(hidden.dtype).eps, 1e-7) ** 0.5:
+            if not gap < max(torch.finfo(model.dtype).eps, 1e-7) ** 0.5:
                 return f"the shared {name} is off by {gap:.2g} nats a token"
     return ""

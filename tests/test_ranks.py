@@ -16,12 +16,11 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import dust
 import grpo
-import prefix
 from plumbing import ranks
 from plumbing.problems import Problem
 from plumbing.models import load_checkpoint, make_optimizer, save_checkpoint, save_model
-from plumbing.ranks import full_state, shard_model, unsharded
-from test_grpo import distance, qwen3, scored
+from plumbing.ranks import full_state, shard_model
+from test_grpo import distance, qwen3, scored, settings
 
 torch.set_num_threads(1)
 ROOT = Path(dust.__file__).resolve().parent
@@ -86,17 +85,18 @@ class Recorder(torch.optim.SGD):
         super().step()
 
 
-def update(model, rollouts, reference=None, lr=0.0, **settings):
+def update(model, rollouts, reference=None, lr=0.0, generator=None, **changes):
     """The gradients and metrics of one update, and where its last step leads."""
     optimizer = Recorder(model.parameters(), lr=lr)
-    metrics = grpo.update(model, optimizer, rollouts, kl=0.1, ref_model=reference, **settings)
+    args = settings(kl=0.1, **changes)
+    metrics = grpo.update(model, optimizer, rollouts, args, reference=reference, generator=generator)
     return optimizer.seen, metrics, [full_state(p.detach()).clone() for p in model.parameters()]
 
 
 UPDATES = {
     "unequal rows": (((0.0, 1.0, 0.5), (2.0, -1.0, 0.0)), {"micro_tokens": 25}),
     "one rank without work": (((0.3, 0.3, 0.3), (2.0, -1.0, 0.0)), {"micro_tokens": 25}),
-    "several steps": (((0.0, 1.0, 0.5), (2.0, -1.0, 0.0)), {"mini_batch": 1, "epochs": 2, "lr": 0.05}),
+    "several steps": (((0.0, 1.0, 0.5), (2.0, -1.0, 0.0)), {"mini_batch": 1, "ppo_epochs": 2, "lr": 0.05}),
 }
 
 
@@ -114,15 +114,14 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path, shard):
 
     def all_updates(rank=0):
         found = {}
-        for name, (_, settings) in UPDATES.items():
+        for name, (_, changes) in UPDATES.items():
             own, frozen = copy.deepcopy(model), copy.deepcopy(reference)
             if shard and ranks.world() > 1:
                 for one in (own, frozen):
                     shard_model(one, torch.float32, "cpu")
-                    with unsharded(one):
-                        assert prefix.shares_prompts(one)
+                    assert grpo.enable_sharing(one) == ""
             seed = torch.Generator().manual_seed(5)
-            found[name] = update(own, rollouts[name], frozen, generator=seed, **settings)
+            found[name] = update(own, rollouts[name], frozen, generator=seed, **changes)
         return found
 
     expected = all_updates()
@@ -144,19 +143,18 @@ def test_a_sharded_checkpoint_goes_on_in_any_number_of_ranks(tmp_path, kind):
         model = qwen3().to(dtype)
         shard_model(model, torch.float32 if kind == "fp32" else torch.bfloat16, "cpu")
         optimizer = make_optimizer(model, kind, 1e-3)
-        with unsharded(model):
-            assert prefix.shares_prompts(model)
+        assert grpo.enable_sharing(model) == ""
         if load:
             load_checkpoint(load, model, optimizer)
         for _ in range(steps):
-            grpo.update(model, optimizer, rollouts)
+            grpo.update(model, optimizer, rollouts, settings())
         if save:
             save_checkpoint(save, model, optimizer, steps)
         return [full_state(p.detach()) for p in model.parameters()], full_state(optimizer.state_dict())["state"]
 
     saved = tmp_path / "checkpoint.pt"
     tasks = [dict(steps=2), dict(steps=1, save=saved), dict(steps=1, load=saved)]
-    (two, _) = results(tmp_path, lambda rank: [train(**settings) for settings in tasks])
+    (two, _) = results(tmp_path, lambda rank: [train(**task) for task in tasks])
     (straight, _), (halfway, state), (resumed, _) = two
     (((alone, state_alone),),) = results(tmp_path, lambda rank: [train(0, load=saved)], count=1)
     assert all(torch.equal(a, b) for a, b in zip(halfway, alone))
@@ -220,15 +218,19 @@ def test_work_is_spread_and_comes_back_in_order(tmp_path):
 
 
 def test_ranks_on_unlike_machines_cut_the_labels_alike(tmp_path, monkeypatch):
-    """Each cut them by its own number of workers; two machines with unlike numbers then labelled other pieces."""
-    monkeypatch.setattr(ranks, "gather", lambda workers: [workers, 1])  # the other rank has one
+    """Chunks that depend on a machine's number of workers would differ between ranks, which then wait for ever."""
     sizes = []
-    monkeypatch.setattr(dust, "in_rounds", lambda work, do: [sizes.append(len(piece)) or do(piece) for piece in work])
-    problem = Problem("p", "?", [{"input": "", "output": "1\n"}])
-    candidates = [dust.Candidate("p", "", f"print({n})") for n in range(70)]
-    journal = dust.Journal(tmp_path / "labels.jsonl")
-    dust.label([problem], candidates, dust.Args(workers=2), name="label", journal=journal, clock=dust.Clock({"label": 1}))
-    assert sizes == [32, 32, 6] and sum(c.correct for c in candidates) == 1
+
+    def resumable(file, work, do, size):
+        sizes.append(size)
+        return dict.fromkeys(work, 1)
+
+    monkeypatch.setattr(dust.runs, "resumable", resumable)
+    candidates = [dust.Candidate("p", "", f"print({i})") for i in range(100)]
+    for workers in (1, 7):
+        problems = [Problem("p", "?", [{"input": "", "output": "1"}])]
+        dust.label(problems, candidates, dust.Args(workers=workers), tmp_path / "labels.jsonl")
+    assert len(sizes) == 2 and sizes[0] == sizes[1]
 
 
 # ---------------------------------------------------------------------------------------------------- the whole run
