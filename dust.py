@@ -252,21 +252,13 @@ def read_problems(args: Args) -> tuple[list[Problem], list[Problem]]:
 
 def load(name: str, args: Args, option: str = "--model"):
     """(model, tokenizer) of a name or folder, ready for rollouts and updates. option: the setting that named it."""
-    model, tokenizer = models.load_model(name, optimizer=args.optimizer, shard=args.shard, device=args.device,
-                                         effort=args.reasoning_effort, option=option)
+    settings = dict(optimizer=args.optimizer, shard=args.shard, device=args.device, effort=args.reasoning_effort)
+    model, tokenizer = models.load_model(name, **settings, option=option)
     if not end_ids(model, tokenizer):
         raise BadInput(f"{option} {name}: nothing names an end-of-text token")
     if reason := grpo.enable_sharing(model):
         tqdm.write(f"{option} {name} reads a prompt again for each of its answers, which is slower: {reason}")
     return model, tokenizer
-
-
-def load_init(tokenizer, args: Args):
-    """The model of --init. Raises BadInput if it has other tokens than --model."""
-    model, its_tokenizer = load(args.init, args, "--init")
-    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
-    return model
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -587,11 +579,8 @@ def evaluation_groups(model, tokenizer, problems: list[Problem], args: Args, ste
     for candidate in candidates:
         by_problem[candidate.problem_id].append(candidate)
     unsolved = [Candidate("", "", None)] * BEST_OF * args.repeats  # a problem without answers counts as not solved
-    groups = []
-    for problem in problems:
-        drawn = by_problem[problem.id] or unsolved
-        groups += [Group(problem, drawn[i : i + BEST_OF]) for i in range(0, len(drawn), BEST_OF)]
-    return groups
+    return [Group(problem, (by_problem[problem.id] or unsolved)[i : i + BEST_OF])
+            for problem in problems for i in range(0, BEST_OF * args.repeats, BEST_OF)]
 
 
 def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Path) -> list[RankedGroup]:
@@ -635,10 +624,9 @@ def final_groups(ranked: list[RankedGroup], repeats: int) -> list[Group]:
     """
     finals = []
     for start in range(0, len(ranked), repeats):
-        of_problem = ranked[start : start + repeats]
-        for first, second in zip(of_problem[::2], of_problem[1::2]):
-            best = [c for one in (first, second) for c in one.ordered[: len(one.ordered) // 2]]
-            finals.append(Group(first.group.problem, best))
+        for first in range(start, start + repeats - 1, 2):
+            best = [c for one in ranked[first : first + 2] for c in one.ordered[: len(one.ordered) // 2]]
+            finals.append(Group(ranked[first].group.problem, best))
     return finals
 
 
@@ -714,7 +702,9 @@ def run(args: Args) -> None:
     if not args.eval_only:
         if args.init:
             del model  # two models do not always fit the memory
-            model = load_init(tokenizer, args)
+            model, its_tokenizer = load(args.init, args, "--init")
+            if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+                raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
         train(model, tokenizer, problems, groups, args, out)
         rows["trained_judge"] = rank_all(model, tokenizer, base, args, out / "judge")
         drawn = evaluation_groups(model, tokenizer, held_out, args, out / "trained")
