@@ -39,7 +39,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Iterable, Iterator, NamedTuple
 
-from plumbing.sandbox_child import EXITED, OUT_OF_MEMORY, OUTPUT_CAP, SOURCE, TIMED_OUT, encode
+from plumbing.sandbox_child import OUTPUT_CAP, encode
 from plumbing.sandbox_worker import SandboxError, Worker, WorkerDied, memory_file
 
 
@@ -69,7 +69,8 @@ class Verdict(NamedTuple):
 # --------------------------------------------------------------------------------------------------- the verdict
 
 
-def run_tests(code: str, tests: "list[dict]", *, timeout: float = 10.0, memory_mb: int = 1024) -> Verdict:
+def run_tests(code: str, tests: "list[dict]", *, timeout: float = 10.0, memory_mb: int = 1024,
+              pool: "Pool | None" = None) -> Verdict:
     """Run the program on its tests, and stop at the first that fails (paper 2.2).
 
     A test is {"input": ..., "output": ...}, {"fn_name": ..., "args": [...], "expected": ...} or {"asserts": Python that
@@ -77,20 +78,15 @@ def run_tests(code: str, tests: "list[dict]", *, timeout: float = 10.0, memory_m
     holds for each test. Raises SandboxError if the sandbox itself fails, ValueError for an empty list of tests or for
     impossible limits.
     """
-    return reach_verdict(shared_pool, code, tests, timeout, memory_mb)
-
-
-def reach_verdict(pool: "Pool", code: str, tests: "list[dict]", timeout: float, memory_mb: int) -> Verdict:
-    """Do what run_tests() says, with the workers of a pool."""
     if not tests:
         raise ValueError("sandbox: a program without tests has no label")
     if refused := refusal(code):
         return Verdict(False, [refused], 0, f"test 0: {refused.stderr}")
     results = []
     with contextlib.ExitStack() as stack:
-        program = program_file(stack, code)
+        program = memory_file(stack, code.encode())
         for number, test in enumerate(tests):
-            result, answer = run_once(pool, program, test, timeout, memory_mb)
+            result, answer = run_once(pool or shared_pool, program, test, timeout, memory_mb)
             results.append(result)
             if wrong := why_wrong(test, result, answer):
                 return Verdict(False, results, number, f"test {number}: {wrong}")
@@ -127,9 +123,18 @@ def same_value(expected: Any, answer: bytes) -> bool:
     """Return whether an answer is the JSON of the expected value. A candidate wrote the answer: it can be anything."""
     wanted = json.dumps(encode(expected))
     try:
-        return len(answer) < 32 * len(wanted) + 1024 and json.loads(answer) == json.loads(wanted)
-    except (ValueError, RecursionError):
+        return len(answer) < 32 * len(wanted) + 1024 and as_in_a_file(answer) == as_in_a_file(wanted)
+    except (ValueError, TypeError, RecursionError):
         return False
+
+
+def as_in_a_file(answer: "str | bytes") -> Any:
+    """Read an answer, without what files of tests cannot hold: a tuple is a list, and a dict has no order."""
+    def plain(tree: dict) -> Any:
+        [(kind, parts)] = tree.items()
+        return parts if kind == "tuple" else {kind: sorted(parts, key=json.dumps) if kind == "dict" else parts}
+
+    return json.loads(answer, object_hook=plain)
 
 
 # ------------------------------------------------------------------------------------------------------- one run
@@ -138,8 +143,8 @@ def same_value(expected: Any, answer: bytes) -> bool:
 def run(code: str, stdin: str = "", *, timeout: float = 10.0, memory_mb: int = 1024) -> Result:
     """Run a program once, without a verdict. Raises SandboxError and ValueError as run_tests() does."""
     with contextlib.ExitStack() as stack:
-        return refusal(code) or run_once(
-            shared_pool, program_file(stack, code), {"input": stdin}, timeout, memory_mb)[0]
+        program = memory_file(stack, code.encode("utf-8", "replace"))
+        return refusal(code) or run_once(shared_pool, program, {"input": stdin}, timeout, memory_mb)[0]
 
 
 def refusal(code: str) -> "Result | None":
@@ -149,11 +154,6 @@ def refusal(code: str) -> "Result | None":
     except UnicodeEncodeError:
         return Result("refused", "", "the source is not Unicode", None, 0.0)
     return Result("refused", "", "the source holds a NUL", None, 0.0) if "\0" in code else None
-
-
-def program_file(stack: contextlib.ExitStack, code: str) -> int:
-    """Return the memory file of a program. Its first run puts the compiled code there, for the runs that follow."""
-    return memory_file(stack, SOURCE + code.removeprefix("\ufeff").encode())
 
 
 def run_once(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: int) -> "tuple[Result, bytes]":
@@ -180,18 +180,17 @@ def run_process(pool: "Pool", program: int, test: dict, timeout: float, memory_m
         how, code, seconds = pool.use_worker([program, *files, *wire], timeout, memory_mb)
         stdout, stderr, answer = (os.pread(fd, OUTPUT_CAP, 0) for fd in files[1:])
     status = status_of(how, code, max(len(stdout), len(stderr), len(answer)), stderr)
-    result = Result(status, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"),
-                    code if how == EXITED else None, seconds)
+    result = Result(status, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"), code, seconds)
     return result, answer[len(key) :] if answer.startswith(key) else b""
 
 
-def status_of(how: bytes, code: int, longest: int, stderr: bytes) -> str:
-    """Return the status of a run. how: EXITED, TIMED_OUT or OUT_OF_MEMORY; longest: bytes of its longest output."""
+def status_of(how: str, code: "int | None", longest: int, stderr: bytes) -> str:
+    """Return the status of a run. how: why the worker ended it, or ""; longest: bytes of its longest output."""
     if longest >= OUTPUT_CAP:
         return "output"
-    if how == TIMED_OUT or code == -signal.SIGXCPU:
+    if how == "timeout" or code == -signal.SIGXCPU:
         return "timeout"
-    if how == OUT_OF_MEMORY or code and stderr.rstrip().rpartition(b"\n")[2].startswith(b"MemoryError"):
+    if how == "memory" or code and stderr.rstrip().rpartition(b"\n")[2].startswith(b"MemoryError"):
         return "memory"
     return "error" if code else "ok"
 
@@ -208,7 +207,7 @@ def run_asserts(pool: "Pool", program: int, test: dict, timeout: float, memory_m
 
     ours, theirs = socket.socketpair()
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as beside:
-        asserts = memory_file(stack, SOURCE + test["asserts"].encode())
+        asserts = memory_file(stack, test["asserts"].encode())
         answering = beside.submit(run_side, program, {"input": ""}, theirs)
         result, answer = run_side(asserts, {"fn_name": test.get("entry_point", ""), "args": []}, ours)
         program_result, _ = answering.result()
@@ -250,8 +249,8 @@ class Pool:
         """Yield the Verdict of each (code, tests) as soon as it is reached; its `job` is the number of the pair."""
         self.stopped = False
         with ThreadPoolExecutor(self.workers) as threads:
-            limits = (self.timeout, self.memory_mb)
-            waiting = {threads.submit(reach_verdict, self, *job, *limits): number for number, job in enumerate(jobs)}
+            options = {"timeout": self.timeout, "memory_mb": self.memory_mb, "pool": self}
+            waiting = {threads.submit(run_tests, *job, **options): number for number, job in enumerate(jobs)}
             try:
                 for done in as_completed(waiting):
                     yield done.result()._replace(job=waiting[done])
@@ -260,7 +259,7 @@ class Pool:
                 self.__exit__()
                 raise
 
-    def use_worker(self, files: "list[int]", timeout: float, memory_mb: int) -> "tuple[bytes, int, float]":
+    def use_worker(self, files: "list[int]", timeout: float, memory_mb: int) -> "tuple[str, int | None, float]":
         """Run once in an idle worker, or in a new one. An exception of any kind ends that worker."""
         worker = self.take_worker()
         self.busy.add(worker)
@@ -278,14 +277,11 @@ class Pool:
 
     def take_worker(self) -> Worker:
         """Return a worker that waits for work."""
-        while True:
-            try:
-                worker = self.idle.pop()
-            except IndexError:
-                return Worker()
-            if worker.usable():
-                return worker
-            worker.close()
+        with contextlib.suppress(IndexError):  # none is idle
+            while not (worker := self.idle.pop()).usable():
+                worker.close()
+            return worker
+        return Worker()
 
 
 shared_pool = Pool(1)  # for run() and run_tests()

@@ -256,7 +256,7 @@ def test_every_run_of_a_program_prints_the_same(code):
 def test_the_code_of_a_program_is_compiled_once():
     """The compiler takes a large part of a short run, and every further test would pay for it again."""
     with contextlib.ExitStack() as stack:
-        program = sandbox.program_file(stack, "import os\nprint(7)")
+        program = sandbox.memory_file(stack, b"import os\nprint(7)")
         for _ in range(2):
             result, _ = sandbox.run_once(sandbox.shared_pool, program, PRINTS_7[0], 5, 512)
             assert result.stdout == "7\n" and os.pread(program, 1, 0) == sandbox_child.COMPILED
