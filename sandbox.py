@@ -1,8 +1,6 @@
 """Run programs that a model wrote, and decide whether they pass their tests (paper 2.2: y = 1 only if all pass).
 
 `run_tests` gives the verdict on one program, `Pool.label` labels many at a time, `run` runs one without a verdict.
-From top to bottom: the verdict, one run, many programs at a time. Read this page and the verdict with the paper.
-
 Each test of a program has a new process: a worker (plumbing/sandbox_worker.py) is a small server that forks a child
 for each run (plumbing/sandbox_child.py). Source, inputs and outputs are memory files that travel over a socket. The
 expected values never leave this process.
@@ -45,7 +43,6 @@ from plumbing.sandbox_worker import SandboxError, Worker, WorkerDied, memory_fil
 
 class Result(NamedTuple):
     """One run of a program."""
-
     status: str  # ok, error, timeout, memory, output (too much of it) or refused (no compiler could read the code)
     stdout: str
     stderr: str
@@ -55,7 +52,6 @@ class Result(NamedTuple):
 
 class Verdict(NamedTuple):
     """What a program's tests say about it. True where it passed them all."""
-
     passed: bool
     results: "list[Result]"  # up to the first test that failed
     failed_test: "int | None"
@@ -75,8 +71,8 @@ def run_tests(code: str, tests: "list[dict]", *, timeout: float = 10.0, memory_m
 
     A test is {"input": ..., "output": ...}, {"fn_name": ..., "args": [...], "expected": ...} or {"asserts": Python that
     calls the program's functions, "entry_point": the name of the one that counts, or ""}. The timeout is in seconds and
-    holds for each test. Raises SandboxError if the sandbox itself fails, ValueError for an empty list of tests or for
-    impossible limits.
+    holds for each test. pool: whose workers to use. Raises SandboxError if the sandbox itself fails, ValueError for an
+    empty list of tests or for impossible limits.
     """
     if not tests:
         raise ValueError("sandbox: a program without tests has no label")
@@ -121,20 +117,16 @@ def same_decimals(want: str, line: str) -> bool:
 
 def same_value(expected: Any, answer: bytes) -> bool:
     """Return whether an answer is the JSON of the expected value. A candidate wrote the answer: it can be anything."""
-    wanted = json.dumps(encode(expected))
-    try:
-        return len(answer) < 32 * len(wanted) + 1024 and as_in_a_file(answer) == as_in_a_file(wanted)
-    except (ValueError, TypeError, RecursionError):
-        return False
-
-
-def as_in_a_file(answer: "str | bytes") -> Any:
-    """Read an answer, without what files of tests cannot hold: a tuple is a list, and a dict has no order."""
-    def plain(tree: dict) -> Any:
+    def plain(tree: dict) -> Any:  # a tuple is a list and a dict has no order, as in the files of tests
         [(kind, parts)] = tree.items()
         return parts if kind == "tuple" else {kind: sorted(parts, key=json.dumps) if kind == "dict" else parts}
 
-    return json.loads(answer, object_hook=plain)
+    wanted = json.dumps(encode(expected))
+    try:
+        short = len(answer) < 32 * len(wanted) + 1024
+        return short and json.loads(answer, object_hook=plain) == json.loads(wanted, object_hook=plain)
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------- one run
@@ -143,8 +135,8 @@ def as_in_a_file(answer: "str | bytes") -> Any:
 def run(code: str, stdin: str = "", *, timeout: float = 10.0, memory_mb: int = 1024) -> Result:
     """Run a program once, without a verdict. Raises SandboxError and ValueError as run_tests() does."""
     with contextlib.ExitStack() as stack:
-        program = memory_file(stack, code.encode("utf-8", "replace"))
-        return refusal(code) or run_once(shared_pool, program, {"input": stdin}, timeout, memory_mb)[0]
+        test = {"input": stdin}
+        return refusal(code) or run_once(shared_pool, memory_file(stack, code.encode()), test, timeout, memory_mb)[0]
 
 
 def refusal(code: str) -> "Result | None":
@@ -219,7 +211,7 @@ def run_asserts(pool: "Pool", program: int, test: dict, timeout: float, memory_m
 # -------------------------------------------------------------------------------------- many programs at a time
 
 
-class Pool:
+class Pool(contextlib.AbstractContextManager):
     """Run the tests of many programs at a time.
 
     workers: how many programs run at a time; 0 means one for each core. timeout: seconds for each test. memory_mb: for
@@ -229,9 +221,6 @@ class Pool:
     def __init__(self, workers: int = 0, *, timeout: float = 10.0, memory_mb: int = 1024):
         self.workers, self.timeout, self.memory_mb = workers or os.cpu_count() or 1, timeout, memory_mb
         self.idle, self.busy, self.stopped = [], set(), False
-
-    def __enter__(self) -> "Pool":
-        return self
 
     def __exit__(self, *error: Any) -> None:
         """End the workers and what they run. The pool can be used again."""

@@ -34,31 +34,27 @@ from typing import Any, Iterator, TextIO
 
 LINUX = sys.platform == "linux"
 OUTPUT_CAP = 16 << 20  # bytes of stdout, of stderr, of a returned value and of any one file
-PROCESSES = 64  # processes and threads in one run
 COMPILED = b"\0"  # the first byte of compiled code; no source begins with it
-
 
 # ------------------------------------------------------------------------------------------------- values as JSON
 
-KINDS = {"tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes, "iter": Iterator}  # besides JSON's own
-MAKERS = {**KINDS, "iter": iter, "dict": dict, "complex": complex, "int": lambda digits: int(digits, 16)}
+KINDS = {"tuple": tuple, "dict": dict, "set": set, "frozenset": frozenset, "bytes": bytes, "iter": Iterator}
+MAKERS = {**KINDS, "iter": iter, "complex": complex, "int": lambda digits: int(digits, 16)}
 
 
 def encode(value: Any) -> Any:
     """Turn a value into a tree of JSON values, for decode(). Raises TypeError for what is not a plain value."""
     if getattr(value, "shape", None) == ():
         value = value.item()  # a numpy scalar
-    if isinstance(value, dict):
-        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}  # JSON's keys are strings only
     if isinstance(value, list):
         return [encode(item) for item in value]
     for name, kind in KINDS.items():
         if isinstance(value, kind):
-            return {name: [encode(item) for item in value]}
-    if isinstance(value, int) and value.bit_length() > 1000:
-        return {"int": hex(value)}  # Python refuses long decimals, because they take quadratic time
+            return {name: [encode(item) for item in (value.items() if kind is dict else value)]}
     if isinstance(value, complex):
         return {"complex": str(value)}
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return {"int": hex(value)}  # Python refuses long decimals, because they take quadratic time
     if value is None or isinstance(value, (int, float, str)):
         return value
     raise TypeError(f"a {type(value).__name__} is not a plain value")
@@ -75,9 +71,7 @@ READ_ONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 8
 DETACH = 2  # umount2(2)
 MOUNTS, IPC, USERS, PIDS, NETWORK = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30  # unshare(2)
 SECURE_BITS, CHILD_SUBREAPER, NO_NEW_PRIVILEGES = 28, 36, 38  # prctl(2)
-NO_SETUID_FIXUP = 4  # a secure bit: a change of user does not change the capabilities
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the system calls of Landlock, on every processor
-NO_CAPABILITIES = struct.pack("Ii", 0x20080522, 0)
 READABLE = ("/usr /lib /lib64 /bin /etc/ld.so.cache /etc/localtime /etc/alternatives "
             "/dev/null /dev/zero /dev/random /dev/urandom").split()
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -115,14 +109,14 @@ def leave_namespaces() -> None:
 class Room:
     """The place where a worker's candidates run: their files, their user and their limits."""
 
-    def __init__(self, isolated: bool, box: str, paths: "list[str]", control: socket.socket):
+    def __init__(self, isolated: bool, box: str, paths: "list[str]"):
         """Build the room in this process. box: the working folder; paths: what candidates may read besides READABLE."""
-        self.isolated, self.box, self.control = isolated, box, control.fileno()
+        self.isolated, self.box = isolated, box
         self.user = self.owner = 0  # the candidates' user, and the one as whom they use files; 0: that of this process
-        self.ruleset = None  # of Landlock
-        self.missing = ""  # what this system cannot give us
+        self.ruleset, self.missing = None, ""  # of Landlock; what this system cannot give us
         self.empty_since = 0  # a time that moves with whatever is made, removed or renamed in the box
-        self.limits = {"FSIZE": OUTPUT_CAP, "NPROC": PROCESSES, "NOFILE": 256, "CORE": 0, "MSGQUEUE": 0,
+        self.limits = {"FSIZE": OUTPUT_CAP, "NOFILE": 256, "CORE": 0, "MSGQUEUE": 0,
+                       "NPROC": 64,  # processes and threads of one run
                        "STACK": 120 << 20}  # Linux keeps 128 MB free below a stack
         if LINUX:
             self.choose_user()
@@ -148,11 +142,12 @@ class Room:
             return
         me = os.getuid()
         if me:  # the limit counts everything that this user runs
-            mine = [pid for pid in os.listdir("/proc") if pid.isdigit() and os.stat(f"/proc/{pid}").st_uid == me]
-            self.limits["NPROC"] += sum(len(os.listdir(f"/proc/{pid}/task")) for pid in mine)
+            for thread in glob.glob("/proc/[0-9]*/task/*"):
+                with contextlib.suppress(OSError):  # it may have just ended
+                    self.limits["NPROC"] += os.stat(thread).st_uid == me
             return
-        # Each worker takes another user, because the limit counts by user: no bomb may starve another worker.
         first = 1 << 30 if sizes == ["4294967295"] else 10_000
+        # Each worker takes another user, because the limit counts by user: no bomb may starve another worker.
         self.user = self.owner = first + int.from_bytes(os.urandom(2), "little") % 50_000
         if not self.isolated:  # if only root can read Python, candidates use files as root, without its other powers
             os.seteuid(self.user)
@@ -198,6 +193,7 @@ class Room:
         os.chdir(self.box)
         for target, fd in enumerate(streams):
             os.dup2(fd, target)
+            os.close(fd)
         for name, limit in {**self.limits, "CPU": int(timeout) + 2, "AS": memory}.items():
             kind = getattr(resource, "RLIMIT_" + name, None)
             if kind is None or name == "AS" and not LINUX:  # which macOS cannot set
@@ -206,30 +202,27 @@ class Room:
             limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
             resource.setrlimit(kind, (limit, hard if name == "STACK" else limit))  # programs may raise their stack
         if self.user:
-            libc("prctl", SECURE_BITS, NO_SETUID_FIXUP, 0, 0, 0)
+            libc("prctl", SECURE_BITS, 4, 0, 0, 0)  # 4: the change of user leaves us the powers for the next lines
             os.setgroups([])
             os.setresgid(self.user, self.user, self.user)
             os.setresuid(self.user, self.user, self.user)
             libc("setfsuid", self.owner)
         if LINUX:
-            libc("capset", NO_CAPABILITIES, bytes(24))
+            libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, in version 3 of their format
         if self.ruleset:
             libc("syscall", RESTRICT_SELF, self.ruleset, 0)
             os.close(self.ruleset)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # too much output ends the program
-        for fd in (*streams, self.control):
-            os.close(fd)
 
     def clear(self) -> None:
         """Empty the box, if the last candidate has changed anything in it."""
-        if os.stat(self.box).st_ctime_ns == self.empty_since:
-            return
-        if self.isolated:
-            libc("umount2", self.box, DETACH)
-            mount("tmpfs", self.box, "tmpfs", NOSUID | NODEV, self.box_options)
-        else:
-            remove_contents(self.box)
-        self.empty_since = os.stat(self.box).st_ctime_ns
+        if os.stat(self.box).st_ctime_ns != self.empty_since:
+            if self.isolated:
+                libc("umount2", self.box, DETACH)
+                mount("tmpfs", self.box, "tmpfs", NOSUID | NODEV, self.box_options)
+            else:
+                remove_contents(self.box)
+            self.empty_since = os.stat(self.box).st_ctime_ns
 
 
 def remove_contents(folder: str) -> None:
@@ -261,8 +254,7 @@ def child_main(room: Room, files: "list[int]", timeout: float, memory: int, fail
 
     If the child cannot enter, it writes the reason to the descriptor `failures`: this is no fault of the candidate.
     """
-    leave, say = os._exit, os.write  # kept here, because a candidate can replace those of `os`
-    status = 1
+    leave, say, status = os._exit, os.write, 1  # the functions are kept here, because a candidate can replace them
     program, *streams, call = files[:5]
     try:
         room.enter(streams, timeout, memory)
@@ -349,11 +341,12 @@ def prelude() -> "dict[str, str]":
         "statistics": "fmean mean median median_high median_low mode multimode pstdev pvariance stdev variance",
     }
     early = "string re datetime collections heapq bisect copy math itertools functools operator io sys json typing"
-    names = {name: module for module in late for name in late[module].split()}
-    for module in map(__import__, early.split()):
-        public = getattr(module, "__all__", None) or [name for name in dir(module) if name[0] != "_"]
-        names.update((name, module.__name__) for name in public if not hasattr(builtins, name))
-    return {**names, **{module: module for module in [*late, *early.split()]}}
+    names = {name: module for module in late for name in [module, *late[module].split()]}
+    for module in early.split():
+        public = {module: module}
+        exec(f"from {module} import *", public)
+        names.update((name, module) for name in public if name[0] != "_" and not hasattr(builtins, name))
+    return names
 
 
 def run_program(code: types.CodeType, as_module: bool) -> types.ModuleType:
@@ -395,9 +388,9 @@ def run_asserts(code: types.CodeType, entry_point: str, wire: TextIO) -> None:
     A builtin never gets a stand-in, and the asserts can bind any name themselves. The asserts have no prelude: with
     one, gcd(4, 6) would be right without a program.
     """
-    errors = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)}
-    for name in "StopIteration", "StopAsyncIteration":
-        del errors[name]  # it would end a loop or a map of the asserts, and the rest would go unchecked
+    # Not StopIteration: it would end a loop or a map of the asserts, and the rest would go unchecked.
+    errors = {name: kind for name, kind in vars(builtins).items()
+              if isinstance(kind, type) and issubclass(kind, Exception) and not name.startswith("Stop")}
 
     def ask(name: str, *arguments: Any, **named: Any) -> Any:
         line = ""
@@ -410,8 +403,8 @@ def run_asserts(code: types.CodeType, entry_point: str, wire: TextIO) -> None:
             os._exit(1)  # not an exception, because the asserts could catch it
         answer, *message = decode(line)
         if message:
-            kind = [errors[name] for name in answer if name in errors][0]
-            raise kind(*message)
+            known = [name for name in answer if name in errors]
+            raise errors[known[0]](*message)
         return answer
 
     main = sys.modules["__main__"]
@@ -459,6 +452,7 @@ def run_child(control: socket.socket, room: Room, files: "list[int]", timeout: f
     child = os.fork()
     if child == 0:
         os.close(failures)
+        control.close()
         child_main(room, files, timeout, memory, theirs)
     os.close(theirs)
     try:
@@ -568,7 +562,7 @@ def start_server(control_fd: str, mode: str, *paths: str) -> None:
         if server == 0:
             if LINUX:
                 libc("prctl", CHILD_SUBREAPER, 1, 0, 0, 0)
-            room = Room(isolated, box, readable, control)
+            room = Room(isolated, box, readable)
             warm_up()
             control.send(b"+" + room.missing.encode())
             serve(control, room)

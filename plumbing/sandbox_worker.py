@@ -82,12 +82,9 @@ class Worker:
             socket.send_fds(self.socket, [json.dumps([timeout, memory_mb << 20]).encode()], files)
             # without namespaces a candidate can stop its worker, which would then never reply
             self.socket.settimeout(timeout + (10 if Worker.mode == "isolated" else 0.9))
-            reply = self.socket.recv(1000)
-        except OSError:
-            reply = b""
-        if not reply:
-            raise WorkerDied
-        how, code, seconds, failure = json.loads(reply)
+            how, code, seconds, failure = json.loads(self.socket.recv(1000))
+        except (OSError, json.JSONDecodeError):  # an empty reply is no JSON
+            raise WorkerDied from None
         if failure:
             raise SandboxError(f"sandbox: {failure}")
         return how, code, seconds
