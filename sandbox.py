@@ -71,8 +71,7 @@ def run_tests(code: str, tests: "list[dict]", *, timeout: float = 10.0, memory_m
 
     A test is {"input": ..., "output": ...}, {"fn_name": ..., "args": [...], "expected": ...} or {"asserts": Python that
     calls the program's functions, "entry_point": the name of the one that counts, or ""}. The timeout is in seconds and
-    holds for each test. pool: whose workers to use. Raises SandboxError if the sandbox itself fails, ValueError for an
-    empty list of tests or for impossible limits.
+    holds for each test. Raises SandboxError if the sandbox itself fails, ValueError without tests or for bad limits.
     """
     if not tests:
         raise ValueError("sandbox: a program without tests has no label")

@@ -115,8 +115,7 @@ class Room:
         self.user = self.owner = 0  # the candidates' user, and the one as whom they use files; 0: that of this process
         self.ruleset, self.missing = None, ""  # of Landlock; what this system cannot give us
         self.empty_since = 0  # a time that moves with whatever is made, removed or renamed in the box
-        self.limits = {"FSIZE": OUTPUT_CAP, "NOFILE": 256, "CORE": 0, "MSGQUEUE": 0,
-                       "NPROC": 64,  # processes and threads of one run
+        self.limits = {"FSIZE": OUTPUT_CAP, "NOFILE": 256, "CORE": 0, "MSGQUEUE": 0, "NPROC": 64,  # and threads
                        "STACK": 120 << 20}  # Linux keeps 128 MB free below a stack
         if LINUX:
             self.choose_user()
@@ -250,10 +249,7 @@ def landlock(readable: "list[str]", writable: "list[str]") -> int:
 
 
 def child_main(room: Room, files: "list[int]", timeout: float, memory: int, failures: int) -> None:
-    """Enter the room, run the candidate, exit. Never returns.
-
-    If the child cannot enter, it writes the reason to the descriptor `failures`: this is no fault of the candidate.
-    """
+    """Enter the room, run the candidate, exit. Never returns. failures: a pipe for why the child cannot enter."""
     leave, say, status = os._exit, os.write, 1  # the functions are kept here, because a candidate can replace them
     program, *streams, call = files[:5]
     try:
@@ -288,10 +284,7 @@ def child_main(room: Room, files: "list[int]", timeout: float, memory: int, fail
 
 
 def run_candidate(program: int, call_file: int, wire_end: "int | None" = None) -> None:
-    """Run a program on its stdin, or call one of its functions, or be one of the two sides of asserts.
-
-    Raises whatever the candidate raises. An exit during a call leaves no answer, so it never passes a test.
-    """
+    """Run a program on its stdin, or call one of its functions, or be one of the two sides of asserts."""
     code = load_program(program)
     call = os.pread(call_file, os.fstat(call_file).st_size, 0)
     os.ftruncate(call_file, 0)
@@ -307,7 +300,7 @@ def run_candidate(program: int, call_file: int, wire_end: "int | None" = None) -
         run_asserts(code, name, wire)
         value = True
     else:
-        value = find_function(run_program(code, as_module=True), name)(*arguments)
+        value = find_function(run_program(code, as_module=True), name)(*arguments)  # an exit here leaves no answer
     os.pwrite(call_file, key + json.dumps(encode(value), separators=(",", ":")).encode(), 0)
 
 
@@ -350,7 +343,7 @@ def prelude() -> "dict[str, str]":
 
 
 def run_program(code: types.CodeType, as_module: bool) -> types.ModuleType:
-    """Execute a program in __main__ and return this module. as_module: skip what is under `if __name__ == "__main__"`."""
+    """Execute a program in __main__, and return this module. as_module: skip what stands under `if __name__ == ...`."""
     main = sys.modules["__main__"]
     for name in names_in(code) & prelude().keys():
         home = prelude()[name]

@@ -62,7 +62,8 @@ class Worker:
     def start(self, mode: str) -> str:
         """Start the server. Returns its first word: + and what is missing, or - and why it cannot start."""
         packages = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
-        command = [sys.executable, "-S", "-s", "-X", "int_max_str_digits=50000", os.path.abspath(sandbox_child.__file__)]
+        program = os.path.abspath(sandbox_child.__file__)
+        command = [sys.executable, "-S", "-s", "-X", "int_max_str_digits=50000", program]
         self.socket, theirs = socket.socketpair()
         try:
             with theirs:
@@ -77,7 +78,7 @@ class Worker:
             raise SandboxError(f"sandbox: cannot start a worker: {error}") from None
 
     def run(self, files: "list[int]", timeout: float, memory_mb: int) -> "tuple[str, int | None, float]":
-        """Run once. Returns "timeout", "memory" or "", the exit code and the seconds. Raises WorkerDied, SandboxError."""
+        """Run once. Returns "timeout", "memory" or "", the exit code and the seconds. Raises WorkerDied."""
         try:
             socket.send_fds(self.socket, [json.dumps([timeout, memory_mb << 20]).encode()], files)
             # without namespaces a candidate can stop its worker, which would then never reply
