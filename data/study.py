@@ -239,7 +239,8 @@ def two_level(terms: list[tuple[int, np.ndarray]], draws: int = 4000) -> dict:
 
     terms: (sign, table [S, P, 2]); the figure is their signed sum: one term for a value, two for a gain, four for a
     difference of gains. All terms are drawn with the same seeds and problems, so differences are paired. In a draw all
-    seeds have the same problems, because they were measured on the same ones.
+    seeds have the same problems, because they were measured on the same ones. A few seeds say little about all seeds:
+    with two, half of the draws are one seed twice.
     """
     seeds, problems = terms[0][1].shape[:2]
     chosen, weights = draw(seeds, problems, draws)
