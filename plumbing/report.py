@@ -24,45 +24,39 @@ CURVE = (1, 2, 4, 8)  # the N's in the plot of Best-of-N
 
 def per_problem(judged: list, metric) -> np.ndarray:
     """Return [P, 2]: for each problem the sum of a metric over its groups, and how many of its groups count."""
-    sums = defaultdict(lambda: [0.0, 0])
+    values = defaultdict(list)
     for one in judged:
-        value, entry = metric(one.ranked), sums[one.group.problem.id]
-        if value is not None:
-            entry[0] += value
-            entry[1] += 1
-    return np.array(list(sums.values()))
+        values[one.group.problem.id].append(metric(one.ranked))
+    counted = [[value for value in own if value is not None] for own in values.values()]
+    return np.array([[sum(own), len(own)] for own in counted], dtype=float)
 
 
 def best_of_n(judged: list, finals: list, metrics: dict) -> dict[str, np.ndarray]:
     """Return the curve of Best-of-N: N -> a table as per_problem returns it. N = 8 is there if there are finals."""
-    names = {"1": "pass1", "2": "best_of_2", "4": "best_of_4"}
-    tables = {n: per_problem(judged, metrics[name]) for n, name in names.items()}
+    tables = {n: per_problem(judged, metrics[m]) for n, m in (("1", "pass1"), ("2", "best_of_2"), ("4", "best_of_4"))}
     return tables | ({"8": per_problem(finals, metrics["best_of_4"])} if finals else {})
 
 
 def oracle_of_n(judged: list) -> dict[str, np.ndarray]:
-    """Return the upper bound of that curve: how often at least one of N programs is correct.
+    """Return the upper bound of that curve: how often at least one of N programs is correct, where there are N.
 
-    c of a problem's n programs, all its groups together, are correct: 1 - C(n - c, N) / C(n, N), which is unbiased. An
-    N above n is left out.
+    c of a problem's n programs, all its groups together, are correct: 1 - C(n - c, N) / C(n, N), which is unbiased.
     """
     labels = defaultdict(list)
     for one in judged:
         labels[one.group.problem.id] += one.ranked
-    fewest = min(map(len, labels.values()))
     return {str(n): np.array([[1 - comb(own.count(0), n) / comb(len(own), n), 1.0] for own in labels.values()])
-            for n in CURVE if n <= fewest}
+            for n in CURVE if n <= min(map(len, labels.values()))}
 
 
 def interval(tables: list[np.ndarray], seed: int = 0, draws: int = 4000) -> dict[str, float | None]:
     """Return the mean of a metric with its 95 % bootstrap interval, in per cent. For two tables: of the gain b - a.
 
-    Problems are drawn, not groups, because the groups of one problem are not independent. A gain is paired: both
-    tables are drawn with the same problems. The figures are None if no group counts.
+    Problems are drawn, not groups, because the groups of one problem are not independent. A gain is paired: it is drawn
+    with the same problems in both tables. The figures are None if no group counts.
     """
-    count = len(tables[0])
-    drawn = np.random.default_rng(seed).integers(count, size=(draws, count))
-    rows = np.concatenate([np.arange(count)[None], drawn])  # [1 + draws, P] problems; the first row is the mean's
+    drawn = np.random.default_rng(seed).integers(len(tables[0]), size=(draws, len(tables[0])))
+    rows = np.vstack([np.arange(len(tables[0])), drawn])  # [1 + draws, P] problems; the first row is the mean's
     with np.errstate(invalid="ignore", divide="ignore"):
         means = [100 * table[rows, 0].sum(-1) / table[rows, 1].sum(-1) for table in tables]
         values = means[1] - means[0] if len(means) == 2 else means[0]
@@ -91,33 +85,24 @@ def summarise(rows: dict[str, list], metrics: dict) -> dict:
     """Return rows, gains and counts of report.json. A gain is row 2 or 3 minus row 1, the base (paper, table 2)."""
     tables = {name: {m: per_problem(judged, metrics[m]) for m in metrics} for name, judged in rows.items()}
     gains = {gain: row for gain, row in (("judge", "trained_judge"), ("both", "trained")) if row in rows}
+    counts = {}
+    for name, judged in rows.items():
+        counts[name] = {"groups": len(judged), "mixed groups": sum(len(set(one.ranked)) > 1 for one in judged)}
+        counts[name]["malformed rankings"] = sum(one.malformed for one in judged)
+        counts[name]["answers without a program"] = sum(len(one.ranked) - len(one.group.candidates) for one in judged)
     return {
         "rows": {name: {m: interval([own[m]]) for m in metrics} for name, own in tables.items()},
         "gains": {g: {m: interval([tables["base"][m], tables[row][m]]) for m in metrics} for g, row in gains.items()},
-        "counts": {name: counts(judged) for name, judged in rows.items()},
-    }
-
-
-def counts(judged: list) -> dict[str, int]:
-    """Count the groups that were judged, and those of them that are special."""
-    return {
-        "groups": len(judged),
-        "mixed groups": sum(len(set(one.ranked)) > 1 for one in judged),
-        "malformed rankings": sum(one.malformed for one in judged),
-        "answers without a program": sum(len(one.ranked) - len(one.group.candidates) for one in judged),
+        "counts": counts,
     }
 
 
 # -------------------------------------------------------------------------------------------------------- the tables
 
-TITLES = {
-    "base": "base", "trained_judge": "trained judge, base's candidates", "trained": "trained generator and judge",
-    "judge": "gain of the judge", "both": "gain of both",
-}
-COLUMNS = {
-    "pass1": "pass@1", "ndcg_all": "NDCG", "ndcg_mixed": "NDCG mixed", "ndcg_random": "(random order)",
-    "best_of_4": "Best-of-4", "oracle": "oracle of 4",
-}
+TITLES = {"base": "base", "trained_judge": "trained judge, base's candidates", "trained": "trained generator and judge",
+          "judge": "gain of the judge", "both": "gain of both"}
+COLUMNS = {"pass1": "pass@1", "ndcg_all": "NDCG", "ndcg_mixed": "NDCG mixed", "ndcg_random": "(random order)",
+           "best_of_4": "Best-of-4", "oracle": "oracle of 4"}
 JUDGES = {"base": ("base", "trained_judge"), "trained": ("trained",)}  # generator -> the judges of its candidates
 NOTE = ("Per cent, with 95 % bootstrap intervals over problems; gains are paired differences to the base. NDCG counts "
         "a group without a correct candidate as 0; NDCG mixed has only groups with both kinds, and a random order "
@@ -165,8 +150,7 @@ def curve_table(figures: dict) -> str:
 def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, args: dict, out: Path) -> str:
     """Write report.json, report.md, examples.md and judged.jsonl. Return the text of report.md.
 
-    With matplotlib, write best_of_n.png and curves.png too. finals may be empty: one group a problem makes none.
-    args: the settings of the run.
+    With matplotlib, write best_of_n.png and curves.png too. finals may be empty. args: the settings of the run.
     """
     summary = summarise(rows, metrics)
     for name in [name for name, own in finals.items() if own]:
@@ -227,20 +211,17 @@ def examples(rows: dict[str, list]) -> str:
         parts.append(f"## {group.problem.id}\n\n{group.problem.question}")
         for number, c in enumerate(group.candidates, 1):
             parts.append(f"Candidate {number}, {'correct' if c.correct else 'wrong'}:\n```python\n{c.code}\n```")
-        for name in JUDGES["base"]:
-            if name in rows:
-                parts.append(f"The judge's answer, {TITLES[name]}:\n\n````\n{rows[name][i].answer}\n````")
+        for name in [name for name in JUDGES["base"] if name in rows]:
+            parts.append(f"The judge's answer, {TITLES[name]}:\n\n````\n{rows[name][i].answer}\n````")
     return "\n\n".join(parts) + "\n"
 
 
 # --------------------------------------------------------------------------------------------------------- the plots
 
 COLOURS = {"base": "#6b6b6b", "trained_judge": "#d1700f", "trained": "#1f5fbf"}  # of the rows, in every plot
-LOGGED = {  # the lines of metrics.jsonl that curves.png shows, and their titles
-    "reward": "reward", "ref_kl": "KL to the reference, nats a token", "entropy": "entropy, nats a token",
-    "malformed": "malformed, share", "zero_variance": "groups of equal rewards, share",
-    "answer_tokens": "tokens an answer",
-}
+LOGGED = {"reward": "reward", "ref_kl": "KL to the reference, nats a token", "entropy": "entropy, nats a token",
+          "malformed": "malformed, share", "zero_variance": "groups of equal rewards, share",
+          "answer_tokens": "tokens an answer"}  # the lines of metrics.jsonl that curves.png shows, and their titles
 
 
 def new_figure(size: tuple[float, float]):
