@@ -337,8 +337,8 @@ class HubSet(NamedTuple):
     before: str = "9999"  # the first contest date that is no longer included
 
 
-# test6.jsonl holds what LiveCodeBench v6 adds (until April 2025), test5.jsonl what v5 adds (until January 2025); both may
-# hold earlier days. No offline test can check that, so load_problems compares with PAPER_COUNTS on each loading.
+# test6.jsonl holds what LiveCodeBench v6 adds (until April 2025), test5.jsonl what v5 adds (until January 2025); both
+# may hold earlier days. No offline test can check that, so load_problems compares with PAPER_COUNTS on each loading.
 LIVE = "livecodebench/code_generation_lite"
 HUB = {
     "rstar-coder": HubSet("microsoft/rStar-Coder", ("seed_testcase/*.parquet",)),
