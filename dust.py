@@ -28,7 +28,7 @@ from pathlib import Path
 
 import rank_prompt
 import sandbox
-from plumbing.problems import BadInput, Problem, load_problems, seed_for, without_overlap
+from plumbing.problems import BadInput, Problem, load_train_and_eval, seed_for
 from plumbing.settings import arg, check_bounds, read_options
 
 HERE = Path(__file__).resolve().parent
@@ -224,30 +224,7 @@ class RankedGroup:
         return [int(candidate.correct) for candidate in self.ordered]
 
 
-# ---------------------------------------------------------------------------------------- problems, model and prompts
-
-
-def read_problems(args: Args) -> tuple[list[Problem], list[Problem]]:
-    """The problems of --train (none with --eval-only) and those of --eval.
-
-    A training problem that also stands in --eval is left out and counted, because a gain on what was trained on is no
-    gain. Only where both options name the same file nothing is left out: then the user wants to see memorising.
-    """
-    held_out = load_problems(args.eval)
-    count = min(args.eval_limit or len(held_out), len(held_out))
-    spread = [held_out[i * len(held_out) // count] for i in range(count)]
-    if args.eval_only:
-        return [], spread
-    if args.train == args.eval:
-        tqdm.write(f"--train and --eval are the same, {args.train}: what is measured was trained on")
-        return load_problems(args.train, args.limit), spread
-    enough = args.limit and args.limit + len(held_out)  # a public set can be long, and few of it are wanted
-    problems, removed = without_overlap(load_problems(args.train, enough), held_out)
-    if removed:
-        tqdm.write(f"{removed} of {removed + len(problems)} problems of --train left out: they stand in --eval too")
-    if not problems:
-        raise BadInput(f"every problem of --train {args.train} stands in --eval {args.eval} too: use others")
-    return problems[: args.limit or None], spread
+# ------------------------------------------------------------------------------------------------- model and prompts
 
 
 def load(name: str, args: Args, option: str = "--model"):
@@ -679,7 +656,7 @@ def run(args: Args) -> None:
     args = replace(args, optimizer=optimizer)
     if args.init:
         models.count_parameters(args.init, "--init")  # a wrong name is found now, not in hours
-    problems, held_out = read_problems(args)
+    problems, held_out = load_train_and_eval(args)
     model, tokenizer = load(args.model, args)
     runs.open_run(out, before, args, problems, held_out)
     print(f"DuST -> {out}")

@@ -96,11 +96,29 @@ def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
     return problems
 
 
-def without_overlap(train: list[Problem], held_out: list[Problem]) -> tuple[list[Problem], int]:
-    """Return the training problems whose statement is in no held-out problem, and the number of the others."""
-    seen = {normalised(problem.question) for problem in held_out}
-    kept = [problem for problem in train if normalised(problem.question) not in seen]
-    return kept, len(train) - len(kept)
+def load_train_and_eval(args) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems of --train (none with --eval-only) and those of --eval. args: dust.Args.
+
+    A training problem that also stands in --eval is left out and counted, because a gain on what was trained on is no
+    gain. If both options name the same file, all problems stay: then the user wants to see memorising.
+    """
+    held_out = load_problems(args.eval)
+    count = min(args.eval_limit or len(held_out), len(held_out))
+    spread = [held_out[i * len(held_out) // count] for i in range(count)]
+    if args.eval_only:
+        return [], spread
+    if args.train == args.eval:
+        print(f"--train and --eval are the same, {args.train}: what is measured was trained on")
+        return load_problems(args.train, args.limit), spread
+    enough = args.limit and args.limit + len(held_out)  # a public set can be long, and few of it are wanted
+    loaded, seen = load_problems(args.train, enough), {normalised(problem.question) for problem in held_out}
+    problems = [problem for problem in loaded if normalised(problem.question) not in seen]
+    if len(problems) < len(loaded):
+        left_out = len(loaded) - len(problems)
+        print(f"{left_out} of {len(loaded)} problems of --train left out: they stand in --eval too")
+    if not problems:
+        raise BadInput(f"every problem of --train {args.train} stands in --eval {args.eval} too: use others")
+    return problems[: args.limit or None], spread
 
 
 def normalised(statement: str) -> str:
