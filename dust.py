@@ -22,14 +22,13 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from math import comb
 from pathlib import Path
 
 import rank_prompt
 import sandbox
 from plumbing.problems import BadInput, Problem, load_train_and_eval, seed_for
-from plumbing.settings import arg, check_bounds, read_options
+from plumbing.settings import arg, check_settings, read_options
 
 HERE = Path(__file__).resolve().parent
 BEST_OF = 4  # N of Best-of-N: programs in an evaluation group (paper 2.1)
@@ -143,23 +142,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     problems = {} if shipped or preset == "laptop" else REAL_PROBLEMS
     quick = QUICK if given.get("quick") else {}
     args = Args(**problems | PRESETS[preset] | quick | given | {"preset": preset})
-    check_bounds(args)
-    wrong = {
-        f"--group-size {args.group_size} is larger than --candidates {args.candidates}; sample at least as many "
-        "candidates as stand in a group": args.group_size > args.candidates,
-        f"--timeout is {args.timeout}; it has to be below 1000000 seconds": args.timeout >= 1e6,
-        f"--dual-clip is {args.dual_clip}; it has to be above 1, the ratio of an unchanged model, or 0":
-            0 < args.dual_clip <= 1,
-        "--init works only without --eval-only; to measure a run's model: --eval-only --model FOLDER":
-            args.init and args.eval_only,
-        "--teacher works only with --mode sft": args.teacher and args.mode != "sft",
-        "--lora needs the package peft: pip install peft": args.lora and not find_spec("peft"),
-        "--shard spreads all weights over torchrun's processes: start it with torchrun, without --lora":
-            args.shard and (args.lora or "WORLD_SIZE" not in os.environ),
-    }
-    for message, applies in wrong.items():
-        if applies:
-            raise BadInput(message)
+    check_settings(args)
     return args
 
 
