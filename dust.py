@@ -188,8 +188,7 @@ class Group:
 
     def shuffled(self, *seed) -> "Group":
         """The same group in another order, because a judge must not learn positions (trap 3 in tutorial.md)."""
-        order = random.Random(seed_for(*seed)).sample(self.candidates, len(self.candidates))
-        return Group(self.problem, order)
+        return Group(self.problem, random.Random(seed_for(*seed)).sample(self.candidates, len(self.candidates)))
 
 
 @dataclass
