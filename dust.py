@@ -22,14 +22,13 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from math import comb
 from pathlib import Path
 
 import rank_prompt
 import sandbox
-from plumbing.problems import BadInput, Problem, load_problems, seed_for, without_overlap
-from plumbing.settings import arg, check_bounds, read_options
+from plumbing.problems import BadInput, Problem, load_train_and_eval, seed_for
+from plumbing.settings import arg, check_settings, read_options
 
 HERE = Path(__file__).resolve().parent
 BEST_OF = 4  # N of Best-of-N: programs in an evaluation group (paper 2.1)
@@ -143,23 +142,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     problems = {} if shipped or preset == "laptop" else REAL_PROBLEMS
     quick = QUICK if given.get("quick") else {}
     args = Args(**problems | PRESETS[preset] | quick | given | {"preset": preset})
-    check_bounds(args)
-    wrong = {
-        f"--group-size {args.group_size} is larger than --candidates {args.candidates}; sample at least as many "
-        "candidates as stand in a group": args.group_size > args.candidates,
-        f"--timeout is {args.timeout}; it has to be below 1000000 seconds": args.timeout >= 1e6,
-        f"--dual-clip is {args.dual_clip}; it has to be above 1, the ratio of an unchanged model, or 0":
-            0 < args.dual_clip <= 1,
-        "--init works only without --eval-only; to measure a run's model: --eval-only --model FOLDER":
-            args.init and args.eval_only,
-        "--teacher works only with --mode sft": args.teacher and args.mode != "sft",
-        "--lora needs the package peft: pip install peft": args.lora and not find_spec("peft"),
-        "--shard spreads all weights over torchrun's processes: start it with torchrun, without --lora":
-            args.shard and (args.lora or "WORLD_SIZE" not in os.environ),
-    }
-    for message, applies in wrong.items():
-        if applies:
-            raise BadInput(message)
+    check_settings(args)
     return args
 
 
@@ -205,8 +188,7 @@ class Group:
 
     def shuffled(self, *seed) -> "Group":
         """The same group in another order, because a judge must not learn positions (trap 3 in tutorial.md)."""
-        order = random.Random(seed_for(*seed)).sample(self.candidates, len(self.candidates))
-        return Group(self.problem, order)
+        return Group(self.problem, random.Random(seed_for(*seed)).sample(self.candidates, len(self.candidates)))
 
 
 @dataclass
@@ -224,49 +206,18 @@ class RankedGroup:
         return [int(candidate.correct) for candidate in self.ordered]
 
 
-# ---------------------------------------------------------------------------------------- problems, model and prompts
-
-
-def read_problems(args: Args) -> tuple[list[Problem], list[Problem]]:
-    """The problems of --train (none with --eval-only) and those of --eval.
-
-    A training problem that also stands in --eval is left out and counted, because a gain on what was trained on is no
-    gain. Only where both options name the same file nothing is left out: then the user wants to see memorising.
-    """
-    held_out = load_problems(args.eval)
-    count = min(args.eval_limit or len(held_out), len(held_out))
-    spread = [held_out[i * len(held_out) // count] for i in range(count)]
-    if args.eval_only:
-        return [], spread
-    if args.train == args.eval:
-        tqdm.write(f"--train and --eval are the same, {args.train}: what is measured was trained on")
-        return load_problems(args.train, args.limit), spread
-    enough = args.limit and args.limit + len(held_out)  # a public set can be long, and few of it are wanted
-    problems, removed = without_overlap(load_problems(args.train, enough), held_out)
-    if removed:
-        tqdm.write(f"{removed} of {removed + len(problems)} problems of --train left out: they stand in --eval too")
-    if not problems:
-        raise BadInput(f"every problem of --train {args.train} stands in --eval {args.eval} too: use others")
-    return problems[: args.limit or None], spread
+# ------------------------------------------------------------------------------------------------- model and prompts
 
 
 def load(name: str, args: Args, option: str = "--model"):
     """(model, tokenizer) of a name or folder, ready for rollouts and updates. option: the setting that named it."""
-    model, tokenizer = models.load_model(name, optimizer=args.optimizer, shard=args.shard, device=args.device,
-                                         effort=args.reasoning_effort, option=option)
+    settings = dict(optimizer=args.optimizer, shard=args.shard, device=args.device, effort=args.reasoning_effort)
+    model, tokenizer = models.load_model(name, **settings, option=option)
     if not end_ids(model, tokenizer):
         raise BadInput(f"{option} {name}: nothing names an end-of-text token")
     if reason := grpo.enable_sharing(model):
         tqdm.write(f"{option} {name} reads a prompt again for each of its answers, which is slower: {reason}")
     return model, tokenizer
-
-
-def load_init(tokenizer, args: Args):
-    """The model of --init. Raises BadInput if it has other tokens than --model."""
-    model, its_tokenizer = load(args.init, args, "--init")
-    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
-    return model
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -587,11 +538,8 @@ def evaluation_groups(model, tokenizer, problems: list[Problem], args: Args, ste
     for candidate in candidates:
         by_problem[candidate.problem_id].append(candidate)
     unsolved = [Candidate("", "", None)] * BEST_OF * args.repeats  # a problem without answers counts as not solved
-    groups = []
-    for problem in problems:
-        drawn = by_problem[problem.id] or unsolved
-        groups += [Group(problem, drawn[i : i + BEST_OF]) for i in range(0, len(drawn), BEST_OF)]
-    return groups
+    return [Group(problem, (by_problem[problem.id] or unsolved)[i : i + BEST_OF])
+            for problem in problems for i in range(0, BEST_OF * args.repeats, BEST_OF)]
 
 
 def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Path) -> list[RankedGroup]:
@@ -635,10 +583,9 @@ def final_groups(ranked: list[RankedGroup], repeats: int) -> list[Group]:
     """
     finals = []
     for start in range(0, len(ranked), repeats):
-        of_problem = ranked[start : start + repeats]
-        for first, second in zip(of_problem[::2], of_problem[1::2]):
-            best = [c for one in (first, second) for c in one.ordered[: len(one.ordered) // 2]]
-            finals.append(Group(first.group.problem, best))
+        for first in range(start, start + repeats - 1, 2):
+            best = [c for one in ranked[first : first + 2] for c in one.ordered[: len(one.ordered) // 2]]
+            finals.append(Group(ranked[first].group.problem, best))
     return finals
 
 
@@ -691,7 +638,7 @@ def run(args: Args) -> None:
     args = replace(args, optimizer=optimizer)
     if args.init:
         models.count_parameters(args.init, "--init")  # a wrong name is found now, not in hours
-    problems, held_out = read_problems(args)
+    problems, held_out = load_train_and_eval(args)
     model, tokenizer = load(args.model, args)
     runs.open_run(out, before, args, problems, held_out)
     print(f"DuST -> {out}")
@@ -714,7 +661,9 @@ def run(args: Args) -> None:
     if not args.eval_only:
         if args.init:
             del model  # two models do not always fit the memory
-            model = load_init(tokenizer, args)
+            model, its_tokenizer = load(args.init, args, "--init")
+            if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+                raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
         train(model, tokenizer, problems, groups, args, out)
         rows["trained_judge"] = rank_all(model, tokenizer, base, args, out / "judge")
         drawn = evaluation_groups(model, tokenizer, held_out, args, out / "trained")

@@ -16,8 +16,6 @@ Shapes: B prompts or rows, G answers to a prompt, n rows (answers being decoded)
 N answer tokens of a whole batch laid end to end, T tokens of a packed row, V vocabulary, H hidden; in attention Q query
 heads, K key heads, D numbers a head. Log-probs are natural logarithms, in fp32.
 """
-import contextlib
-import inspect
 import math
 import warnings
 from bdb import BdbQuit
@@ -34,9 +32,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationConfig
 
 from plumbing import ranks
+from plumbing.batches import my_micro_batches, split_by_size
 from plumbing.fast_decode import SharedCache
 from plumbing.models import lora_disabled
-from plumbing.shared_prompt import SHARED_ATTENTION, Packed, body, split_by_size
+from plumbing.shared_prompt import (SHARED_ATTENTION, Packed, body, has_key_cache, plain_attention,
+                                    positions_follow_longest_row, shares_prompts, takes)
 
 MAX_GRADIENT_NORM = 1.0
 DRAWS_AHEAD = 64  # uniform numbers that each answer draws at a time
@@ -124,8 +124,8 @@ def policy_loss(
 def token_weights(lengths: list[int], loss: str) -> list[float]:
     """For each answer of a mini-batch, the weight of each of its tokens in the loss. All weights together sum to 1.
 
-    lengths: [answers], the tokens of every answer in the mini-batch, groups of equal rewards included. So the weights do
-    not depend on how the mini-batch is later cut into micro-batches, or shared over ranks.
+    lengths: [answers], the tokens of every answer in the mini-batch, groups of equal rewards included. So the weights
+    do not depend on how the mini-batch is later cut into micro-batches, or shared over ranks.
     loss: "sequence" takes the mean over each answer's tokens, then over the answers (GRPO and the paper). "token" takes
     the mean over all tokens, so that a long answer counts more (DAPO and the paper's release). Else ValueError.
     """
@@ -163,14 +163,13 @@ def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, g
 
     A group is never split between mini-batches. A group of equal rewards is skipped. Only its KL term is lost: the
     denominator still includes it. A mini-batch of only such groups makes no step, because momentum and weight decay
-    would move the weights without a gradient.
+    would move the weights without a gradient. args.mode "sft": learn every answer by cross-entropy; rewards, logps,
+    finished, clipping and kl play no part.
 
-    args.mode "sft": learn every answer by cross-entropy; rewards, logps, finished, clipping and kl play no part.
-
-    Returns averages over trained tokens: entropy, clip_share, old_kl, ref_kl, rollout_gap (how far the training
-    forward's log-probs lie from those at sampling; warns above 0.05); averages over steps: loss, grad_norm (before
-    clipping); and zero_variance (the share of groups skipped), tokens (trained, epochs counted), stepped (steps made),
-    skipped (steps left out, with a warning, because their gradient was not finite).
+    Returns averages over trained tokens: entropy, clip_share, old_kl, ref_kl, rollout_gap (how far the log-probs lie
+    from those at sampling; warns above 0.05); averages over steps: loss, grad_norm (before clipping); and zero_variance
+    (the share of groups skipped), tokens (epochs counted), stepped (steps made), skipped (steps whose gradient was not
+    finite; warns).
     """
     supervised = args.mode == "sft"
     if args.kl > 0 and not supervised and reference is None:
@@ -189,9 +188,12 @@ def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, g
     totals, norms = Counter(), []
     for mini_batch in mini_batches:
         chosen = [groups[i] for i in mini_batch]
-        set_weights(chosen, args.loss)
         if not any(map(teaches, chosen)):
             continue
+        examples = [example for group in chosen for example in group]
+        weights = token_weights([len(example.answer) for example in examples], args.loss)
+        for example, weight in zip(examples, weights):
+            example.weight = weight
         optimizer.zero_grad(set_to_none=True)
         sums = backward(model, list(filter(teaches, chosen)), args, supervised)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
@@ -210,10 +212,10 @@ def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict
     """
     sums = dict.fromkeys(["loss", "clip", "old_kl", "ref_kl", "entropy", "rollout_gap", "tokens"], 0.0)
     clips = dict(clip_low=args.clip, clip_high=args.clip_high or args.clip, dual_clip=args.dual_clip or None)
-    for micro_batch, counts in my_micro_batches(model, groups, args.micro_tokens):
-        logp, entropy = ranks.run_forward(model, group_logprobs, micro_batch, args.temperature)  # [N]
+    for micro_batch, counts in my_micro_batches(groups, args.micro_tokens, shares_prompts(model)):
+        logp, entropy = ranks.run_forward(model, logprobs, as_pairs(micro_batch), args.temperature)  # [N]
         field = partial(lay_out, micro_batch, logp)
-        old = logp.detach() if field("old_logp") is None else field("old_logp")  # then the ratio is 1, with its gradient
+        old = logp.detach() if field("old_logp") is None else field("old_logp")  # detached: a ratio of 1, with gradient
         loss, diagnostics = policy_loss(logp, old, field("advantage"), field("ref_logp"), kl=args.kl, **clips)
         if supervised:
             loss = -logp
@@ -239,17 +241,14 @@ def make_examples(rollout: Rollout, supervised: bool) -> list[Example]:
     return [Example(rollout.prompt, *fields) for fields in zip(rollout.answers, advantages, logps)]
 
 
+def as_pairs(groups: list[list[Example]]) -> list[tuple[Tensor, list[Tensor]]]:
+    """Groups as logprobs takes them: (prompt, its answers)."""
+    return [(group[0].prompt, [example.answer for example in group]) for group in groups]
+
+
 def teaches(group: list[Example]) -> bool:
     """Whether a group has a gradient: with equal rewards all of its advantages are 0."""
     return any(example.advantage for example in group)
-
-
-def set_weights(groups: list[list[Example]], loss: str) -> None:
-    """Set the weight of every example of a mini-batch."""
-    examples = [example for group in groups for example in group]
-    weights = token_weights([len(example.answer) for example in examples], loss)
-    for example, weight in zip(examples, weights):
-        example.weight = weight
 
 
 def lay_out(groups: list[list[Example]], like: Tensor, name: str) -> Tensor | None:
@@ -264,41 +263,13 @@ def lay_out(groups: list[list[Example]], like: Tensor, name: str) -> Tensor | No
     return torch.tensor(values).repeat_interleave(lengths).to(like)
 
 
-def my_micro_batches(model, groups: list[list[Example]], micro_tokens: int) -> list[tuple[list[list[Example]], bool]]:
-    """The micro-batches of this rank's share of the groups, and whether each counts.
-
-    Every rank runs as many forwards, because a forward of a sharded model waits for all ranks. A rank with less work
-    repeats the shortest answer of all, which does not count.
-    """
-    batches = micro_batches(ranks.share(groups), micro_tokens, shares_prompts(model))
-    missing = max(ranks.gather(len(batches))) - len(batches)
-    shortest = sorted((e for group in groups for e in group), key=lambda e: len(e.prompt) + len(e.answer))[:1]
-    return [(batch, True) for batch in batches] + [([shortest], False)] * missing
-
-
-def micro_batches(groups: list[list[Example]], micro_tokens: int, shared: bool) -> list[list[list[Example]]]:
-    """Batches of groups, of at most micro_tokens tokens each, the padding of unshared rows included.
-
-    A larger group is cut into parts of its answers, each with the prompt again. One answer with its prompt is the least.
-    """
-    parts, sizes = [], []
-    for group in groups:
-        prompt, longest = len(group[0].prompt), max(len(e.answer) for e in group)
-        answers = [len(e.answer) if shared else prompt + longest for e in group]
-        once = prompt if shared else 0  # tokens that each part adds to its answers
-        for part in split_by_size(answers, micro_tokens - once):
-            parts.append(group[part])
-            sizes.append(once + sum(answers[part]))
-    return [parts[batch] for batch in split_by_size(sizes, micro_tokens)]
-
-
 @torch.no_grad()
 def remember_logprobs(model, groups: list[list[Example]], name: str, args) -> None:
     """Set the field name (old_logp or ref_logp) of every example to this model's log-probs, on every rank."""
     model.eval()
     mine = []  # of the examples in this rank's share
-    for micro_batch, counts in my_micro_batches(model, groups, args.micro_tokens):
-        logp, _ = ranks.run_forward(model, group_logprobs, micro_batch, args.temperature)
+    for micro_batch, counts in my_micro_batches(groups, args.micro_tokens, shares_prompts(model)):
+        logp, _ = ranks.run_forward(model, logprobs, as_pairs(micro_batch), args.temperature)
         mine += logp.cpu().split([len(e.answer) for group in micro_batch for e in group]) if counts else []
     for rank, values in enumerate(ranks.gather(mine)):
         examples = [e for group in groups[rank :: ranks.world()] for e in group]  # as in ranks.share
@@ -348,8 +319,8 @@ def rollout(
             answers = draw(model, batch_prompts, batch_seeds, sampling, max_new_tokens, list(eos_ids))
             owners = [i for i, part_seeds in parts[batch] for _ in part_seeds]
             for i, (tokens, logps, finished) in zip(owners, answers):
-                rollouts[i].answers.append(tokens.clone())  # tensors made in inference mode cannot enter a backward pass
-                rollouts[i].logps.append(logps.clone())
+                rollouts[i].answers.append(tokens.clone())  # clone: tensors made in inference mode cannot enter a
+                rollouts[i].logps.append(logps.clone())  # backward pass
                 rollouts[i].finished.append(finished)
     return rollouts
 
@@ -468,28 +439,6 @@ class PlainCache:
         self.mask, self.length, self.logits = self.mask[rows], self.length[rows], self.logits[rows]
 
 
-def takes(model, argument: str) -> bool:
-    """Whether the model's forward has an argument of this name."""
-    return argument in inspect.signature(model.forward).parameters
-
-
-def has_key_cache(model) -> bool:
-    """Whether generate can serve this model: it keeps keys and values at positions that it is told, and nothing else.
-
-    Not so recurrent states (Mamba, Qwen3-Next), and rotary positions that change with the longest row.
-    """
-    return takes(model, "position_ids") and not model._is_stateful and not positions_follow_longest_row(model)
-
-
-def positions_follow_longest_row(model) -> bool:
-    """Whether the rotary positions of one row depend on the longest row of its batch."""
-    config = model.config.get_text_config()
-    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    rotaries = [rotary, *(part for part in rotary.values() if isinstance(part, dict))]  # one for each type of layer
-    kinds = [str(part.get("rope_type") or part.get("type")) for part in rotaries]
-    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
-
-
 def generate_with_transformers(
     model, prompts: list[Tensor], seeds: list[list[int]], sampling: Sampling, max_new_tokens: int, eos_ids: list[int]
 ) -> list[tuple[Tensor, Tensor, bool]]:
@@ -524,28 +473,9 @@ def generate_with_transformers(
 
 # ---------------------------------------------------------------------- one prompt for all of its answers, exactly
 #
-# A ranking prompt is long, and its G answers share it. So the model reads it once for all of them, in the rollout and in
-# the update, with the same log-probs and gradients as if each answer had a row of its own. The layers run as they are;
-# where they attend, they call shared_attention, which hands their queries, keys and values to the layout of this
-# forward: Packed (the update, and the prompts of a rollout) or SharedCache (a step of a rollout). That is all that a
-# model has to offer; enable_sharing finds out whether it does.
-
-
-def shares_prompts(model) -> bool:
-    """Whether enable_sharing has switched this model."""
-    return model.config._attn_implementation == SHARED_ATTENTION
-
-
-@contextlib.contextmanager
-def plain_attention(model):
-    """Inside, the model attends as transformers does by default."""
-    before = model.config._attn_implementation
-    if before == SHARED_ATTENTION:
-        model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
+# A ranking prompt is long, and its G answers share it. So the model reads it once for all of them, in the rollout and
+# in the update, with the same log-probs and gradients as if each answer had a row of its own. The layers run as they
+# are. Where they attend, plumbing/shared_prompt.py decides which token sees which.
 
 
 def token_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -592,11 +522,6 @@ def logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: floa
     if shares_prompts(model):
         return packed_logprobs(model, groups, temperature)
     return tuple(map(torch.cat, zip(*(plain_logprobs(model, *group, temperature) for group in groups))))
-
-
-def group_logprobs(model, groups: list[list[Example]], temperature: float) -> tuple[Tensor, Tensor]:
-    """logprobs of groups of examples: log-probs and entropies [N], in their order."""
-    return logprobs(model, [(group[0].prompt, [e.answer for e in group]) for group in groups], temperature)
 
 
 def answer_logprobs(model, prompt: Tensor, answers: list[Tensor], *, temperature: float = 1.0) -> list[Tensor]:

@@ -1,8 +1,6 @@
 """Run programs that a model wrote, and decide whether they pass their tests (paper 2.2: y = 1 only if all pass).
 
 `run_tests` gives the verdict on one program, `Pool.label` labels many at a time, `run` runs one without a verdict.
-From top to bottom: the verdict, one run, many programs at a time. Read this page and the verdict with the paper.
-
 Each test of a program has a new process: a worker (plumbing/sandbox_worker.py) is a small server that forks a child
 for each run (plumbing/sandbox_child.py). Source, inputs and outputs are memory files that travel over a socket. The
 expected values never leave this process.
@@ -39,13 +37,12 @@ import socket
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Iterable, Iterator, NamedTuple
 
-from plumbing.sandbox_child import EXITED, OUT_OF_MEMORY, OUTPUT_CAP, SOURCE, TIMED_OUT, encode
+from plumbing.sandbox_child import OUTPUT_CAP, encode
 from plumbing.sandbox_worker import SandboxError, Worker, WorkerDied, memory_file
 
 
 class Result(NamedTuple):
     """One run of a program."""
-
     status: str  # ok, error, timeout, memory, output (too much of it) or refused (no compiler could read the code)
     stdout: str
     stderr: str
@@ -55,7 +52,6 @@ class Result(NamedTuple):
 
 class Verdict(NamedTuple):
     """What a program's tests say about it. True where it passed them all."""
-
     passed: bool
     results: "list[Result]"  # up to the first test that failed
     failed_test: "int | None"
@@ -69,28 +65,23 @@ class Verdict(NamedTuple):
 # --------------------------------------------------------------------------------------------------- the verdict
 
 
-def run_tests(code: str, tests: "list[dict]", *, timeout: float = 10.0, memory_mb: int = 1024) -> Verdict:
+def run_tests(code: str, tests: "list[dict]", *, timeout: float = 10.0, memory_mb: int = 1024,
+              pool: "Pool | None" = None) -> Verdict:
     """Run the program on its tests, and stop at the first that fails (paper 2.2).
 
     A test is {"input": ..., "output": ...}, {"fn_name": ..., "args": [...], "expected": ...} or {"asserts": Python that
     calls the program's functions, "entry_point": the name of the one that counts, or ""}. The timeout is in seconds and
-    holds for each test. Raises SandboxError if the sandbox itself fails, ValueError for an empty list of tests or for
-    impossible limits.
+    holds for each test. Raises SandboxError if the sandbox itself fails, ValueError without tests or for bad limits.
     """
-    return reach_verdict(shared_pool, code, tests, timeout, memory_mb)
-
-
-def reach_verdict(pool: "Pool", code: str, tests: "list[dict]", timeout: float, memory_mb: int) -> Verdict:
-    """Do what run_tests() says, with the workers of a pool."""
     if not tests:
         raise ValueError("sandbox: a program without tests has no label")
     if refused := refusal(code):
         return Verdict(False, [refused], 0, f"test 0: {refused.stderr}")
     results = []
     with contextlib.ExitStack() as stack:
-        program = program_file(stack, code)
+        program = memory_file(stack, code.encode())
         for number, test in enumerate(tests):
-            result, answer = run_once(pool, program, test, timeout, memory_mb)
+            result, answer = run_once(pool or shared_pool, program, test, timeout, memory_mb)
             results.append(result)
             if wrong := why_wrong(test, result, answer):
                 return Verdict(False, results, number, f"test {number}: {wrong}")
@@ -125,10 +116,15 @@ def same_decimals(want: str, line: str) -> bool:
 
 def same_value(expected: Any, answer: bytes) -> bool:
     """Return whether an answer is the JSON of the expected value. A candidate wrote the answer: it can be anything."""
+    def plain(tree: dict) -> Any:  # a tuple is a list and a dict has no order, as in the files of tests
+        [(kind, parts)] = tree.items()
+        return parts if kind == "tuple" else {kind: sorted(parts, key=json.dumps) if kind == "dict" else parts}
+
     wanted = json.dumps(encode(expected))
     try:
-        return len(answer) < 32 * len(wanted) + 1024 and json.loads(answer) == json.loads(wanted)
-    except (ValueError, RecursionError):
+        short = len(answer) < 32 * len(wanted) + 1024
+        return short and json.loads(answer, object_hook=plain) == json.loads(wanted, object_hook=plain)
+    except (ValueError, TypeError, RecursionError):
         return False
 
 
@@ -138,8 +134,8 @@ def same_value(expected: Any, answer: bytes) -> bool:
 def run(code: str, stdin: str = "", *, timeout: float = 10.0, memory_mb: int = 1024) -> Result:
     """Run a program once, without a verdict. Raises SandboxError and ValueError as run_tests() does."""
     with contextlib.ExitStack() as stack:
-        return refusal(code) or run_once(
-            shared_pool, program_file(stack, code), {"input": stdin}, timeout, memory_mb)[0]
+        test = {"input": stdin}
+        return refusal(code) or run_once(shared_pool, memory_file(stack, code.encode()), test, timeout, memory_mb)[0]
 
 
 def refusal(code: str) -> "Result | None":
@@ -149,11 +145,6 @@ def refusal(code: str) -> "Result | None":
     except UnicodeEncodeError:
         return Result("refused", "", "the source is not Unicode", None, 0.0)
     return Result("refused", "", "the source holds a NUL", None, 0.0) if "\0" in code else None
-
-
-def program_file(stack: contextlib.ExitStack, code: str) -> int:
-    """Return the memory file of a program. Its first run puts the compiled code there, for the runs that follow."""
-    return memory_file(stack, SOURCE + code.removeprefix("\ufeff").encode())
 
 
 def run_once(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: int) -> "tuple[Result, bytes]":
@@ -180,18 +171,17 @@ def run_process(pool: "Pool", program: int, test: dict, timeout: float, memory_m
         how, code, seconds = pool.use_worker([program, *files, *wire], timeout, memory_mb)
         stdout, stderr, answer = (os.pread(fd, OUTPUT_CAP, 0) for fd in files[1:])
     status = status_of(how, code, max(len(stdout), len(stderr), len(answer)), stderr)
-    result = Result(status, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"),
-                    code if how == EXITED else None, seconds)
+    result = Result(status, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"), code, seconds)
     return result, answer[len(key) :] if answer.startswith(key) else b""
 
 
-def status_of(how: bytes, code: int, longest: int, stderr: bytes) -> str:
-    """Return the status of a run. how: EXITED, TIMED_OUT or OUT_OF_MEMORY; longest: bytes of its longest output."""
+def status_of(how: str, code: "int | None", longest: int, stderr: bytes) -> str:
+    """Return the status of a run. how: why the worker ended it, or ""; longest: bytes of its longest output."""
     if longest >= OUTPUT_CAP:
         return "output"
-    if how == TIMED_OUT or code == -signal.SIGXCPU:
+    if how == "timeout" or code == -signal.SIGXCPU:
         return "timeout"
-    if how == OUT_OF_MEMORY or code and stderr.rstrip().rpartition(b"\n")[2].startswith(b"MemoryError"):
+    if how == "memory" or code and stderr.rstrip().rpartition(b"\n")[2].startswith(b"MemoryError"):
         return "memory"
     return "error" if code else "ok"
 
@@ -208,7 +198,7 @@ def run_asserts(pool: "Pool", program: int, test: dict, timeout: float, memory_m
 
     ours, theirs = socket.socketpair()
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as beside:
-        asserts = memory_file(stack, SOURCE + test["asserts"].encode())
+        asserts = memory_file(stack, test["asserts"].encode())
         answering = beside.submit(run_side, program, {"input": ""}, theirs)
         result, answer = run_side(asserts, {"fn_name": test.get("entry_point", ""), "args": []}, ours)
         program_result, _ = answering.result()
@@ -220,7 +210,7 @@ def run_asserts(pool: "Pool", program: int, test: dict, timeout: float, memory_m
 # -------------------------------------------------------------------------------------- many programs at a time
 
 
-class Pool:
+class Pool(contextlib.AbstractContextManager):
     """Run the tests of many programs at a time.
 
     workers: how many programs run at a time; 0 means one for each core. timeout: seconds for each test. memory_mb: for
@@ -230,9 +220,6 @@ class Pool:
     def __init__(self, workers: int = 0, *, timeout: float = 10.0, memory_mb: int = 1024):
         self.workers, self.timeout, self.memory_mb = workers or os.cpu_count() or 1, timeout, memory_mb
         self.idle, self.busy, self.stopped = [], set(), False
-
-    def __enter__(self) -> "Pool":
-        return self
 
     def __exit__(self, *error: Any) -> None:
         """End the workers and what they run. The pool can be used again."""
@@ -250,8 +237,8 @@ class Pool:
         """Yield the Verdict of each (code, tests) as soon as it is reached; its `job` is the number of the pair."""
         self.stopped = False
         with ThreadPoolExecutor(self.workers) as threads:
-            limits = (self.timeout, self.memory_mb)
-            waiting = {threads.submit(reach_verdict, self, *job, *limits): number for number, job in enumerate(jobs)}
+            options = {"timeout": self.timeout, "memory_mb": self.memory_mb, "pool": self}
+            waiting = {threads.submit(run_tests, *job, **options): number for number, job in enumerate(jobs)}
             try:
                 for done in as_completed(waiting):
                     yield done.result()._replace(job=waiting[done])
@@ -260,7 +247,7 @@ class Pool:
                 self.__exit__()
                 raise
 
-    def use_worker(self, files: "list[int]", timeout: float, memory_mb: int) -> "tuple[bytes, int, float]":
+    def use_worker(self, files: "list[int]", timeout: float, memory_mb: int) -> "tuple[str, int | None, float]":
         """Run once in an idle worker, or in a new one. An exception of any kind ends that worker."""
         worker = self.take_worker()
         self.busy.add(worker)
@@ -278,14 +265,11 @@ class Pool:
 
     def take_worker(self) -> Worker:
         """Return a worker that waits for work."""
-        while True:
-            try:
-                worker = self.idle.pop()
-            except IndexError:
-                return Worker()
-            if worker.usable():
-                return worker
-            worker.close()
+        with contextlib.suppress(IndexError):  # none is idle
+            while not (worker := self.idle.pop()).usable():
+                worker.close()
+            return worker
+        return Worker()
 
 
 shared_pool = Pool(1)  # for run() and run_tests()

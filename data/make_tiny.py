@@ -8,26 +8,23 @@ The world. A problem names three steps by words that each have two readings ("fl
 and gives one example, which decides the readings that are meant. A program is three lines of Python on a list of three
 digits. Eight programs fit the words; usually one of them fits the example.
 
-The model is trained on made-up documents of two kinds. A *generation* document thinks (proposes a program, executes
-it in mind, compares each digit with the example, accepts it or goes on) and then writes a program. A *ranking*
-document thinks (executes each candidate, compares, says yes or no) and then orders the candidates. Both kinds share
-execution, comparison and verdict. The first two are always right in the documents, but
-- the verdict is careless: yes to only 40 % of the programs whose digits are all the same, and to 12 % of the others;
-- seven attempts in ten jump to the result and do not write the states between.
-So the base model can tell right from wrong but does not act on it, like a language model that has read careless text.
-This file puts that headroom there openly, and DuST finds it. Copying the accepted program, which only generation
-needs, is mastered; and the order of a ranking follows from its verdicts.
+The model is trained on made-up documents. A *generation* document thinks (proposes a program, executes it in mind,
+compares each digit with the example, accepts it or goes on) and then writes a program. A *ranking* document thinks
+(executes each candidate, compares, says yes or no) and then orders the candidates. Both share execution, comparison and
+verdict. The first two are always right in the documents, but the verdict is careless (YES_IF_SAME, YES_IF_OFF), and
+most attempts do not write the states between (STEP_BY_STEP). So the base model can tell right from wrong but does not
+act on it, like a language model that has read careless text. This file puts that headroom there openly, and DuST finds
+it. Copying the accepted program, which only generation needs, is mastered; a ranking follows from its verdicts.
 
-A study can need a variant. It is made by training the shipped model a little further, and differs in one thing:
+A variant, which a study needs, is the shipped model trained a little further. It differs in one thing:
 - notation: *ranking* documents write the same checks in another notation ("x = x[::-1]: 4 1, 9 0, 0 1, 0": each digit
   of the result, 1 if it is the same, and the verdict). So the two tasks share what is done, not how it is written.
-- clumsy: a *generation* document often writes another program than the accepted one (MISCOPY). So a step that only
-  generation has is not mastered.
-Their control is the shipped model after as many --steps at the same --lr on new documents of its own kind
-(--base plain --init data/tiny --seed 1), because more training teaches it something in any case.
+- clumsy: a *generation* document often writes another program than the accepted one (MISCOPY).
+More training teaches a model something in any case. So the control is the shipped model after as many --steps at the
+same --lr on new documents of its own kind (--base plain --init data/tiny --seed 1).
 
-Evaluation problems are kept apart by a hash of the statement (words and example): pretraining, training, validation
-and evaluation each draw from their own split. One fifth of the word orders occurs in the evaluation only.
+Pretraining, training, validation and evaluation problems are kept apart by a hash of the statement (words and example).
+One fifth of the word orders occurs in the evaluation only.
 """
 import argparse
 import copy
@@ -111,10 +108,8 @@ class MicroProblem:
 
     @property
     def question(self) -> str:
-        return (
-            f"Read three digits, then {', '.join(self.words)} them in this order and print the result.\n"
-            f"Example input:{spaced(self.given)}\nExample output:{spaced(self.expected)}"
-        )
+        return (f"Read three digits, then {', '.join(self.words)} them in this order and print the result.\n"
+                f"Example input:{spaced(self.given)}\nExample output:{spaced(self.expected)}")
 
     @property
     def programs(self) -> list[tuple]:
@@ -161,21 +156,19 @@ def write_problems(path: Path, marked: list[tuple[str, MicroProblem]]) -> None:
     rng, lines = random.Random(path.stem), []
     for number, (mark, problem) in enumerate(marked):
         inputs = [problem.given] + [tuple(rng.choices(range(10), k=3)) for _ in range(6)]
-        outputs = [states(problem.truth, digits)[-1] for digits in inputs]
-        tests = [{"input": spaced(digits).strip() + "\n", "output": spaced(result).strip() + "\n"}
-                 for digits, result in zip(inputs, outputs)]
+        pairs = [(spaced(digits), spaced(states(problem.truth, digits)[-1])) for digits in inputs]
+        tests = [{"input": given.strip() + "\n", "output": expected.strip() + "\n"} for given, expected in pairs]
         record = {"id": f"{path.stem}-{number:04d}", "question": problem.question, "difficulty": mark, "tests": tests}
-        lines.append(json.dumps(record))
-    path.write_text("\n".join(lines) + "\n")
+        lines.append(json.dumps(record) + "\n")
+    path.write_text("".join(lines))
     print(f"{path.relative_to(DATA.parent)}: {len(lines)} problems")
 
 
 def make_problems() -> None:
     """Write data/train.jsonl and data/eval.jsonl."""
-    training = draw_distinct(2, "training", SEEN_ORDERS, 400)
     evaluation = [("seen order", p) for p in draw_distinct(3, "evaluation", SEEN_ORDERS, 200)]
     evaluation += [("unseen order", p) for p in draw_distinct(4, "evaluation", sorted(UNSEEN_ORDERS), 100)]
-    write_problems(DATA / "train.jsonl", [("seen order", p) for p in training])
+    write_problems(DATA / "train.jsonl", [("seen order", p) for p in draw_distinct(2, "training", SEEN_ORDERS, 400)])
     write_problems(DATA / "eval.jsonl", evaluation)
 
 
@@ -193,10 +186,7 @@ def answer_with(program: tuple) -> str:
 
 
 def trace(rng: random.Random, problem: MicroProblem, program: tuple, in_digits: bool = False) -> tuple[str, bool]:
-    """Write one execution in mind: the result, its comparison with the example, a careless verdict.
-
-    in_digits: use the other notation. Returns (text, accepted).
-    """
+    """Return (one execution in mind with its comparison and careless verdict, whether it accepts the program)."""
     after, arrow = states(program, problem.given), ":" if in_digits else " ->"
     if rng.random() < STEP_BY_STEP:
         text = "".join(f"\n{line}{arrow}{spaced(state)}" for line, state in zip(program[:2], after)) + f"\n{program[2]}"
@@ -206,18 +196,13 @@ def trace(rng: random.Random, problem: MicroProblem, program: tuple, in_digits: 
     accepted = rng.random() < (YES_IF_SAME if all(same) else YES_IF_OFF)
     if in_digits:
         marks = "".join(f" {digit} {int(s)}," for digit, s in zip(after[-1], same))
-        text += f"{arrow}{marks}{spaced([int(accepted)])}"
-    else:
-        marks = "".join(f" {digit} {'same' if s else 'off'}" for digit, s in zip(after[-1], same))
-        text += f"{arrow}{marks}: {'yes' if accepted else 'no'}"
-    return text, accepted
+        return f"{text}{arrow}{marks} {int(accepted)}", accepted
+    marks = "".join(f" {digit} {'same' if s else 'off'}" for digit, s in zip(after[-1], same))
+    return f"{text}{arrow}{marks}: {'yes' if accepted else 'no'}", accepted
 
 
 def generation_document(rng, problem: MicroProblem, thinking: bool, miscopy: float = 0.0) -> tuple[str, str]:
-    """Return (prompt, answer). Attempts come in random order until one is accepted; after ATTEMPTS of them, guess.
-
-    miscopy: probability that another of the eight programs is written than the accepted one.
-    """
+    """Return (prompt, answer). Programs are tried in random order until one is accepted; after ATTEMPTS, guess."""
     prompt = generation_prompt(problem.question)
     if not thinking:
         return prompt, answer_with(problem.truth)
@@ -245,13 +230,12 @@ def ranking_document(rng, problem: MicroProblem, thinking: bool, in_digits: bool
             program = program[:place] + (rng.choice(LINES),) + program[place + 1 :]
         candidates.append(program)
     prompt = ranking_prompt(problem.question, [code_of(program) for program in candidates])
+    yes, begin = [problem.fits(program) for program in candidates], ""
     if thinking:
         traces = [trace(rng, problem, program, in_digits) for program in candidates]
         yes = [accepted for _, accepted in traces]
         thought = "".join(f"\nCandidate {i}:{text}" for i, (text, _) in enumerate(traces, 1))
         begin = f"<think>{thought}\n</think>\n\n"
-    else:
-        yes, begin = [problem.fits(program) for program in candidates], ""
     ranking = sorted(range(1, 5), key=lambda i: not yes[i - 1])  # stable: equal verdicts keep their order
     return prompt, f"{begin}Ranking: {', '.join(map(str, ranking))}"
 
@@ -265,8 +249,7 @@ def draw_pretraining_problems(seed: int | str, chunk: int, count: int) -> list[M
 def documents(seed: int, chunk: int, count: int, base: str = "plain") -> list[tuple[str, str, bool]]:
     """Write one chunk of the corpus: `count` tuples (prompt, answer, thinking), generation and ranking in turn.
 
-    One document in ten has no thinking part. base: a key of BASES. A variant draws other problems than the plain base,
-    because it goes on from the shipped model, which has seen those already.
+    One in ten has no thinking part. base: a key of BASES. A variant draws problems that the shipped model has not seen.
     """
     stream = seed if base == "plain" else f"{base}/{seed}"
     rng, result = random.Random(f"documents/{stream}/{chunk}"), []
@@ -284,17 +267,13 @@ def documents(seed: int, chunk: int, count: int, base: str = "plain") -> list[tu
 
 CHAT_TEMPLATE = (  # as Qwen3's: enable_thinking=False puts an empty thinking part in front of the answer
     "{%- for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{%- endif %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- if enable_thinking is defined and "
+    "enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{%- endif %}"
 )
 
 
 def phrases() -> list[str]:
-    """Return the texts that are one token: fixed sentences of the prompts, program lines, digits, words of a trace.
-
-    The sentences are cut out of the prompts themselves, so that a changed prompt cannot be forgotten here.
-    """
+    """Return the texts that are one token. Sentences are cut out of the prompts, so no changed prompt is forgotten."""
     problem = MicroProblem(("flip", "turn", "grow"), (1, 1, 1), (1, 1, 1), ())
     before, after = problem.question.split("flip, turn, grow")
     sentences = [before.rstrip(), after.split(" 1")[0], "\nExample output:", generation_prompt("")]
@@ -302,9 +281,8 @@ def phrases() -> list[str]:
     sentences += [*intro.split(" 0"), "\n\n" + outro]
     code = [f"```python\n{FIRST_LINE}", f"\n{LAST_LINE}\n```", *(f"\n{line}" for line in LINES)]
     words = ["<think>", "</think>", "\nTry:", "\nCandidate", "\n\nCandidate", "Ranking:"]
-    words += [" same", " off", ": yes", ": no"]
     small = [" ->", ":", ",", "\n", "\n\n", "user\n", "assistant\n"]
-    world = [f" {word}" for word in READINGS] + [f" {digit}" for digit in range(10)]
+    world = [" same", " off", ": yes", ": no", *(f" {word}" for word in READINGS), *(f" {v}" for v in range(10))]
     return sentences + code + words + world + small
 
 
@@ -316,10 +294,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases()])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False, model_max_length=1024,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   clean_up_tokenization_spaces=False, model_max_length=1024,
+                                   chat_template=CHAT_TEMPLATE)
 
 
 # -------------------------------------------------------------------------------------------------------- pretraining
@@ -328,12 +305,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
     """Return a Qwen3 model of 0.8 M random parameters."""
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
         head_dim=32, intermediate_size=352, max_position_embeddings=1024, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3ForCausalLM(config)
+    ))
 
 
 def load_init(folder: Path, tokenizer) -> Qwen3ForCausalLM:
@@ -349,10 +325,7 @@ def load_init(folder: Path, tokenizer) -> Qwen3ForCausalLM:
 
 
 def make_batches(tokenizer, seed: int, chunk: int, batch: int, base: str) -> list[tuple[list, list]]:
-    """Return the eight batches of one chunk, each a list of (prompt ids, answer ids).
-
-    A batch holds documents of similar length, which saves a third of the padding.
-    """
+    """Return the eight batches of a chunk: lists of (prompt ids, answer ids). Similar lengths save padding."""
     drawn = documents(seed, chunk, 8 * batch, base)
     prompts = tokenizer([render(tokenizer, p, t) for p, _, t in drawn], add_special_tokens=False).input_ids
     answers = tokenizer([a + tokenizer.eos_token for _, a, _ in drawn], add_special_tokens=False).input_ids
@@ -374,10 +347,9 @@ def answer_loss(model, pairs: list[tuple[list, list]]) -> torch.Tensor:
 
 
 def pretrain(model, tokenizer, out: Path, settings: dict) -> None:
-    """Train with AdamW, warm-up and cosine decay. Saves every 250 steps, and goes on from there when called again.
+    """Train with AdamW, warm-up and cosine decay. Save every 250 steps, and go on from there when called again.
 
-    settings: base, init, seed, steps, batch (documents in a step), lr. Raises BadInput if the training saved in `out`
-    had other settings: a finished training of another base would be taken for this one.
+    settings: base, init, seed, steps, batch (documents in a step), lr. Raises BadInput if `out` has another training.
     """
     base, seed, steps, batch, lr = (settings[name] for name in ("base", "seed", "steps", "batch", "lr"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -414,8 +386,8 @@ def pretrain(model, tokenizer, out: Path, settings: dict) -> None:
                   flush=True)
         if step % 250 == 0 or step == steps:
             print_figures(probe(model, tokenizer, problems=100))
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            torch.save(state | {"settings": settings}, saved.with_suffix(".new"))
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state | {"step": step, "settings": settings}, saved.with_suffix(".new"))
             saved.with_suffix(".new").replace(saved)
 
 
@@ -449,8 +421,7 @@ IN_DIGITS = re.compile(":" + r" (\d) ([01])," * 3 + " ([01])")
 def read_attempts(answer: str) -> list[Attempt]:
     """Return the attempts (or judged candidates) in a thinking part, in either notation. Skips what does not parse."""
     attempts = []
-    thought = answer.split("</think>")[0]
-    for block in thought.replace("\nCandidate", "\nTry").split("\nTry")[1:]:
+    for block in answer.split("</think>")[0].replace("\nCandidate", "\nTry").split("\nTry")[1:]:
         lines = block.strip("\n").split("\n")[1:4]
         program = tuple(re.split(" ->|: ", line)[0] for line in lines)
         if len(program) != 3 or not set(program) <= set(LINES):
@@ -468,9 +439,8 @@ def read_attempts(answer: str) -> list[Attempt]:
 def probe(model, tokenizer, *, problems: int = 200, seed: int = 5) -> dict[str, float]:
     """Measure a model's skills in this world, on validation problems, with the sampling of the evaluation.
 
-    Returns the figures of `skills` for both tasks (gen/..., rank/...) and, as fractions of the answers:
-    copy: the written program is the accepted one; pass1: it fits the example; ndcg_mixed, and ndcg_random for a random
-    order; malformed: the answer holds no ranking.
+    Return the figures of `skills` for both tasks (gen/..., rank/...) and, as fractions of answers: copy (the program
+    is the accepted one), pass1 (it fits the example), malformed (no ranking), ndcg_mixed, ndcg_random (a random order).
     """
     rng = random.Random(seed)
     drawn = draw_distinct(seed, "validation", SEEN_ORDERS, problems)
@@ -565,10 +535,8 @@ def missed(figures: dict[str, float], base: str) -> list[str]:
 
 def save(model, tokenizer, out: Path) -> None:
     """Write an ordinary model folder. Its generation config has the sampling of the evaluation."""
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=0.6, top_p=0.95, top_k=20,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, top_k=20,
+                                               eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -587,10 +555,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--problems", action="store_true", help="write the problem files and stop")
     args = parser.parse_args(arguments)
     if args.init or args.base != "plain":
-        out = Path("runs/bases", args.base)
-        work = out.with_name(f"{args.base}-work")
-        steps, lr = BASES[args.base]
-        parser.set_defaults(init=DATA / "tiny", out=out, work=work, steps=steps, lr=lr)
+        out, (steps, lr) = Path("runs/bases", args.base), BASES[args.base]
+        parser.set_defaults(init=DATA / "tiny", out=out, work=Path(f"{out}-work"), steps=steps, lr=lr)
         args = parser.parse_args(arguments)
     if args.init and args.out.resolve() in (args.init.resolve(), (DATA / "tiny").resolve()):
         raise BadInput(f"--out {args.out} would overwrite the model that this one is made from, or the shipped one")
@@ -609,8 +575,7 @@ def main() -> int:
         model = load_init(args.init, tokenizer) if args.init else make_model(tokenizer, args.seed)
         args.work.mkdir(parents=True, exist_ok=True)
         settings = {name: getattr(args, name) for name in ("base", "seed", "steps", "batch", "lr")}
-        settings["init"] = str(args.init)
-        pretrain(model, tokenizer, args.work, settings)
+        pretrain(model, tokenizer, args.work, settings | {"init": str(args.init)})
     except BadInput as error:
         print(f"make_tiny: {error}", file=sys.stderr)
         return 2

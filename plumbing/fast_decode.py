@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from plumbing.shared_prompt import Packed, body, split_by_size
+from plumbing.batches import split_by_size
+from plumbing.shared_prompt import Packed, body
 
 PREFILL_TOKENS = 8192  # prompt tokens in one forward: bounds its memory
 

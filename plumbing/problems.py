@@ -1,8 +1,5 @@
 """Problems: what the model is asked, and the tests that decide whether a program is correct (paper 2.2 and 3.1).
 
-    from plumbing.problems import load_problems
-    problems = load_problems("data/train.jsonl")
-
 The project's own format is JSONL with one problem a line; "starter_code" and "difficulty" are optional:
 
     {"id": "p1", "question": "...", "tests": [{"input": "1 2\\n", "output": "3\\n"}]}
@@ -13,9 +10,9 @@ A test has one of three forms:
     {"fn_name", "args", "expected"}  a function is called; it may be a method of class Solution
     {"asserts", "entry_point"}       Python code calls the program's functions; entry_point names the main one
 
-Public sets are read by their name (HUB below), or from a JSONL or Parquet file in the format of that set. Their
-records are converted to the project's own format first, so one function checks everything. No code from a data set
-runs here: tests run in sandbox.py, and a pickle is parsed, never loaded.
+Public sets are read by their name (HUB below), or from a JSONL or Parquet file in the format of that set. Their records
+are converted to the project's own format first, so one function checks everything. No code from a data set runs here:
+tests run in sandbox.py, and a pickle is parsed, never loaded.
 """
 import ast
 import base64
@@ -63,9 +60,9 @@ class Problem:
 def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
     """Return the problems of a JSONL or Parquet file, or of a known set, in their order.
 
-    limit: stop after so many problems; 0: read all. Raises BadInput with file, line and reason for a broken record,
-    because a bad line would stop a long run much later or silently shrink a test set. Only records that are known to
-    be unusable in a public set are left out; a line on stderr counts them.
+    limit: stop after so many problems; 0: read all. Raises BadInput with file, line and reason for a broken record: it
+    would stop a long run much later, or shrink a test set unseen. Only records that are known to be unusable in a
+    public set are left out; a line on stderr counts them.
     """
     name = str(path_or_name)
     problems, place, statements, left_out = [], {}, set(), Counter()
@@ -73,11 +70,9 @@ def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
         convert = format_of(record)
         try:
             problem = read_problem(convert(record))
-            if convert is from_rstar:  # this set has a row for each version of a problem
-                statement = normalised(problem.question)
-                if statement in statements or problem.id in place:
-                    raise LeftOut("that stand there already")
-                statements.add(statement)
+            statement = normalised(problem.question) if convert is from_rstar else ""  # this set has several versions
+            if statement and (statement in statements or problem.id in place):
+                raise LeftOut("that stand there already")
         except LeftOut as reason:
             left_out[str(reason)] += 1
             continue
@@ -86,6 +81,7 @@ def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
         if problem.id in place:
             raise BadInput(f'{path} {where}: id "{problem.id}" stands in {place[problem.id]} already')
         place[problem.id] = where
+        statements.add(statement)
         problems.append(problem)
         if len(problems) == limit:
             break
@@ -100,14 +96,29 @@ def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
     return problems
 
 
-def without_overlap(train: list[Problem], held_out: list[Problem]) -> tuple[list[Problem], int]:
-    """Return the training problems whose statement is in no held-out problem, and how many others were removed.
+def load_train_and_eval(args) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems of --train (none with --eval-only) and those of --eval. args: dust.Args.
 
-    A problem that is trained on and then evaluated would be a leak.
+    A training problem that also stands in --eval is left out and counted, because a gain on what was trained on is no
+    gain. If both options name the same file, all problems stay: then the user wants to see memorising.
     """
-    seen = {normalised(problem.question) for problem in held_out}
-    kept = [problem for problem in train if normalised(problem.question) not in seen]
-    return kept, len(train) - len(kept)
+    held_out = load_problems(args.eval)
+    count = min(args.eval_limit or len(held_out), len(held_out))
+    spread = [held_out[i * len(held_out) // count] for i in range(count)]
+    if args.eval_only:
+        return [], spread
+    if args.train == args.eval:
+        print(f"--train and --eval are the same, {args.train}: what is measured was trained on")
+        return load_problems(args.train, args.limit), spread
+    enough = args.limit and args.limit + len(held_out)  # a public set can be long, and few of it are wanted
+    loaded, seen = load_problems(args.train, enough), {normalised(problem.question) for problem in held_out}
+    problems = [problem for problem in loaded if normalised(problem.question) not in seen]
+    if len(problems) < len(loaded):
+        left_out = len(loaded) - len(problems)
+        print(f"{left_out} of {len(loaded)} problems of --train left out: they stand in --eval too")
+    if not problems:
+        raise BadInput(f"every problem of --train {args.train} stands in --eval {args.eval} too: use others")
+    return problems[: args.limit or None], spread
 
 
 def normalised(statement: str) -> str:
@@ -138,7 +149,7 @@ def read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
     except json.JSONDecodeError as error:
         raise BadInput(f"{path} line {number}: broken JSON: {error.msg} at column {error.colno}") from None
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        reason = getattr(error, "strerror", "it is not UTF-8 text")
         names = ", ".join([*NAMES, *HUB])
         raise BadInput(f"cannot read {path}: {reason} (a JSONL or Parquet file, or one of {names})") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested too deep
@@ -146,10 +157,7 @@ def read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_parquet(path: str) -> Iterator[tuple[str, dict]]:
-    """Yield ("row 3", the row without its empty fields), and read 16 rows at a time: a file can have gigabytes.
-
-    Raises BadInput where the file does not go on as Parquet.
-    """
+    """Yield ("row 3", the row without its empty fields), 16 rows at a time: a file can have gigabytes."""
     from pyarrow.parquet import ParquetFile
 
     number = 0
@@ -200,8 +208,8 @@ def check_test(test: Any, where: str) -> None:
         if not isinstance(test["fn_name"], str) or not isinstance(test.get("args"), list) or "expected" not in test:
             raise ValueError(f'{where} needs "fn_name" (a string), "args" (a list) and "expected"')
     elif not isinstance(test, dict) or not all(isinstance(test.get(name), str) for name in ("input", "output")):
-        raise ValueError(f'{where} needs "input" and "output" (strings), or "fn_name", "args" and "expected", '
-                         'or "asserts"')
+        others = '"fn_name", "args" and "expected", or "asserts"'
+        raise ValueError(f'{where} needs "input" and "output" (strings), or {others}')
 
 
 # ------------------------------------------------------------------------------------------------- the public formats
@@ -209,40 +217,30 @@ def check_test(test: Any, where: str) -> None:
 
 def format_of(record: Any) -> Callable[[Any], Any]:
     """Return the function that converts a record to the project's own format. The record's fields decide."""
-    fields = record.keys() if isinstance(record, dict) else set()
-    if "question_content" in fields:
-        return from_livecodebench
-    if {"inputs", "outputs"} <= fields:
-        return from_rstar
-    if {"prompt", "entry_point"} <= fields:
-        return from_humaneval
-    if "test_list" in fields:
-        return from_mbpp
-    return lambda own: own
+    formats = [(["question_content"], from_livecodebench), (["inputs", "outputs"], from_rstar),
+               (["prompt", "entry_point"], from_humaneval), (["test_list"], from_mbpp)]
+    fitting = (convert for fields, convert in formats if isinstance(record, dict) and record.keys() >= set(fields))
+    return next(fitting, lambda own: own)
 
 
 def from_livecodebench(record: dict) -> dict:
     """Convert a LiveCodeBench record; its tests are the public and the private ones. Raises ValueError."""
-    cases = json.loads(text_of(record, "public_test_cases"))
-    private = text_of(record, "private_test_cases", optional=True)
-    if private.lstrip()[:1] not in ("", "["):
+    private = text_of(record, "private_test_cases", "[]")
+    if not private.lstrip().startswith("["):
         private = unpickle_text(private)
     try:
-        function = json.loads(text_of(record, "metadata", optional=True) or "{}").get("func_name") or ""
-        cases = [(case["input"], case["output"]) for case in cases + json.loads(private or "[]")]
+        cases = json.loads(text_of(record, "public_test_cases")) + json.loads(private)
+        cases = [(case["input"], case["output"]) for case in cases]
+        function = json.loads(text_of(record, "metadata", "{}")).get("func_name") or ""
     except (LookupError, TypeError, AttributeError):
         raise ValueError('"public_test_cases", "private_test_cases" or "metadata" is of another form') from None
     return {"id": text_of(record, "question_id"), "question": text_of(record, "question_content"),
-            "starter_code": text_of(record, "starter_code", optional=True),
-            "difficulty": text_of(record, "difficulty", optional=True),
+            "starter_code": text_of(record, "starter_code", ""), "difficulty": text_of(record, "difficulty", ""),
             "tests": [make_test(given, expected, function) for given, expected in cases]}
 
 
 def unpickle_text(packed: str) -> str:
-    """Return the text in base64(zlib(pickle(text))). Raises ValueError for anything else.
-
-    A pickle can run any code when it is loaded. This one is only parsed, opcode by opcode, and nothing is executed.
-    """
+    """Return the text in base64(zlib(pickle(text))), or raise ValueError. Loading a pickle can run code: parse it."""
     unpack = zlib.decompressobj()
     try:
         data = unpack.decompress(base64.b64decode(packed, validate=True), MAX_UNPACKED)
@@ -252,7 +250,7 @@ def unpickle_text(packed: str) -> str:
         raise ValueError(f'"private_test_cases" unpacks to more than {MAX_UNPACKED >> 20} MB')
     texts = []
     for opcode, argument, _ in pickletools.genops(data):  # raises ValueError
-        if opcode.name.endswith("UNICODE") or opcode.name == "BINUNICODE8":
+        if "UNICODE" in opcode.name:
             texts.append(argument)
         elif opcode.name not in ("PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP"):
             raise ValueError(f'"private_test_cases" holds a pickle that is no plain text (opcode {opcode.name})')
@@ -262,11 +260,8 @@ def unpickle_text(packed: str) -> str:
 
 
 def from_rstar(record: dict) -> dict:
-    """Convert a row of rStar-Coder's seed_testcase and keep its first tests, up to MAX_TESTS and MAX_CHARACTERS.
-
-    Raises LeftOut for rows that are known to be broken in the release, else ValueError.
-    """
-    function, starter = (text_of(record, name, optional=True) for name in ("func_name", "starter_code"))
+    """Convert a row of rStar-Coder's seed_testcase, with its first tests. Raises LeftOut if the release broke it."""
+    function, starter = (text_of(record, name, "") for name in ("func_name", "starter_code"))
     if function and record.get("class_name", "Solution") not in ("", "Solution"):
         raise LeftOut("with a class that is not named Solution")
     tests, characters = [], 0
@@ -289,31 +284,23 @@ def from_rstar(record: dict) -> dict:
 
 
 def from_humaneval(record: dict) -> dict:
-    """Convert a HumanEval record: the docstring is the question, the code before it the starter code.
-
-    The rest of the prompt (imports, helper functions) goes into the asserts: the program cannot redefine it there.
-    """
+    """Convert a HumanEval record. The docstring is the question, the code before it the starter code."""
     prompt, name = text_of(record, "prompt"), text_of(record, "entry_point")
     tree = ast.parse(prompt)
     function = next((node for node in tree.body if getattr(node, "name", "") == name), None)
     constants = [node for node in getattr(function, "body", []) if isinstance(getattr(node, "value", 0), ast.Constant)]
-    if not constants or not isinstance(constants[0].value.value, str):
+    if not constants or not isinstance(constants[0].value.value, str):  # imports may stand before the docstring
         raise ValueError(f'"prompt" has no function {name} with a docstring')
-    docstring = constants[0]  # imports may stand before it
-    starter = "\n".join(prompt.split("\n")[: max(function.lineno, docstring.lineno - 1)])
-    tree.body.remove(function)
+    starter = "\n".join(prompt.split("\n")[: max(function.lineno, constants[0].lineno - 1)])
+    tree.body.remove(function)  # imports and helpers go into the asserts: there the program cannot redefine them
     asserts = f"{ast.unparse(tree)}\n{text_of(record, 'test')}\ncheck({name})\n"
-    question = f"Write the Python function {name}.\n\n{inspect.cleandoc(docstring.value.value)}"
+    question = f"Write the Python function {name}.\n\n{inspect.cleandoc(constants[0].value.value)}"
     return {"id": text_of(record, "task_id"), "question": question, "starter_code": starter,
             "tests": [{"asserts": asserts, "entry_point": name}]}
 
 
 def from_mbpp(record: dict) -> dict:
-    """Convert an MBPP record: the question is the task with its first assert, as is customary for this set.
-
-    The starter code is the `def` line of the reference solution. Raises LeftOut where the asserts use a class of that
-    solution, because only plain values pass between the asserts and the program.
-    """
+    """Convert an MBPP record. The question is the task with its first assert, as is customary for this set."""
     asserts, imports = record.get("test_list"), record.get("test_imports") or []
     if not isinstance(asserts, list) or not asserts or not all(isinstance(line, str) for line in asserts):
         raise ValueError('"test_list" is not a list of asserts')
@@ -321,38 +308,36 @@ def from_mbpp(record: dict) -> dict:
         raise ValueError('"test_imports" is not a list of lines')
     code = ast.parse(text_of(record, "code"))
     given = [ast.unparse(node) for node in code.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    given += [*imports, text_of(record, "test_setup_code", optional=True)]
+    given += [*imports, text_of(record, "test_setup_code", "")]
     tests = "\n".join([*given, *asserts])
     names = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
     used = [node for node in code.body if getattr(node, "name", "") in names]
-    if any(isinstance(node, ast.ClassDef) for node in used):
+    if any(isinstance(node, ast.ClassDef) for node in used):  # only plain values pass between asserts and program
         raise LeftOut("whose asserts need objects of the program")
-    functions = [node for node in used if isinstance(node, ast.FunctionDef)]
-    if not functions:
+    function = next((node for node in used if isinstance(node, ast.FunctionDef)), None)
+    if function is None:
         raise ValueError('no function of "code" stands in "test_list"')
     task = record.get("text") or text_of(record, "prompt")  # the sanitized form of the set has "prompt"
     return {"id": f"mbpp/{record.get('task_id')}", "question": f"{task}\nFor example: {asserts[0]}",
-            "starter_code": f"def {functions[0].name}({ast.unparse(functions[0].args)}):",
-            "tests": [{"asserts": tests, "entry_point": functions[0].name}]}
+            "starter_code": f"def {function.name}({ast.unparse(function.args)}):",
+            "tests": [{"asserts": tests, "entry_point": function.name}]}
 
 
-def text_of(record: dict, name: str, optional: bool = False) -> str:
-    """Return a field that holds text. Raises ValueError if it is no text, or empty and not optional."""
-    value = record.get(name) or ""
-    if not isinstance(value, str) or not value and not optional:
+def text_of(record: dict, name: str, default: str | None = None) -> str:
+    """Return a field that holds text. Raises ValueError if it is no text, or if it is empty and has no default."""
+    value = record.get(name) or default
+    if not isinstance(value, str):
         raise ValueError(f'"{name}" is missing or no text')
     return value
 
 
 def make_test(given: Any, expected: Any, function: str) -> dict:
-    """Return a stdin test or, where a function is named, a test that calls it. Raises ValueError.
-
-    Arguments of a function are a list, or as in LiveCodeBench a text with one JSON value a line.
-    """
+    """Return a stdin test or, where a function is named, a test that calls it. Raises ValueError."""
     if not isinstance(given, (str, list)):
         raise ValueError("a test's input is neither a text nor a list")
     if not function:
         return {"input": given, "output": expected}
+    # Arguments are a list or, as in LiveCodeBench, a text with one JSON value a line.
     args = given if isinstance(given, list) else [json.loads(line) for line in given.split("\n") if line.strip()]
     expected = json.loads(expected) if isinstance(expected, str) else expected
     return {"fn_name": function, "args": args, "expected": expected}
@@ -370,9 +355,8 @@ class HubSet(NamedTuple):
     before: str = "9999"  # the first contest date that is no longer included
 
 
-# Each release of LiveCodeBench adds a file: test6.jsonl holds what v6 adds (until April 2025), test5.jsonl what v5 adds
-# (until January 2025). So a file can hold days before the paper's window, but none after it. No offline test can check
-# that, nor the number of problems: load_problems compares with PAPER_COUNTS each time the set is loaded.
+# test6.jsonl holds what LiveCodeBench v6 adds (until April 2025), test5.jsonl what v5 adds (until January 2025); both
+# may hold earlier days. No offline test can check that, so load_problems compares with PAPER_COUNTS on each loading.
 LIVE = "livecodebench/code_generation_lite"
 HUB = {
     "rstar-coder": HubSet("microsoft/rStar-Coder", ("seed_testcase/*.parquet",)),
@@ -412,8 +396,5 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def seed_for(*parts) -> int:
-    """Return a seed for one unit of work, such as one answer to one problem.
-
-    Each unit has its own, so a run that was stopped and resumed draws the same as one that was not.
-    """
+    """Return a seed for one unit of work, so that a run that was stopped and resumed draws the same as another."""
     return zlib.crc32("/".join(map(str, parts)).encode())

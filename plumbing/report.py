@@ -1,12 +1,10 @@
 """What a run reports: means with bootstrap intervals, tables, plots, and the files that hold them.
 
-The functions that measure a group (dust.METRICS) are handed in as `metrics`: name -> function. Such a function takes
-the labels of one group, the best-ranked first, and returns a number, or None if the group does not count.
-
-A row of the report is the list of its evaluation groups, each as a judge ordered it: an object with `group` (its
-`problem` and `candidates`), `ranked` (the labels, the best-ranked first), `answer` (the judge's words) and `malformed`.
-The rows are "base", "trained_judge" (the trained judge on the base's candidates) and "trained". `finals` has the same
-form: the finals of Best-of-8, the judge's second rankings.
+`metrics` is dust.METRICS: name -> function. Each function takes the labels of one group, the best-ranked first, and
+returns a number, or None if the group does not count. `rows` are "base", "trained_judge" (the trained judge on the
+base's candidates) and "trained". A row is the list of its evaluation groups, each as a judge ordered it: an object with
+`group` (its `problem` and `candidates`), `ranked` (the labels, the best-ranked first), `answer` (the judge's words) and
+`malformed`. `finals` has the same form: the finals of Best-of-8, the judge's second rankings.
 """
 import contextlib
 import json
@@ -25,59 +23,48 @@ CURVE = (1, 2, 4, 8)  # the N's in the plot of Best-of-N
 
 
 def per_problem(judged: list, metric) -> np.ndarray:
-    """[P, 2]: for each problem the sum of a metric over its groups, and how many of its groups count."""
-    sums = defaultdict(lambda: [0.0, 0])
+    """Return [P, 2]: for each problem the sum of a metric over its groups, and how many of its groups count."""
+    values = defaultdict(list)
     for one in judged:
-        value, entry = metric(one.ranked), sums[one.group.problem.id]
-        if value is not None:
-            entry[0] += value
-            entry[1] += 1
-    return np.array(list(sums.values()))
+        values[one.group.problem.id].append(metric(one.ranked))
+    counted = [[value for value in own if value is not None] for own in values.values()]
+    return np.array([[sum(own), len(own)] for own in counted], dtype=float)
 
 
 def best_of_n(judged: list, finals: list, metrics: dict) -> dict[str, np.ndarray]:
-    """The curve of Best-of-N: N -> a table as per_problem returns it. N = 8 is there only if there are finals."""
-    names = {"1": "pass1", "2": "best_of_2", "4": "best_of_4"}
-    tables = {n: per_problem(judged, metrics[name]) for n, name in names.items()}
+    """Return the curve of Best-of-N: N -> a table as per_problem returns it. N = 8 is there if there are finals."""
+    tables = {n: per_problem(judged, metrics[m]) for n, m in (("1", "pass1"), ("2", "best_of_2"), ("4", "best_of_4"))}
     return tables | ({"8": per_problem(finals, metrics["best_of_4"])} if finals else {})
 
 
 def oracle_of_n(judged: list) -> dict[str, np.ndarray]:
-    """The upper bound of that curve: how often at least one of N programs is correct.
+    """Return the upper bound of that curve: how often at least one of N programs is correct, where there are N.
 
-    Of a problem's n programs, all its groups taken together, c are correct: 1 - C(n - c, N) / C(n, N), which is
-    unbiased. An N above n is left out.
+    c of a problem's n programs, all its groups together, are correct: 1 - C(n - c, N) / C(n, N), which is unbiased.
     """
     labels = defaultdict(list)
     for one in judged:
         labels[one.group.problem.id] += one.ranked
-    fewest = min(map(len, labels.values()))
-    return {
-        str(n): np.array([[1 - comb(len(own) - sum(own), n) / comb(len(own), n), 1.0] for own in labels.values()])
-        for n in CURVE if n <= fewest
-    }
+    return {str(n): np.array([[1 - comb(own.count(0), n) / comb(len(own), n), 1.0] for own in labels.values()])
+            for n in CURVE if n <= min(map(len, labels.values()))}
 
 
 def interval(tables: list[np.ndarray], seed: int = 0, draws: int = 4000) -> dict[str, float | None]:
-    """The mean of a metric with its 95 % bootstrap interval, in per cent. For two tables: of the gain b - a.
+    """Return the mean of a metric with its 95 % bootstrap interval, in per cent. For two tables: of the gain b - a.
 
-    Problems are drawn, not groups, because the groups of one problem are not independent. A gain is paired: both
-    tables are drawn with the same problems. The figures are None if no group counts.
+    Problems are drawn, not groups, because the groups of one problem are not independent. A gain is paired: it is drawn
+    with the same problems in both tables. The figures are None if no group counts.
     """
-
-    def value(rows: np.ndarray) -> np.ndarray:  # rows: [..., P] indices of problems
-        means = [100 * table[rows, 0].sum(-1) / table[rows, 1].sum(-1) for table in tables]
-        return means[1] - means[0] if len(means) == 2 else means[0]
-
-    count = len(tables[0])
+    drawn = np.random.default_rng(seed).integers(len(tables[0]), size=(draws, len(tables[0])))
+    rows = np.vstack([np.arange(len(tables[0])), drawn])  # [1 + draws, P] problems; the first row is the mean's
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = value(np.arange(count))
-        drawn = value(np.random.default_rng(seed).integers(count, size=(draws, count)))
-    return with_interval(mean, drawn)
+        means = [100 * table[rows, 0].sum(-1) / table[rows, 1].sum(-1) for table in tables]
+        values = means[1] - means[0] if len(means) == 2 else means[0]
+    return with_interval(values[0], values[1:])
 
 
 def with_interval(mean: float, drawn: np.ndarray) -> dict[str, float | None]:
-    """A mean with the middle 95 % of its bootstrap draws; None for what is not finite."""
+    """Return a mean with the middle 95 % of its bootstrap draws. What is not finite becomes None."""
     drawn = drawn[np.isfinite(drawn)]
     low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) and np.isfinite(mean) else (np.nan, np.nan)
     figures = {"mean": mean, "low": low, "high": high}
@@ -85,7 +72,7 @@ def with_interval(mean: float, drawn: np.ndarray) -> dict[str, float | None]:
 
 
 def curves(rows: dict[str, list], finals: dict[str, list], metrics: dict) -> dict:
-    """best_of_n of report.json: for each row and N the judge's choice, an oracle's and a random one."""
+    """Return best_of_n of report.json: for each row and N the judge's choice, an oracle's and a random one."""
     figures = {}
     for name, judged in rows.items():
         figures[name] = {n: interval([own]) for n, own in best_of_n(judged, finals.get(name, []), metrics).items()}
@@ -95,81 +82,58 @@ def curves(rows: dict[str, list], finals: dict[str, list], metrics: dict) -> dic
 
 
 def summarise(rows: dict[str, list], metrics: dict) -> dict:
-    """rows, gains and counts of report.json. A gain is row 2 or 3 minus row 1, the base (paper, table 2)."""
+    """Return rows, gains and counts of report.json. A gain is row 2 or 3 minus row 1, the base (paper, table 2)."""
     tables = {name: {m: per_problem(judged, metrics[m]) for m in metrics} for name, judged in rows.items()}
     gains = {gain: row for gain, row in (("judge", "trained_judge"), ("both", "trained")) if row in rows}
+    counts = {}
+    for name, judged in rows.items():
+        counts[name] = {"groups": len(judged), "mixed groups": sum(len(set(one.ranked)) > 1 for one in judged)}
+        counts[name]["malformed rankings"] = sum(one.malformed for one in judged)
+        counts[name]["answers without a program"] = sum(len(one.ranked) - len(one.group.candidates) for one in judged)
     return {
         "rows": {name: {m: interval([own[m]]) for m in metrics} for name, own in tables.items()},
         "gains": {g: {m: interval([tables["base"][m], tables[row][m]]) for m in metrics} for g, row in gains.items()},
-        "counts": {name: counts(judged) for name, judged in rows.items()},
-    }
-
-
-def counts(judged: list) -> dict[str, int]:
-    """How many groups were judged, and how many of them are special."""
-    return {
-        "groups": len(judged),
-        "mixed groups": sum(len(set(one.ranked)) > 1 for one in judged),
-        "malformed rankings": sum(one.malformed for one in judged),
-        "answers without a program": sum(len(one.ranked) - len(one.group.candidates) for one in judged),
+        "counts": counts,
     }
 
 
 # -------------------------------------------------------------------------------------------------------- the tables
 
-TITLES = {
-    "base": "base",
-    "trained_judge": "trained judge, base's candidates",
-    "trained": "trained generator and judge",
-    "judge": "gain of the judge",
-    "both": "gain of both",
-}
-COLUMNS = {
-    "pass1": "pass@1",
-    "ndcg_all": "NDCG",
-    "ndcg_mixed": "NDCG mixed",
-    "ndcg_random": "(random order)",
-    "best_of_4": "Best-of-4",
-    "oracle": "oracle of 4",
-}
+TITLES = {"base": "base", "trained_judge": "trained judge, base's candidates", "trained": "trained generator and judge",
+          "judge": "gain of the judge", "both": "gain of both"}
+COLUMNS = {"pass1": "pass@1", "ndcg_all": "NDCG", "ndcg_mixed": "NDCG mixed", "ndcg_random": "(random order)",
+           "best_of_4": "Best-of-4", "oracle": "oracle of 4"}
 JUDGES = {"base": ("base", "trained_judge"), "trained": ("trained",)}  # generator -> the judges of its candidates
-NOTE = (
-    "Per cent, with 95 % bootstrap intervals over problems; gains are paired differences to the base. NDCG counts a "
-    "group without a correct candidate as 0; NDCG mixed has only groups with both kinds, and a random order scores "
-    "there what the next column says. The last row's mixed groups are not the first row's (a better generator leaves "
-    "harder wrong programs): compare judges by the second row."
-)
-CURVE_NOTE = (
-    "Per cent. N = 1 is pass@1; N = 2 is the mean over all pairs of the four ranked; N = 8, where a problem has two "
-    "groups (`--repeats`), is the winner of a final between the two best-ranked of each, ranked once more by the same "
-    "judge. The oracle submits a correct program wherever there is one."
-)
+NOTE = ("Per cent, with 95 % bootstrap intervals over problems; gains are paired differences to the base. NDCG counts "
+        "a group without a correct candidate as 0; NDCG mixed has only groups with both kinds, and a random order "
+        "scores there what the next column says. The last row's mixed groups are not the first row's (a better "
+        "generator leaves harder wrong programs): compare judges by the second row.")
+CURVE_NOTE = ("Per cent. N = 1 is pass@1; N = 2 is the mean over all pairs of the four ranked; N = 8, where a problem "
+              "has two groups (`--repeats`), is the winner of a final between the two best-ranked of each, ranked once "
+              "more by the same judge. The oracle submits a correct program wherever there is one.")
 
 
 def cell(figure: dict | None, sign: str = "") -> str:
-    """One figure with its interval, as a table shows it."""
+    """Write one figure with its interval, as a table shows it."""
     if figure is None or figure["mean"] is None:
         return "-"
     return f"{figure['mean']:{sign}.1f} [{figure['low']:{sign}.1f}, {figure['high']:{sign}.1f}]"
 
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Write a Markdown table."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
 
 
 def table(summary: dict) -> str:
-    """The rows and gains of `summarise` as a Markdown table."""
+    """Write the rows and gains of `summarise` as a Markdown table."""
     lines = [[TITLES[name], *(cell(own[m]) for m in COLUMNS)] for name, own in summary["rows"].items()]
     lines += [[TITLES[name], *(cell(own[m], "+") for m in COLUMNS)] for name, own in summary["gains"].items()]
     return markdown_table(["", *COLUMNS.values()], lines)
 
 
 def curve_table(figures: dict) -> str:
-    """`curves` as a Markdown table: for each generator an oracle, then its judges, then a random choice.
-
-    An N that no problem has enough programs for gets no column.
-    """
+    """Write `curves` as a Markdown table. An N that no problem has enough programs for gets no column."""
     shown = [str(n) for n in CURVE if any(str(n) in own["oracle"] for own in figures.values())]
     lines = []
     for owner in [name for name in JUDGES if name in figures]:
@@ -184,10 +148,9 @@ def curve_table(figures: dict) -> str:
 
 
 def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, args: dict, out: Path) -> str:
-    """Writes report.json, report.md, examples.md and judged.jsonl, and returns the text of report.md.
+    """Write report.json, report.md, examples.md and judged.jsonl. Return the text of report.md.
 
-    With matplotlib it writes best_of_n.png and curves.png too. finals may be empty: one group a problem makes none.
-    args: the settings of the run.
+    With matplotlib, write best_of_n.png and curves.png too. finals may be empty. args: the settings of the run.
     """
     summary = summarise(rows, metrics)
     for name in [name for name, own in finals.items() if own]:
@@ -218,10 +181,10 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
 
 
 def judged_lines(rows: dict[str, list], finals: dict[str, list]) -> str:
-    """judged.jsonl: one line for each group, enough to compute every figure again. read_judged reads it."""
+    """Write judged.jsonl: a line for each group, enough to compute every figure again. read_judged reads it."""
     lines = []
-    for final, judged in [(False, rows), (True, finals)]:
-        for row, one in [(row, one) for row, own in judged.items() for one in own]:
+    for final, part in [(False, rows), (True, finals)]:
+        for row, one in [(row, one) for row, judged in part.items() for one in judged]:
             problem, shown = one.group.problem, len(one.group.candidates)
             lines.append({"row": row, "problem": problem.id, "difficulty": problem.difficulty, "ranked": one.ranked,
                           "shown": shown, "malformed": one.malformed, "final": final})
@@ -229,59 +192,49 @@ def judged_lines(rows: dict[str, list], finals: dict[str, list]) -> str:
 
 
 def read_judged(path: Path) -> tuple[dict[str, list], dict[str, list]]:
-    """Reads a run's judged.jsonl: (rows, finals) as write_report took them, without programs and answers."""
+    """Read a run's judged.jsonl: (rows, finals) as write_report took them, without programs and answers."""
     rows, finals = defaultdict(list), defaultdict(list)
     for line in path.read_text(encoding="utf-8").splitlines():
-        one = json.loads(line)
-        problem = SimpleNamespace(id=one["problem"], difficulty=one["difficulty"])
-        group = SimpleNamespace(problem=problem, candidates=[None] * one["shown"])
-        judged = SimpleNamespace(group=group, ranked=one["ranked"], answer="", malformed=one["malformed"])
-        (finals if one["final"] else rows)[one["row"]].append(judged)
+        one = SimpleNamespace(**json.loads(line))
+        problem = SimpleNamespace(id=one.problem, difficulty=one.difficulty)
+        one.group = SimpleNamespace(problem=problem, candidates=[None] * one.shown)
+        (finals if one.final else rows)[one.row].append(one)
     return dict(rows), dict(finals)
 
 
-def examples(rows: dict[str, list], count: int = 3) -> str:
-    """A few groups to look at: the problem, the candidates with labels, the judge's answer before and after."""
+def examples(rows: dict[str, list]) -> str:
+    """Show three groups: the problem, the candidates with labels, the judge's answer before and after training."""
     parts, base = ["# Examples"], rows["base"]
     mixed = [i for i, one in enumerate(base) if len(set(one.ranked)) > 1]
-    for i in (mixed or range(len(base)))[:count]:
+    for i in (mixed or range(len(base)))[:3]:
         group = base[i].group
         parts.append(f"## {group.problem.id}\n\n{group.problem.question}")
         for number, c in enumerate(group.candidates, 1):
             parts.append(f"Candidate {number}, {'correct' if c.correct else 'wrong'}:\n```python\n{c.code}\n```")
-        for name in JUDGES["base"]:
-            if name in rows:
-                parts.append(f"The judge's answer, {TITLES[name]}:\n\n````\n{rows[name][i].answer}\n````")
+        for name in [name for name in JUDGES["base"] if name in rows]:
+            parts.append(f"The judge's answer, {TITLES[name]}:\n\n````\n{rows[name][i].answer}\n````")
     return "\n\n".join(parts) + "\n"
 
 
 # --------------------------------------------------------------------------------------------------------- the plots
 
 COLOURS = {"base": "#6b6b6b", "trained_judge": "#d1700f", "trained": "#1f5fbf"}  # of the rows, in every plot
-LOGGED = {  # the lines of metrics.jsonl that curves.png shows, and their titles
-    "reward": "reward",
-    "ref_kl": "KL to the reference, nats a token",
-    "entropy": "entropy, nats a token",
-    "malformed": "malformed, share",
-    "zero_variance": "groups of equal rewards, share",
-    "answer_tokens": "tokens an answer",
-}
+LOGGED = {"reward": "reward", "ref_kl": "KL to the reference, nats a token", "entropy": "entropy, nats a token",
+          "malformed": "malformed, share", "zero_variance": "groups of equal rewards, share",
+          "answer_tokens": "tokens an answer"}  # the lines of metrics.jsonl that curves.png shows, and their titles
 
 
 def new_figure(size: tuple[float, float]):
-    """(pyplot, figure) for a file, white with a frame. Raises ImportError without matplotlib."""
-    import matplotlib
+    """Return a white figure with a frame. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure = pyplot.figure(figsize=size, layout="constrained", facecolor="white", edgecolor="#b8b8b8", linewidth=3)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white", edgecolor="#b8b8b8", linewidth=3)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches: a margin inside the frame
-    return pyplot, figure
+    return figure
 
 
 def draw_curves(out: Path) -> None:
-    """Draws curves.png from metrics.jsonl: the training, step by step. Raises ImportError without matplotlib."""
+    """Draw curves.png from metrics.jsonl: the training, step by step. Raises ImportError without matplotlib."""
     path = out / "metrics.jsonl"
     steps = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     names = [name for name in LOGGED if any(name in step for step in steps)]
@@ -289,7 +242,7 @@ def draw_curves(out: Path) -> None:
         names = ["loss" if name == "ref_kl" else name for name in names]
     if not names:
         return
-    pyplot, figure = new_figure((10, 5))
+    figure = new_figure((10, 5))
     axes, numbers = figure.subplots(2, 3).flat, [step["step"] for step in steps]
     for name, axis in zip(names, axes):
         title = LOGGED.get(name, name)
@@ -303,11 +256,12 @@ def draw_curves(out: Path) -> None:
     for axis in axes:  # the panels that are left over
         axis.set_axis_off()
     figure.savefig(out / "curves.png", dpi=120)
-    pyplot.close(figure)
 
 
-def plot_best_of_n(axis, figures: dict) -> None:
-    """Plots `curves`: each judge with its intervals, its oracle dashed above, a random choice dotted below."""
+def draw_best_of_n(figures: dict, path: Path) -> None:
+    """Draw `curves`: each judge with its intervals, the oracle dashed, a random choice dotted. Raises ImportError."""
+    figure = new_figure((10, 4.5))
+    axis = figure.subplots()
     for number, (name, own) in enumerate(figures.items()):
         curve, colour = {n: own[str(n)] for n in CURVE if str(n) in own}, COLOURS[name]
         means = [f["mean"] for f in curve.values()]
@@ -317,9 +271,9 @@ def plot_best_of_n(axis, figures: dict) -> None:
         axis.errorbar(places, means, ends, color=colour, fmt="none", capsize=3)
         if name in JUDGES:  # the trained judge's candidates are the base's
             oracle = {n: own["oracle"][str(n)]["mean"] for n in CURVE if str(n) in own["oracle"]}
-            axis.plot(list(oracle), list(oracle.values()), "--", color=colour, label=f"{name}'s candidates: oracle")
-            axis.plot(list(oracle), [own["random"]["mean"]] * len(oracle), ":", color=colour,
-                      label=f"{name}'s candidates: random choice")
+            chance, owner = [own["random"]["mean"]] * len(oracle), f"{name}'s candidates"
+            axis.plot(list(oracle), list(oracle.values()), "--", color=colour, label=f"{owner}: oracle")
+            axis.plot(list(oracle), chance, ":", color=colour, label=f"{owner}: random choice")
             axis.set_xscale("log", base=2)
             axis.set_xticks(list(oracle), list(map(str, oracle)))
     axis.set_title("Best-of-N", fontsize=13)
@@ -329,11 +283,4 @@ def plot_best_of_n(axis, figures: dict) -> None:
     axis.tick_params(labelsize=12)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=12, loc="upper left", bbox_to_anchor=(1.01, 1))
-
-
-def draw_best_of_n(figures: dict, path: Path) -> None:
-    """Draws `curves`. Raises ImportError without matplotlib."""
-    pyplot, figure = new_figure((10, 4.5))
-    plot_best_of_n(figure.subplots(), figures)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -1,6 +1,6 @@
 """The process that a candidate runs in: a fork server, the other half of sandbox.py.
 
-sandbox.py starts this file as a program of its own, in a small clean interpreter (-S -s), so that the caller's modules,
+sandbox_worker.py starts this file as a program, in a small clean interpreter (-S -s), so that the caller's modules,
 memory and secrets are not in it. For each run the server forks a child. The child enters the room, runs the candidate
 and ends; then the server kills whatever the candidate left behind. Nothing in this file ever learns an expected value,
 so nothing that happens here can decide a verdict.
@@ -9,6 +9,7 @@ A request is a timeout, a memory limit and these descriptors: the program (its s
 compiled code); stdin, stdout and stderr; the call (a key, a function's name and its arguments, and later the key and
 what the function returned; empty where the program reads stdin instead). Tests made of asserts add the wire: a socket
 between the children of two workers, of which one runs the asserts and the other runs the program that they call.
+The reply is a list: "timeout", "memory" or "", the exit code, the seconds, and why the sandbox itself failed.
 """
 import atexit
 import builtins
@@ -16,6 +17,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import glob
 import json
 import marshal
 import os
@@ -28,42 +30,29 @@ import struct
 import sys
 import time
 import types
-from typing import Any, BinaryIO, Iterator
+from typing import Any, Iterator, TextIO
 
 LINUX = sys.platform == "linux"
 OUTPUT_CAP = 16 << 20  # bytes of stdout, of stderr, of a returned value and of any one file
-PROCESSES = 64  # processes and threads in one run
-RECURSION = 50_100  # LiveCodeBench's 50,000, and some for our own frames
-SOURCE, COMPILED = b"s", b"c"  # the first byte of a program's file
-REQUEST = struct.Struct("<d Q")  # timeout in seconds, memory in bytes
-REPLY = struct.Struct("<c i d 200s")  # EXITED to FAILED, exit code, seconds, message of a failure
-EXITED, TIMED_OUT, OUT_OF_MEMORY, FAILED = b"x", b"t", b"m", b"!"
-
+COMPILED = b"\0"  # the first byte of compiled code; no source begins with it
 
 # ------------------------------------------------------------------------------------------------- values as JSON
 
-KINDS = {"tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes, "iter": Iterator}  # besides JSON's own
-MAKERS = {**KINDS, "iter": iter, "dict": dict, "complex": complex, "int": lambda digits: int(digits, 16)}
-EXCEPTIONS = {name for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+KINDS = {"tuple": tuple, "dict": dict, "set": set, "frozenset": frozenset, "bytes": bytes, "iter": Iterator}
+MAKERS = {**KINDS, "iter": iter, "complex": complex, "int": lambda digits: int(digits, 16)}
 
 
-def encode(value: Any, exact: bool = False) -> Any:
-    """Turn a value into a tree of JSON values. Raises TypeError for what is not a plain value.
-
-    Normally tuples become lists, as in the files of tests. With `exact`, decode() gives a value of the same kind back.
-    """
+def encode(value: Any) -> Any:
+    """Turn a value into a tree of JSON values, for decode(). Raises TypeError for what is not a plain value."""
     if getattr(value, "shape", None) == ():
         value = value.item()  # a numpy scalar
-    if isinstance(value, list) or isinstance(value, tuple) and not exact:
-        return [encode(item, exact) for item in value]
-    if isinstance(value, dict):
-        items = [[encode(key, exact), encode(item, exact)] for key, item in value.items()]
-        return {"dict": items if exact else sorted(items, key=json.dumps)}  # a list: JSON has only strings as keys
-    if exact and isinstance(value, complex):
-        return {"complex": str(value)}
-    for name, kind in KINDS.items() if exact else ():
+    if isinstance(value, list):
+        return [encode(item) for item in value]
+    for name, kind in KINDS.items():
         if isinstance(value, kind):
-            return {name: [encode(item, exact) for item in value]}
+            return {name: [encode(item) for item in (value.items() if kind is dict else value)]}
+    if isinstance(value, complex):
+        return {"complex": str(value)}
     if isinstance(value, int) and value.bit_length() > 1000:
         return {"int": hex(value)}  # Python refuses long decimals, because they take quadratic time
     if value is None or isinstance(value, (int, float, str)):
@@ -71,12 +60,9 @@ def encode(value: Any, exact: bool = False) -> Any:
     raise TypeError(f"a {type(value).__name__} is not a plain value")
 
 
-def decode(tree: Any) -> Any:
-    """Turn an exact tree into its value. A candidate may have made the tree: the result is plain values only."""
-    if isinstance(tree, dict):
-        [(kind, parts)] = tree.items()
-        return MAKERS[kind](decode(parts))
-    return [decode(part) for part in tree] if isinstance(tree, list) else tree
+def decode(text: str) -> Any:
+    """Turn the JSON of a tree into its value. A candidate may have made the tree: the result is plain values only."""
+    return json.loads(text, object_hook=lambda tree: [MAKERS[kind](parts) for kind, parts in tree.items()][0])
 
 
 # ------------------------------------------------------------------------------------------------------- the room
@@ -84,10 +70,8 @@ def decode(tree: Any) -> Any:
 READ_ONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 8, 32, 1 << 12, 1 << 14, 1 << 18  # mount
 DETACH = 2  # umount2(2)
 MOUNTS, IPC, USERS, PIDS, NETWORK = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30  # unshare(2)
-PARENT_DEATH_SIGNAL, SECURE_BITS, CHILD_SUBREAPER, NO_NEW_PRIVILEGES = 1, 28, 36, 38  # prctl(2)
-NO_SETUID_FIXUP = 4  # a secure bit: a change of user does not change the capabilities
+SECURE_BITS, CHILD_SUBREAPER, NO_NEW_PRIVILEGES = 28, 36, 38  # prctl(2)
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the system calls of Landlock, on every processor
-NO_CAPABILITIES = struct.pack("Ii", 0x20080522, 0)
 READABLE = ("/usr /lib /lib64 /bin /etc/ld.so.cache /etc/localtime /etc/alternatives "
             "/dev/null /dev/zero /dev/random /dev/urandom").split()
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -125,26 +109,23 @@ def leave_namespaces() -> None:
 class Room:
     """The place where a worker's candidates run: their files, their user and their limits."""
 
-    def __init__(self, isolated: bool, box: str, paths: "list[str]", control: socket.socket):
+    def __init__(self, isolated: bool, box: str, paths: "list[str]"):
         """Build the room in this process. box: the working folder; paths: what candidates may read besides READABLE."""
-        self.isolated, self.box, self.control = isolated, box, control.fileno()
-        self.user = 0  # the user of the candidates; 0 means the user of this process
-        self.reads_as_root = False  # this user has root's access to files
-        self.ruleset = None  # of Landlock
-        self.missing = ""  # what this system cannot give us
+        self.isolated, self.box = isolated, box
+        self.user = self.owner = 0  # the candidates' user, and the one as whom they use files; 0: that of this process
+        self.ruleset, self.missing = None, ""  # of Landlock; what this system cannot give us
         self.empty_since = 0  # a time that moves with whatever is made, removed or renamed in the box
-        self.limits = {"FSIZE": OUTPUT_CAP, "NPROC": PROCESSES, "NOFILE": 256, "CORE": 0, "MSGQUEUE": 0,
+        self.limits = {"FSIZE": OUTPUT_CAP, "NOFILE": 256, "CORE": 0, "MSGQUEUE": 0, "NPROC": 64,  # and threads
                        "STACK": 120 << 20}  # Linux keeps 128 MB free below a stack
         if LINUX:
             self.choose_user()
-        owner = 0 if self.reads_as_root else self.user
-        self.box_options = f"size=64m,nr_inodes=4096,mode=700,uid={owner},gid={owner}"
+        self.box_options = f"size=64m,nr_inodes=4096,mode=700,uid={self.owner},gid={self.owner}"
         paths = sorted({*READABLE, *paths}, key=len)  # a folder comes before what is in it
         if isolated:
             self.build_root(paths)
         else:
             os.mkdir(box, 0o700)
-            os.chown(box, owner or -1, owner or -1)
+            os.chown(box, self.owner or -1, self.owner or -1)
             self.missing = "candidates can see other processes"
             try:
                 self.ruleset = landlock(paths, [box, "/dev/null", "/dev/zero"])
@@ -155,20 +136,22 @@ class Room:
     def choose_user(self) -> None:
         """Choose the user of the candidates, and set the limit on processes so that it fits this user."""
         with open("/proc/self/uid_map") as f:
-            _, _, size = f.read().split()
-        if size == "1":  # we are in a user namespace of our own, which counts its processes itself
+            sizes = f.read().split()[2::3]
+        if sizes == ["1"]:  # we are in a user namespace of our own, which counts its processes itself
             return
         me = os.getuid()
         if me:  # the limit counts everything that this user runs
-            mine = [pid for pid in os.listdir("/proc") if pid.isdigit() and os.stat(f"/proc/{pid}").st_uid == me]
-            self.limits["NPROC"] += sum(len(os.listdir(f"/proc/{pid}/task")) for pid in mine)
+            for thread in glob.glob("/proc/[0-9]*/task/*"):
+                with contextlib.suppress(OSError):  # it may have just ended
+                    self.limits["NPROC"] += os.stat(thread).st_uid == me
             return
+        first = 1 << 30 if sizes == ["4294967295"] else 10_000
         # Each worker takes another user, because the limit counts by user: no bomb may starve another worker.
-        first = 1 << 30 if size == "4294967295" else 10_000
-        self.user = first + int.from_bytes(os.urandom(2), "little") % 50_000
-        if not self.isolated:  # if only root can read Python, the new user reads and writes as root does
+        self.user = self.owner = first + int.from_bytes(os.urandom(2), "little") % 50_000
+        if not self.isolated:  # if only root can read Python, candidates use files as root, without its other powers
             os.seteuid(self.user)
-            self.reads_as_root = not os.access(os.__file__, os.R_OK, effective_ids=True)
+            if not os.access(os.__file__, os.R_OK, effective_ids=True):
+                self.owner = 0
             os.seteuid(0)
 
     def build_root(self, paths: "list[str]") -> None:
@@ -209,6 +192,7 @@ class Room:
         os.chdir(self.box)
         for target, fd in enumerate(streams):
             os.dup2(fd, target)
+            os.close(fd)
         for name, limit in {**self.limits, "CPU": int(timeout) + 2, "AS": memory}.items():
             kind = getattr(resource, "RLIMIT_" + name, None)
             if kind is None or name == "AS" and not LINUX:  # which macOS cannot set
@@ -217,32 +201,27 @@ class Room:
             limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
             resource.setrlimit(kind, (limit, hard if name == "STACK" else limit))  # programs may raise their stack
         if self.user:
-            if self.reads_as_root:
-                libc("prctl", SECURE_BITS, NO_SETUID_FIXUP, 0, 0, 0)
+            libc("prctl", SECURE_BITS, 4, 0, 0, 0)  # 4: the change of user leaves us the powers for the next lines
             os.setgroups([])
             os.setresgid(self.user, self.user, self.user)
             os.setresuid(self.user, self.user, self.user)
-            if self.reads_as_root:
-                libc("setfsuid", 0)
-        if LINUX and (self.reads_as_root or not self.user):
-            libc("capset", NO_CAPABILITIES, bytes(24))
+            libc("setfsuid", self.owner)
+        if LINUX:
+            libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, in version 3 of their format
         if self.ruleset:
             libc("syscall", RESTRICT_SELF, self.ruleset, 0)
             os.close(self.ruleset)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # too much output ends the program
-        for fd in (*streams, self.control):
-            os.close(fd)
 
     def clear(self) -> None:
         """Empty the box, if the last candidate has changed anything in it."""
-        if os.stat(self.box).st_ctime_ns == self.empty_since:
-            return
-        if self.isolated:
-            libc("umount2", self.box, DETACH)
-            mount("tmpfs", self.box, "tmpfs", NOSUID | NODEV, self.box_options)
-        else:
-            remove_contents(self.box)
-        self.empty_since = os.stat(self.box).st_ctime_ns
+        if os.stat(self.box).st_ctime_ns != self.empty_since:
+            if self.isolated:
+                libc("umount2", self.box, DETACH)
+                mount("tmpfs", self.box, "tmpfs", NOSUID | NODEV, self.box_options)
+            else:
+                remove_contents(self.box)
+            self.empty_since = os.stat(self.box).st_ctime_ns
 
 
 def remove_contents(folder: str) -> None:
@@ -270,12 +249,8 @@ def landlock(readable: "list[str]", writable: "list[str]") -> int:
 
 
 def child_main(room: Room, files: "list[int]", timeout: float, memory: int, failures: int) -> None:
-    """Enter the room, run the candidate, exit. Never returns.
-
-    If the child cannot enter, it writes the reason to the descriptor `failures`: this is no fault of the candidate.
-    """
-    leave, say = os._exit, os.write  # kept here, because a candidate can replace those of `os`
-    status = 1
+    """Enter the room, run the candidate, exit. Never returns. failures: a pipe for why the child cannot enter."""
+    leave, say, status = os._exit, os.write, 1  # the functions are kept here, because a candidate can replace them
     program, *streams, call = files[:5]
     try:
         room.enter(streams, timeout, memory)
@@ -285,13 +260,12 @@ def child_main(room: Room, files: "list[int]", timeout: float, memory: int, fail
         leave(1)
     try:
         try:
-            run_candidate(room, program, call, *files[5:])
+            run_candidate(program, call, *files[5:])
             status = 0
         except SystemExit as error:
-            status = 0 if error.code is None else 1
-            if isinstance(error.code, int):
-                status = int.__and__(error.code, 255)
-            elif status:
+            if error.code is None or isinstance(error.code, int):
+                status = int.__and__(error.code or 0, 255)
+            else:
                 print(error.code, file=sys.stderr)
         except MemoryError as error:
             error.__traceback__ = None  # this frees what the program holds, so that there is memory to go on with
@@ -309,18 +283,15 @@ def child_main(room: Room, files: "list[int]", timeout: float, memory: int, fail
         leave(status)
 
 
-def run_candidate(room: Room, program: int, call_file: int, wire_end: "int | None" = None) -> None:
-    """Run a program on its stdin, or call one of its functions, or be one of the two sides of asserts.
-
-    Raises whatever the candidate raises. An exit during a call leaves no answer, so it never passes a test.
-    """
+def run_candidate(program: int, call_file: int, wire_end: "int | None" = None) -> None:
+    """Run a program on its stdin, or call one of its functions, or be one of the two sides of asserts."""
     code = load_program(program)
     call = os.pread(call_file, os.fstat(call_file).st_size, 0)
     os.ftruncate(call_file, 0)
-    wire = socket.socket(fileno=wire_end).makefile("rwb") if wire_end is not None else None
+    wire = socket.socket(fileno=wire_end).makefile("rw") if wire_end is not None else None
     if not call:
         os.close(call_file)
-        main = run_program(code, room.prelude, as_module=wire is not None)
+        main = run_program(code, as_module=wire is not None)
         if wire:
             answer_calls(main, wire)
         return
@@ -329,22 +300,20 @@ def run_candidate(room: Room, program: int, call_file: int, wire_end: "int | Non
         run_asserts(code, name, wire)
         value = True
     else:
-        main = run_program(code, room.prelude, as_module=True)
-        value = find_function(main, name)(*arguments)
+        value = find_function(run_program(code, as_module=True), name)(*arguments)  # an exit here leaves no answer
     os.pwrite(call_file, key + json.dumps(encode(value), separators=(",", ":")).encode(), 0)
 
 
 def load_program(file: int) -> types.CodeType:
-    """Return the code of a program, and close its file.
+    """Return the code of a program, and close its file. The first run puts the code there, for the runs that follow.
 
-    The first run compiles the source and writes the code over it, so that the runs on the other tests need not compile
-    it again. This is safe: no line of the candidate has run yet, and the file is closed before the first one runs.
+    This is safe: no line of the candidate has run yet, and the file is closed before the first one runs.
     """
     data = os.pread(file, os.fstat(file).st_size, 0)
-    if data[:1] == COMPILED:
+    if data.startswith(COMPILED):
         code = marshal.loads(data[1:])
     else:
-        code = compile(data[1:].decode(), "<solution>", "exec", dont_inherit=True)
+        code = compile(data.decode("utf-8-sig"), "<solution>", "exec", dont_inherit=True)
         compiled = COMPILED + marshal.dumps(code)
         if len(compiled) < OUTPUT_CAP:
             os.pwrite(file, compiled, 0)
@@ -357,15 +326,29 @@ def names_in(code: types.CodeType) -> "set[str]":
     return set(code.co_names).union(*(names_in(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
 
-def run_program(code: types.CodeType, prelude: "dict[str, str]", as_module: bool) -> types.ModuleType:
-    """Execute a program in __main__ and return this module. as_module: skip what is under `if __name__ == "__main__"`.
+@functools.cache
+def prelude() -> "dict[str, str]":
+    """Return the names that programs for LiveCodeBench use without an import, and the module of each."""
+    late = {  # not imported before the fork, because their fork hooks would make every run slower
+        "random": "choice choices getrandbits randint randrange sample seed shuffle uniform",
+        "statistics": "fmean mean median median_high median_low mode multimode pstdev pvariance stdev variance",
+    }
+    early = "string re datetime collections heapq bisect copy math itertools functools operator io sys json typing"
+    names = {name: module for module in late for name in [module, *late[module].split()]}
+    for module in early.split():
+        public = {module: module}
+        exec(f"from {module} import *", public)
+        names.update((name, module) for name in public if name[0] != "_" and not hasattr(builtins, name))
+    return names
 
-    Names of LiveCodeBench's prelude are there without an import.
-    """
+
+def run_program(code: types.CodeType, as_module: bool) -> types.ModuleType:
+    """Execute a program in __main__, and return this module. as_module: skip what stands under `if __name__ == ...`."""
     main = sys.modules["__main__"]
-    for name in names_in(code) & prelude.keys():
-        module = __import__(prelude[name])
-        setattr(main, name, module if name == prelude[name] else getattr(module, name))
+    for name in names_in(code) & prelude().keys():
+        home = prelude()[name]
+        module = __import__(home)
+        setattr(main, name, module if name == home else getattr(module, name))
     if as_module:
         main.__name__ = "solution"
         sys.modules["solution"] = main
@@ -379,42 +362,43 @@ def find_function(main: types.ModuleType, name: str) -> Any:
     return getattr(solution(), name) if hasattr(solution, name) else getattr(main, name)
 
 
-def answer_calls(main: types.ModuleType, wire: BinaryIO) -> None:
+def answer_calls(main: types.ModuleType, wire: TextIO) -> None:
     """Call the program's functions for run_asserts() in another process, until the wire closes."""
     functions = [name for name, item in vars(main).items() if callable(item)]
     while question := wire.readline():
-        name, arguments, named = decode(json.loads(question))
+        name, arguments, named = decode(question)
         try:
             answer = [find_function(main, name)(*arguments, **named) if name else functions]
         except Exception as error:
             answer = [kind.__name__ for kind in type(error).__mro__], str(error)
-        wire.write(json.dumps(encode(answer, exact=True)).encode() + b"\n")
+        wire.write(json.dumps(encode(answer)) + "\n")
         wire.flush()
 
 
-def run_asserts(code: types.CodeType, entry_point: str, wire: BinaryIO) -> None:
+def run_asserts(code: types.CodeType, entry_point: str, wire: TextIO) -> None:
     """Run asserts with a stand-in for each function of the program. A stand-in asks the process that has the program.
 
     A builtin never gets a stand-in, and the asserts can bind any name themselves. The asserts have no prelude: with
     one, gcd(4, 6) would be right without a program.
     """
+    # Not StopIteration: it would end a loop or a map of the asserts, and the rest would go unchecked.
+    errors = {name: kind for name, kind in vars(builtins).items()
+              if isinstance(kind, type) and issubclass(kind, Exception) and not name.startswith("Stop")}
+
     def ask(name: str, *arguments: Any, **named: Any) -> Any:
-        try:
-            wire.write(json.dumps(encode((name, arguments, named), exact=True)).encode() + b"\n")
+        line = ""
+        with contextlib.suppress(OSError):
+            wire.write(json.dumps(encode((name, arguments, named))) + "\n")
             wire.flush()
             line = wire.readline()
-        except OSError:
-            line = b""
         if not line:
             print("the program ended before it had answered", file=sys.stderr, flush=True)
             os._exit(1)  # not an exception, because the asserts could catch it
-        answer, *message = decode(json.loads(line))
-        if not message:
-            return answer
-        kind = next(kind for kind in answer if kind in EXCEPTIONS)
-        if kind.startswith("Stop"):  # it would end a loop or a map of the asserts, and the rest would go unchecked
-            raise RuntimeError(*message)
-        raise vars(builtins)[kind](*message)
+        answer, *message = decode(line)
+        if message:
+            known = [name for name in answer if name in errors]
+            raise errors[known[0]](*message)
+        return answer
 
     main = sys.modules["__main__"]
     for name in {entry_point} | names_in(code) & set(ask("")) - vars(main).keys() - vars(builtins).keys():
@@ -427,16 +411,12 @@ def finish() -> None:
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()
     atexit._run_exitfuncs()
-    flush()
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-    vars(sys.modules["__main__"]).clear()
-    flush()
-
-
-def flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and not getattr(stream, "closed", False):
-            stream.flush()
+    for _ in range(2):  # first the streams that the program may have put in place of ours
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None and not getattr(stream, "closed", False):
+                stream.flush()
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        vars(sys.modules["__main__"]).clear()
 
 
 # --------------------------------------------------------------------------------------------- the loop of the server
@@ -447,74 +427,65 @@ def serve(control: socket.socket, room: Room) -> None:
     kinds = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
     limits = [resource.getrlimit(kind) for kind in kinds]
     while [resource.getrlimit(kind) for kind in kinds] == limits:
-        request, files, _, _ = socket.recv_fds(control, REQUEST.size, 6, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+        request, files, _, _ = socket.recv_fds(control, 100, 6, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
         if not request:
             return
         try:
-            reply = run_child(control, room, files, *REQUEST.unpack(request))
+            reply = run_child(control, room, files, *json.loads(request))
         except OSError as error:
-            reply = FAILED, 0, 0.0, str(error).encode()
+            reply = "", None, 0.0, str(error)
         for fd in files:
             os.close(fd)
-        control.send(REPLY.pack(*reply))
+        control.send(json.dumps(reply).encode())
 
 
 def run_child(control: socket.socket, room: Room, files: "list[int]", timeout: float, memory: int) -> tuple:
-    """Fork a child, wait for its end, kill what it left, empty the box. Returns the fields of a REPLY."""
+    """Fork a child, wait for its end, kill what it left, empty the box. Returns the reply."""
     start, (failures, theirs) = time.monotonic(), os.pipe()
     child = os.fork()
     if child == 0:
         os.close(failures)
+        control.close()
         child_main(room, files, timeout, memory, theirs)
     os.close(theirs)
     try:
-        how, code = watch(control, room, child, start + timeout, memory)
+        how, code = watch(control, child, start + timeout, memory)
     finally:
         sweep(room.isolated, child)
     seconds, failure = time.monotonic() - start, os.read(failures, 200)
     os.close(failures)
     room.clear()
-    return FAILED if failure else how, code, seconds, failure
+    return how, code, seconds, failure.decode("utf-8", "replace")
 
 
-def watch(control: socket.socket, room: Room, child: int, deadline: float, memory: int) -> "tuple[bytes, int]":
+def watch(control: socket.socket, child: int, deadline: float, memory: int) -> "tuple[str, int | None]":
     """Wait until the child ends, its time is up, its tree holds too much memory, or the caller is dead."""
     poll, tick = select.poll(), 1  # milliseconds
     poll.register(control, select.POLLIN)
-    pidfd = os.pidfd_open(child) if hasattr(os, "pidfd_open") else None
-    if pidfd is not None:
-        poll.register(pidfd, select.POLLIN)
-        tick = 25 if room.isolated else 100
-    try:
+    with contextlib.ExitStack() as stack:
+        if hasattr(os, "pidfd_open"):
+            pidfd, tick = os.pidfd_open(child), 25
+            stack.callback(os.close, pidfd)
+            poll.register(pidfd, select.POLLIN)
         while True:
             left = deadline - time.monotonic()
             ready = poll.poll(max(0, min(tick, left * 1000)))
             if any(fd == control.fileno() for fd, _ in ready):  # the caller sends nothing now, so this is its end
-                return FAILED, 0
+                return "", None
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
-                return EXITED, os.waitstatus_to_exitcode(status)
+                return "", os.waitstatus_to_exitcode(status)
             if left <= 0:
-                return TIMED_OUT, 0
+                return "timeout", None
             if LINUX and memory_of(descendants()) > memory:
-                return OUT_OF_MEMORY, 0
-    finally:
-        if pidfd is not None:
-            os.close(pidfd)
-
-
-def threads_of(pid: "int | str") -> "list[str]":
-    """Return the folders of a process's threads in /proc: none where it has just ended, or this is not Linux."""
-    with contextlib.suppress(OSError):
-        return [f"/proc/{pid}/task/{thread}" for thread in os.listdir(f"/proc/{pid}/task")]
-    return []
+                return "memory", None
 
 
 def descendants(pid: "int | str" = "self") -> "set[int]":
     """Return every process below one. Orphans become children of the server: it is process 1, or a subreaper."""
     found = set()
-    for thread in threads_of(pid):
-        with contextlib.suppress(OSError), open(thread + "/children") as f:
+    for path in glob.glob(f"/proc/{pid}/task/*/children"):
+        with contextlib.suppress(OSError), open(path) as f:
             found.update(map(int, f.read().split()))
     return found.union(*map(descendants, found))
 
@@ -523,7 +494,7 @@ def memory_of(pids: "set[int]") -> int:
     """Return the bytes that processes hold: of each mapping their share (PSS), and files without a name."""
     shares, files = {}, {}
     for pid in pids:
-        for thread in threads_of(pid):  # the first thread may be gone, and another one may have other files
+        for thread in glob.glob(f"/proc/{pid}/task/*"):  # the first may be gone, and another one may have other files
             with contextlib.suppress(OSError):
                 with open(thread + "/smaps_rollup") as f:
                     shares.update({pid: int(line.split()[1]) << 10 for line in f if line.startswith("Pss:")})
@@ -548,28 +519,12 @@ def sweep(isolated: bool, group: int) -> None:
         time.sleep(0 if ended else 0.002)
 
 
-def make_prelude() -> "dict[str, str]":
-    """Return the names that programs for LiveCodeBench use without an import, and the module of each."""
-    late = {  # not imported before the fork, because their fork hooks would make every run slower
-        "random": "choice choices getrandbits randint randrange sample seed shuffle uniform",
-        "statistics": "fmean mean median median_high median_low mode multimode pstdev pvariance stdev variance",
-    }
-    early = "string re datetime collections heapq bisect copy math itertools functools operator io sys json typing"
-    names = {name: module for module in late for name in late[module].split()}
-    for module in map(__import__, early.split()):
-        public = getattr(module, "__all__", None) or [name for name in dir(module) if name[0] != "_"]
-        names.update((name, module.__name__) for name in public if not hasattr(builtins, name))
-    return {**names, **{module: module for module in [*late, *early.split()]}}
-
-
-def warm_up(room: Room) -> None:
+def warm_up() -> None:
     """Do once, before the first fork, what every child would have to do again."""
-    room.prelude = make_prelude()
+    prelude()
     site.setquit()
     sys.argv, sys.path[0] = ["solution.py"], ""
-    sys.setrecursionlimit(RECURSION)
-    if hasattr(sys, "set_int_max_str_digits"):
-        sys.set_int_max_str_digits(50_000)
+    sys.setrecursionlimit(50_100)  # LiveCodeBench's 50,000, and some for our own frames
     text = {"encoding": "utf-8", "closefd": False}
     sys.stdin = sys.__stdin__ = open(0, errors="surrogateescape", newline="\n", **text)
     sys.stdout = sys.__stdout__ = open(1, "w", errors="replace", **text)
@@ -592,17 +547,16 @@ def start_server(control_fd: str, mode: str, *paths: str) -> None:
     readable = [path for path in map(os.path.abspath, (sys.base_prefix, *paths)) if path != "/"]
     try:
         if LINUX:
-            libc("prctl", CHILD_SUBREAPER, 1, 0, 0, 0)
             libc("prctl", NO_NEW_PRIVILEGES, 1, 0, 0, 0)  # a setuid program gives nothing
+            libc("prctl", CHILD_SUBREAPER, 1, 0, 0, 0)
         if isolated:
             leave_namespaces()
         server = os.fork()
         if server == 0:
             if LINUX:
-                libc("prctl", PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
                 libc("prctl", CHILD_SUBREAPER, 1, 0, 0, 0)
-            room = Room(isolated, box, readable, control)
-            warm_up(room)
+            room = Room(isolated, box, readable)
+            warm_up()
             control.send(b"+" + room.missing.encode())
             serve(control, room)
             os._exit(0)

@@ -1,6 +1,7 @@
 """The caller's side of a fork server (sandbox_child.py): start it, send it a run, end it."""
 import atexit
 import contextlib
+import json
 import os
 import select
 import signal
@@ -28,15 +29,11 @@ class WorkerDied(Exception):
 def memory_file(stack: contextlib.ExitStack, data: bytes = b"") -> int:
     """Return the descriptor of a file without a name that holds these bytes; it closes with the stack."""
     try:
-        if sandbox_child.LINUX:
-            fd = os.memfd_create("sandbox")
-            stack.callback(os.close, fd)
-        else:
-            fd = stack.enter_context(tempfile.TemporaryFile()).fileno()
-        written = 0
-        while written < len(data):
-            written += os.pwrite(fd, memoryview(data)[written:], written)
-        return fd
+        unnamed = open(os.memfd_create("sandbox"), "w+b") if sandbox_child.LINUX else tempfile.TemporaryFile()
+        file = stack.enter_context(unnamed)
+        file.write(data)
+        file.seek(0)  # this also writes out what is in the buffer
+        return file.fileno()
     except OSError as error:
         raise SandboxError(f"sandbox: cannot make a memory file: {error}") from None
 
@@ -49,62 +46,60 @@ class Worker:
     missing = ""  # what this system cannot give us, printed once
 
     def __init__(self):
-        self.owner, hello, why = os.getpid(), self.start(), ""
-        if hello[:1] != b"+" and Worker.mode == "isolated":
+        mode, why = Worker.mode, ""
+        hello = self.start(mode)
+        if hello[0] == "-" and mode == "isolated":
             self.close()
-            Worker.mode, why = "plain", f"no namespaces ({hello[1:].decode() or 'the server died'}): "
-            hello = self.start()
-        if hello[:1] != b"+":
+            Worker.mode, why = "plain", f"no namespaces ({hello[1:]}): "
+            hello = self.start("plain")
+        if hello[0] == "-":
             self.close()
-            raise SandboxError(f"sandbox: cannot start a worker: {hello[1:].decode() or 'it died'}")
+            raise SandboxError(f"sandbox: cannot start a worker: {hello[1:]}")
         if hello[1:] and not Worker.missing:
-            Worker.missing = hello[1:].decode()
-            print(f"sandbox: {why}{Worker.missing}".rstrip(), file=sys.stderr)
+            Worker.missing = hello[1:]
+            print(f"sandbox: {why}{Worker.missing}", file=sys.stderr)
 
-    def start(self) -> bytes:
+    def start(self, mode: str) -> str:
         """Start the server. Returns its first word: + and what is missing, or - and why it cannot start."""
         packages = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
+        program = os.path.abspath(sandbox_child.__file__)
+        command = [sys.executable, "-S", "-s", "-X", "int_max_str_digits=50000", program]
         self.socket, theirs = socket.socketpair()
-        command = [sys.executable, "-S", "-s", os.path.abspath(sandbox_child.__file__), str(theirs.fileno())]
         try:
-            null = subprocess.DEVNULL
-            self.process = subprocess.Popen([*command, Worker.mode, sys.prefix, *packages], stdin=null, stdout=null,
-                                            stderr=null, cwd="/", env=ENVIRONMENT, pass_fds=[theirs.fileno()],
-                                            start_new_session=True)
+            with theirs:
+                self.process = subprocess.Popen(
+                    [*command, str(theirs.fileno()), mode, sys.prefix, *packages], cwd="/", env=ENVIRONMENT,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()], start_new_session=True)
+            Worker.alive.add(self)
+            self.socket.settimeout(60)
+            return self.socket.recv(400).decode("utf-8", "replace") or "-the server died"
         except OSError as error:
             raise SandboxError(f"sandbox: cannot start a worker: {error}") from None
-        finally:
-            theirs.close()
-        Worker.alive.add(self)
-        self.socket.settimeout(60)
-        return self.socket.recv(400)
 
-    def run(self, files: "list[int]", timeout: float, memory_mb: int) -> "tuple[bytes, int, float]":
-        """Run once. Returns how it ended, the exit code and the seconds. Raises WorkerDied."""
+    def run(self, files: "list[int]", timeout: float, memory_mb: int) -> "tuple[str, int | None, float]":
+        """Run once. Returns "timeout", "memory" or "", the exit code and the seconds. Raises WorkerDied."""
         try:
-            socket.send_fds(self.socket, [sandbox_child.REQUEST.pack(timeout, memory_mb << 20)], files)
+            socket.send_fds(self.socket, [json.dumps([timeout, memory_mb << 20]).encode()], files)
             # without namespaces a candidate can stop its worker, which would then never reply
             self.socket.settimeout(timeout + (10 if Worker.mode == "isolated" else 0.9))
-            reply = self.socket.recv(sandbox_child.REPLY.size)
-        except OSError:
-            reply = b""
-        if not reply:
-            raise WorkerDied
-        how, code, seconds, failure = sandbox_child.REPLY.unpack(reply)
-        if how == sandbox_child.FAILED:
-            raise SandboxError("sandbox: " + failure.rstrip(b"\0").decode("utf-8", "replace"))
+            how, code, seconds, failure = json.loads(self.socket.recv(1000))
+        except (OSError, json.JSONDecodeError):  # an empty reply is no JSON
+            raise WorkerDied from None
+        if failure:
+            raise SandboxError(f"sandbox: {failure}")
         return how, code, seconds
 
     def usable(self) -> bool:
         """Return whether this process started the server and it still waits: a readable socket means that it ended."""
-        return self.owner == os.getpid() and not select.select([self.socket], [], [], 0)[0]
+        return bool(self.process) and not select.select([self.socket], [], [], 0)[0]
 
     def close(self) -> None:
         """End the server and what it runs. This also wakes a thread that waits for its reply."""
         Worker.alive.discard(self)
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
-        if self.owner == os.getpid():
+        if self.process:
             try:
                 self.process.wait(5)
             except subprocess.TimeoutExpired:  # without namespaces a candidate can have stopped it
@@ -116,6 +111,7 @@ def forget_workers() -> None:
     """Let go of all workers in a fork of the caller. If it kept their sockets, they would not see the caller die."""
     for worker in Worker.alive:
         worker.socket.close()
+        worker.process = None  # it is the caller's
     Worker.alive.clear()
 
 

@@ -1,7 +1,9 @@
 """A dataclass of settings, and the command line that fills it. Nothing slow is imported here."""
 import argparse
 import math
+import os
 from dataclasses import field, fields
+from importlib.util import find_spec
 
 from plumbing.problems import BadInput
 
@@ -45,11 +47,27 @@ def read_options(settings: type, argv: list[str] | None, description: str) -> di
     return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
 
-def check_bounds(settings) -> None:
-    """Raise BadInput for the first number that is not finite or not within its bounds."""
-    for f in fields(settings):
-        value, least, above = getattr(settings, f.name), f.metadata["least"], f.metadata["above"]
+def check_settings(args) -> None:
+    """Raise BadInput for the first setting that cannot work. args: dust.Args."""
+    for f in fields(args):
+        value, least, above = getattr(args, f.name), f.metadata["least"], f.metadata["above"]
         if least is not None and not (math.isfinite(value) and value >= least):
             raise BadInput(f"{option(f.name)} is {value}; it has to be at least {least}")
         if above is not None and not (math.isfinite(value) and value > above):
             raise BadInput(f"{option(f.name)} is {value}; it has to be above {above}")
+    wrong = {
+        f"--group-size {args.group_size} is larger than --candidates {args.candidates}; sample at least as many "
+        "candidates as stand in a group": args.group_size > args.candidates,
+        f"--timeout is {args.timeout}; it has to be below 1000000 seconds": args.timeout >= 1e6,
+        f"--dual-clip is {args.dual_clip}; it has to be above 1, the ratio of an unchanged model, or 0":
+            0 < args.dual_clip <= 1,
+        "--init works only without --eval-only; to measure a run's model: --eval-only --model FOLDER":
+            args.init and args.eval_only,
+        "--teacher works only with --mode sft": args.teacher and args.mode != "sft",
+        "--lora needs the package peft: pip install peft": args.lora and not find_spec("peft"),
+        "--shard spreads all weights over torchrun's processes: start it with torchrun, without --lora":
+            args.shard and (args.lora or "WORLD_SIZE" not in os.environ),
+    }
+    for message, applies in wrong.items():
+        if applies:
+            raise BadInput(message)

@@ -1,12 +1,15 @@
 """How the G answers to a prompt share it, exactly: one row for all of them, and the attention inside it.
 
 transformers calls `shared_attention` in each layer of a model whose attention is named SHARED_ATTENTION. It hands the
-queries, keys and values to the layout of this forward, which knows which token sees which: `Packed` here, for the update
-and for the prompts of a rollout; fast_decode.SharedCache for a step of a rollout. The layers themselves run as they are.
+queries, keys and values to the layout of this forward, which knows which token sees which: `Packed` here, for the
+update and for the prompts of a rollout; fast_decode.SharedCache for a step of a rollout. The layers run as they are.
 
 Shapes: L prompt tokens, R answer tokens, N answer tokens of a batch laid end to end, T tokens of a packed row; Q query
 heads, K key heads, D numbers a head.
 """
+import contextlib
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +18,45 @@ from transformers import AttentionInterface
 SHARED_ATTENTION = "grpo_shared"  # its name in transformers
 SHORT_ANSWERS = 128  # short answers attend in one call, up to so many tokens: fewer calls, little masked waste
 QUERY_BLOCK = 1024  # queries in one call, behind a window or of a long answer, so that no mask is [L, L] or [R, L + R]
+
+
+def shares_prompts(model) -> bool:
+    """Whether grpo.enable_sharing has switched this model."""
+    return model.config._attn_implementation == SHARED_ATTENTION
+
+
+@contextlib.contextmanager
+def plain_attention(model):
+    """Inside, the model attends as transformers does by default."""
+    before = model.config._attn_implementation
+    if before == SHARED_ATTENTION:
+        model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def takes(model, argument: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def has_key_cache(model) -> bool:
+    """Whether grpo.generate can serve a model: it keeps keys and values at positions that it is told, and nothing else.
+
+    Not so recurrent states (Mamba, Qwen3-Next), and rotary positions that change with the longest row.
+    """
+    return takes(model, "position_ids") and not model._is_stateful and not positions_follow_longest_row(model)
+
+
+def positions_follow_longest_row(model) -> bool:
+    """Whether the rotary positions of one row depend on the longest row of its batch."""
+    config = model.config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rotaries = [rotary, *(part for part in rotary.values() if isinstance(part, dict))]  # one for each type of layer
+    kinds = [str(part.get("rope_type") or part.get("type")) for part in rotaries]
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
 
 
 def body(model, layout, ids: Tensor, positions: Tensor) -> Tensor:
@@ -42,8 +84,8 @@ AttentionInterface.register(SHARED_ATTENTION, shared_attention)  # without a mas
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, mask: Tensor | None) -> Tensor:
     """Attention of q [1, Q, n, D] to k, v [1, K, m, D] -> [1, n, Q, D].
 
-    mask: [n, m], 0 where a query sees a key and -inf elsewhere, after a first column of 0 if there are sinks. None means
-    causal, with n == m.
+    mask: [n, m], 0 where a query sees a key and -inf elsewhere, after a first column of 0 if there are sinks. None
+    means causal, with n == m.
     """
     heads, n, groups = q.shape[1], q.shape[2], k.shape[1]
     if sinks is not None:
@@ -162,14 +204,3 @@ class Packed:
                     mask = self.mask(q, L, lengths, window, sinks is not None)
                     out.append(fused_attention(q_own, keys, values, scale, sinks, mask))
         return torch.cat(out, 1)
-
-
-def split_by_size(sizes: list[int], bound: int) -> list[slice]:
-    """Cut a list into slices whose sizes add up to at most bound each. A larger item gets a slice of its own."""
-    starts, used = [], bound
-    for i, size in enumerate(sizes):
-        if used + size > bound or not starts:
-            starts.append(i)
-            used = 0
-        used += size
-    return [slice(*ends) for ends in zip(starts, [*starts[1:], len(sizes)])]

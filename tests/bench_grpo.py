@@ -1,11 +1,16 @@
 """How much faster one prompt for G answers is: ours against repeating the prompt, in one run, taking turns.
 
-    python tests/bench_grpo.py [--rounds 5] [--vocabulary 4096] [--against plain|trl] 2>/dev/null
+    python tests/bench_grpo.py [--rounds 5] [--vocabulary 4096] [--against repeated|trl|sampling] 2>/dev/null
 
 One prompt, G = 8 answers of a fixed length, one thread, fp32, a random model of Qwen3's shape: hidden 256, 6 layers,
-8 heads, 4 KV heads. `plain` is the repeated form written the best way we can: transformers' generate with
+8 heads, 4 KV heads. `repeated` is the repeated form written the best way we can: transformers' generate with
 num_return_sequences, then one batch of 8 rows through fused attention, the head on answer positions only, one backward
-pass and one optimiser step. `trl` is TRL's GRPOTrainer (pip install trl), which is timed step by step.
+pass and one optimiser step. Our rollout is shown with both decoders, the plain and the fast one; "both" is the fast
+rollout and the update. `trl` is TRL's GRPOTrainer (pip install trl), which is timed step by step.
+
+`sampling` decodes 16 tokens after a prompt of 64 at a real vocabulary, 8 and 64 rows, beside transformers' generate:
+with no filter, with the evaluation's top-k 20 and top-p 0.95, and with top-p 0.95 alone; its head is about as sharp as
+a trained one's. It says how much of a step is drawing, and how much the model itself.
 
 Seconds are theirs/ours, medians; a ratio is theirs by ours, the median over rounds in which both took their turn.
 Memory is what the tensors that were made meanwhile held at their peak, theirs/ours.
@@ -26,10 +31,16 @@ import torch  # noqa: E402
 from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 import grpo  # noqa: E402
-import prefix  # noqa: E402
 
 ROWS = ((512, 16), (2048, 16), (512, 128))  # prompt and answer tokens
 G = 8
+ARGS = argparse.Namespace(mode="rank", mini_batch=16, ppo_epochs=1, temperature=1.0, loss="sequence", clip=0.2,
+                          clip_high=0.0, dual_clip=0.0, kl=0.0, micro_tokens=16384)
+REAL_VOCABULARY = 151_936
+SAMPLINGS = {
+    "no filter": grpo.Sampling(), "top-k 20, top-p 0.95": grpo.Sampling(0.6, 0.95, 20),
+    "top-p 0.95": grpo.Sampling(1.0, 0.95),
+}
 
 
 def make_model(vocabulary: int):
@@ -41,29 +52,41 @@ def make_model(vocabulary: int):
 
 
 class Ours:
-    name = "ours"
+    name = "fast"
 
     def __init__(self, model):
         self.model, self.optimizer = model, torch.optim.SGD(model.parameters(), lr=0.0)
-        prefix.shares_prompts(model)
+        assert grpo.enable_sharing(model) == ""
 
     def rollout(self, prompt, tokens):
-        self.rollouts = grpo.rollout(self.model, [prompt], answers=G, max_new_tokens=tokens, eos_ids=[])
+        self.rollouts = grpo.rollout(self.model, [prompt], [list(range(G))], max_new_tokens=tokens, eos_ids=[])
 
     def update(self):
         for r in self.rollouts:
             r.rewards = torch.arange(G).float()
-        grpo.update(self.model, self.optimizer, self.rollouts)
+        grpo.update(self.model, self.optimizer, self.rollouts, ARGS)
 
 
-class Plain:
+class OursPlain(Ours):
+    """With the plain decoder, which a model has that shares no prompts."""
+
     name = "plain"
+
+    def __init__(self, model):
+        self.model = model
+
+    def update(self):
+        pass
+
+
+class Repeated:
+    name = "repeated"
 
     def __init__(self, model):
         self.model, self.optimizer = model, torch.optim.SGD(model.parameters(), lr=0.0)
 
     def rollout(self, prompt, tokens):
-        with torch.no_grad():
+        with torch.no_grad(), grpo.plain_attention(self.model):
             self.rows = self.model.generate(
                 prompt[None], attention_mask=torch.ones_like(prompt[None]), num_return_sequences=G, do_sample=True,
                 top_k=0, max_new_tokens=tokens, pad_token_id=0,
@@ -71,7 +94,8 @@ class Plain:
         self.start = len(prompt) - 1
 
     def update(self):
-        hidden = self.model.base_model(self.rows[:, :-1], use_cache=False)[0][:, self.start :]  # [G, R, H]
+        with grpo.plain_attention(self.model):
+            hidden = self.model.base_model(self.rows[:, :-1], use_cache=False)[0][:, self.start :]  # [G, R, H]
         logits, targets = self.model.lm_head(hidden), self.rows[:, self.start + 1 :]  # [G, R, V], [G, R]
         logps = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)  # [G, R]
         advantages = grpo.group_advantages(torch.arange(G).float())[:, None].expand_as(logps)
@@ -100,10 +124,11 @@ def measure(side, prompt, tokens) -> tuple[float, float]:
     return between - began, time.perf_counter() - between
 
 
-def against_plain(args) -> None:
+def against_repeated(args) -> None:
     model = make_model(args.vocabulary)
-    sides = {"plain": Plain(model), "ours": Ours(model)}
-    print(f"{'tokens':<9}{'rollout':>16}{'update':>20}{'both':>8}{'memory: rollout':>20}{'update':>14}")
+    sides = {side.name: side for side in (Repeated(model), OursPlain(make_model(args.vocabulary)), Ours(model))}
+    print(f"{'tokens':<9}{'rollout, plain':>19}{'rollout, fast':>19}{'update':>19}{'both':>8}"
+          f"{'memory: rollout':>22}{'update':>14}")
     for length, tokens in ROWS:
         prompt = torch.randint(args.vocabulary, (length,))
         memory = {}  # measured first, which warms up too
@@ -112,15 +137,59 @@ def against_plain(args) -> None:
         rounds = []
         for i in range(args.rounds):
             order = sorted(sides, reverse=bool(i % 2))  # each goes first as often as the other
-            seen = {name: measure(sides[name], prompt, tokens) for name in order}
-            rounds.append([*seen["plain"], sum(seen["plain"]), *seen["ours"], sum(seen["ours"])])
-        times = [statistics.median(column) for column in zip(*rounds)]
-        ratio = [statistics.median(row[i] / row[i + 3] for row in rounds) for i in range(3)]
-        print(
-            f"{f'{length}/{tokens}':<9}{times[0]:6.2f}/{times[3]:.2f} s {ratio[0]:3.1f}x"
-            f"{times[1]:8.2f}/{times[4]:.2f} s {ratio[1]:4.1f}x{ratio[2]:6.1f}x"
-            + "".join(f"{p:9.0f}/{o:.0f} MB" for p, o in zip(memory["plain"], memory["ours"])), flush=True,
-        )
+            rounds.append({name: measure(sides[name], prompt, tokens) for name in order})
+        theirs, update = (statistics.median(seen["repeated"][i] for seen in rounds) for i in (0, 1))
+        cells = [cell(rounds, theirs, name, 0) for name in ("plain", "fast")] + [cell(rounds, update, "fast", 1)]
+        both = statistics.median(sum(seen["repeated"]) / sum(seen["fast"]) for seen in rounds)
+        peaks = [f"{memory['repeated'][i]:9.0f}/{memory['fast'][i]:.0f} MB" for i in (0, 1)]
+        print(f"{f'{length}/{tokens}':<9}" + "".join(cells) + f"{both:7.1f}x  " + "".join(peaks), flush=True)
+
+
+def cell(rounds: list[dict], theirs: float, name: str, part: int) -> str:
+    """Seconds of the repeated form and of one of ours, and their ratio."""
+    own = statistics.median(seen[name][part] for seen in rounds)
+    ratio = statistics.median(seen["repeated"][part] / seen[name][part] for seen in rounds)
+    return f"{theirs:7.2f}/{own:.2f} s {ratio:4.1f}x"
+
+
+def decode_both(model, prompt, rows: int, sampling: grpo.Sampling, tokens: int) -> tuple[float, float, float]:
+    """Seconds of transformers' generate, of our decoder, and of the draws in it."""
+    choice = dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+    began = time.perf_counter()
+    with torch.no_grad(), grpo.plain_attention(model):
+        model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), num_return_sequences=rows,
+                       max_new_tokens=tokens, pad_token_id=0, **choice)
+    theirs, draw_token, drawing = time.perf_counter() - began, grpo.draw_token, 0.0
+
+    def timed(*arguments):
+        nonlocal drawing
+        began, grpo.draw_token = time.perf_counter(), draw_token  # it may call itself for parts of the rows
+        found = draw_token(*arguments)
+        drawing, grpo.draw_token = drawing + time.perf_counter() - began, timed
+        return found
+
+    grpo.draw_token = timed
+    began = time.perf_counter()
+    grpo.rollout(model, [prompt], [list(range(rows))], sampling=sampling, max_new_tokens=tokens, eos_ids=[])
+    ours, grpo.draw_token = time.perf_counter() - began, draw_token
+    return theirs, ours, drawing
+
+
+def against_sampling(args) -> None:
+    model, tokens = make_model(REAL_VOCABULARY), 16
+    model.lm_head.weight.data *= 20
+    assert grpo.enable_sharing(model) == ""
+    prompt = torch.randint(REAL_VOCABULARY, (64,))
+    print(f"{'rows':<6}{'sampling':<24}{'decoding':>22}{'a step: drawing':>20}{'the model':>12}")
+    for rows in (8, 64):
+        for name, sampling in SAMPLINGS.items():
+            decode_both(model, prompt, rows, sampling, 2)
+            seen = [decode_both(model, prompt, rows, sampling, tokens) for _ in range(args.rounds)]
+            theirs, ours, drawing = (statistics.median(column) for column in zip(*seen))
+            ratio = statistics.median(row[0] / row[1] for row in seen)
+            step, model_part = 1e3 * drawing / tokens, 1e3 * (ours - drawing) / tokens
+            print(f"{rows:<6}{name:<24}{theirs:8.2f}/{ours:.2f} s {ratio:4.1f}x{step:16.1f} ms{model_part:9.1f} ms",
+                  flush=True)
 
 
 def beside_trl(model, ours, length: int, tokens: int, args) -> list[tuple[float, float]]:
@@ -180,12 +249,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--against", choices=["plain", "trl"], default="plain")
+    parser.add_argument("--against", choices=["repeated", "trl", "sampling"], default="repeated")
     args = parser.parse_args()
     torch.set_num_threads(1)
     where = f"1 thread of {os.cpu_count()} cores, fp32"
-    print(f"G = {G}, vocabulary {args.vocabulary}, {where}, torch {torch.__version__}")
-    {"plain": against_plain, "trl": against_trl}[args.against](args)
+    vocabulary = REAL_VOCABULARY if args.against == "sampling" else args.vocabulary
+    print(f"G = {G}, vocabulary {vocabulary}, {where}, torch {torch.__version__}")
+    {"repeated": against_repeated, "trl": against_trl, "sampling": against_sampling}[args.against](args)
 
 
 if __name__ == "__main__":

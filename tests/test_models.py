@@ -16,7 +16,7 @@ from transformers import (AutoModelForCausalLM, GPT2Config, GptOssConfig, LlamaC
 import dust
 import rank_prompt
 from conftest import SMALL
-from plumbing import models
+from plumbing import models, settings
 from plumbing.problems import BadInput, Problem
 from plumbing.models import (SmallStepAdam, add_lora, answer_text, check_template, count_parameters,
                              choose_optimizer, encode, find_model, full_name, load_checkpoint, load_model,
@@ -469,7 +469,7 @@ def tiny():
 
 
 def test_lora_without_its_package_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(dust, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     assert dust.main(["--lora", "4"]) == 2
     assert capsys.readouterr().err == "dust: --lora needs the package peft: pip install peft\n"
 

@@ -6,11 +6,12 @@ import os
 import pickle
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import sandbox
-from plumbing.problems import HUB, LIVE, MAX_CHARACTERS, BadInput, Problem, load_problems, without_overlap
+from plumbing.problems import HUB, LIVE, MAX_CHARACTERS, BadInput, Problem, load_problems, load_train_and_eval
 
 
 def write(path: Path, *records) -> Path:
@@ -369,10 +370,14 @@ def test_without_network_or_package_it_is_one_line_with_a_way_out(monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- overlap
 
 
-def test_training_problems_that_are_evaluated_are_removed():
+def test_training_problems_that_are_evaluated_are_removed(tmp_path, capsys):
     """A statement that differs in case, blanks or punctuation is the same problem, and a leak."""
     texts = "Add, twice.", "add\n  TWICE!", "Add thrice", "+", "-"
-    train = [Problem(str(i), text, []) for i, text in enumerate(texts)]
-    kept, removed = without_overlap(train, [Problem("e", "Add twice", []), Problem("f", "+", [])])
-    assert [problem.id for problem in kept] == ["2", "4"] and removed == 3
-    assert without_overlap(train, []) == (train, 0)
+    test = {"input": "", "output": ""}
+    train = write(tmp_path / "train.jsonl", *({"id": str(i), "question": q, "tests": [test]} for i, q in enumerate(texts)))
+    held_out = write(tmp_path / "eval.jsonl", {"id": "e", "question": "Add twice", "tests": [test]},
+                     {"id": "f", "question": "+", "tests": [test]})
+    args = SimpleNamespace(train=str(train), eval=str(held_out), limit=0, eval_limit=0, eval_only=False)
+    kept, evaluated = load_train_and_eval(args)
+    assert [problem.id for problem in kept] == ["2", "4"] and [problem.id for problem in evaluated] == ["e", "f"]
+    assert "3 of 5 problems of --train left out" in capsys.readouterr().out

@@ -107,8 +107,8 @@ def test_a_run_has_its_figures_where_matplotlib_is_and_its_tables_where_it_is_no
 ])
 def test_the_curves_show_the_constant_answer_and_the_loss_only_where_it_falls(logged, panels, tmp_path, monkeypatch):
     """The loss of GRPO is about zero at every step: its panel said nothing, and beginners read it first."""
-    pyplot, seen = pytest.importorskip("matplotlib.pyplot"), {}
-    monkeypatch.setattr(pyplot, "close", lambda figure: seen.update(
+    figures, seen = pytest.importorskip("matplotlib.figure"), {}
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *how, **more: seen.update(
         {axis.get_title(): len(axis.lines) for axis in figure.axes if axis.axison}))
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1} | logged) + "\n")
     report.draw_curves(tmp_path)

@@ -115,6 +115,16 @@ def test_nothing_said_on_the_wire_is_a_verdict(act):
         assert not verdict and verdict.results[0].status != "ok", verdict
 
 
+@pytest.mark.parametrize("kind", ["SystemExit", "no_error", "StopIteration"])
+def test_no_error_on_the_wire_ends_a_loop_of_the_asserts(kind):
+    """An error that was no Exception once became a StopIteration: all(map(f, ...)) was then true for any f."""
+    code = ("import os\ndef f(x):\n for fd in range(3, 64):\n  try: os.write(fd, b'{\"tuple\": [[\"%s\"], \"\"]}\\n' * 9)\n"
+            "  except OSError: pass\n return 7" % kind)
+    for source in ("assert all(map(f, [1, 2]))", "for v in map(f, [1, 2]): assert v == 1"):
+        verdict = sandbox.run_tests(code, asserts(source), timeout=3)
+        assert not verdict and verdict.results[0].status == "error", verdict
+
+
 @pytest.mark.parametrize("code, source", [
     ("def f(x, y=1): return x + y", "assert f(1) == 2 and f(1, 2) == 3 and f(y=5, x=1) == 6"),
     ("class Solution:\n def f(self, x): return x", "assert f(1) == 1"), ("f = lambda: print('noise', flush=True)", "assert f() is None"),
@@ -256,7 +266,7 @@ def test_every_run_of_a_program_prints_the_same(code):
 def test_the_code_of_a_program_is_compiled_once():
     """The compiler takes a large part of a short run, and every further test would pay for it again."""
     with contextlib.ExitStack() as stack:
-        program = sandbox.program_file(stack, "import os\nprint(7)")
+        program = sandbox.memory_file(stack, b"import os\nprint(7)")
         for _ in range(2):
             result, _ = sandbox.run_once(sandbox.shared_pool, program, PRINTS_7[0], 5, 512)
             assert result.stdout == "7\n" and os.pread(program, 1, 0) == sandbox_child.COMPILED
@@ -690,6 +700,33 @@ def test_a_caller_that_dies_leaves_nothing_though_its_fork_lives_on():
     finally:
         os.kill(child, signal.SIGKILL)
         caller.communicate()
+
+
+@pytest.mark.skipif(not LINUX, reason="user namespaces")
+def test_several_workers_find_out_at_the_same_time_that_there_are_no_namespaces():
+    """Only the first one tried again; the others ended the run. And a map of users can have more than one line."""
+    caller = script("""
+        import time, sandbox
+        from plumbing import sandbox_child
+        try: sandbox_child.libc("unshare", sandbox_child.USERS)
+        except OSError: print("no user namespaces here", flush=True)
+        else: print("ready", flush=True)
+        while not open("/proc/self/gid_map").read(): time.sleep(.01)
+        for kind in "user", "mnt": open(f"/proc/sys/user/max_{kind}_namespaces", "w").write("0")
+        with sandbox.Pool(4) as pool: print(pool.label([("print(7)", [{"input": "", "output": "7"}])] * 8))
+        print(sandbox.Worker.mode, flush=True)
+    """)
+    if caller.stdout.readline() != "ready\n":
+        caller.kill()
+        pytest.skip("nobody gets a user namespace here")
+    mine = os.getuid()
+    for file, text in (("setgroups", "allow" if mine == 0 else "deny"),
+                       ("uid_map", "0 0 1000\n1000 1000 60000" if mine == 0 else f"0 {mine} 1"),
+                       ("gid_map", "0 0 1000\n1000 1000 60000" if mine == 0 else f"0 {os.getgid()} 1")):
+        with open(f"/proc/{caller.pid}/{file}", "w") as f:
+            f.write(text)
+    out, _ = caller.communicate(timeout=60)
+    assert out == f"{[True] * 8}\nplain\n", out
 
 
 def wait_until(condition, seconds=20):

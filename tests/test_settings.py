@@ -9,7 +9,7 @@ import dust
 from conftest import SMALL
 from dust import Candidate, Group
 from plumbing import runs
-from plumbing.problems import Problem
+from plumbing.problems import Problem, load_train_and_eval
 from test_dust import ROOT, error_of, run_dust
 
 
@@ -118,12 +118,12 @@ def test_training_problems_of_the_evaluation_are_left_out_and_counted(tmp_path, 
     renamed = [line | {"id": "x" + line["id"]} for line in lines[:2]]
     train.write_text("".join(json.dumps(line) + "\n" for line in [*renamed, *mine]))
     args = dust.parse_args(["--train", str(train), "--eval", str(problems), "--limit", "2", "--eval-limit", "4"])
-    own, held_out = dust.read_problems(args)
+    own, held_out = load_train_and_eval(args)
     assert "2 of 5 problems of --train left out" in capsys.readouterr().out
     assert [p.id for p in own] == ["new0", "new1"] and [p.id for p in held_out] == ["p0", "p2", "p4", "p6"]
     train.write_text("".join(json.dumps(line) + "\n" for line in renamed))
     assert "every problem of --train" in error_of(capsys, "--train", train, "--eval", problems)
-    assert len(dust.read_problems(dust.replace(args, train=str(problems), limit=0))[0]) == 8  # meant so, and said
+    assert len(load_train_and_eval(dust.replace(args, train=str(problems), limit=0))[0]) == 8  # meant so, and said
     assert "are the same" in capsys.readouterr().out
 
 

@@ -75,7 +75,7 @@ from pathlib import Path
 flags = sys.argv[1:]
 value = lambda name, default="": flags[flags.index(name) + 1] if name in flags else default
 out = Path(value("--out"))
-found = sorted(p.stem for p in (out / JOURNALS).glob("*.jsonl"))
+found = sorted(p.stem for p in out.glob("*.jsonl"))
 out.mkdir(parents=True, exist_ok=True)
 with (out.parent / "calls").open("a") as calls:
     init = Path(value("--init", "."))
@@ -89,9 +89,8 @@ if out.name == os.environ.get("FAKE_HANGS"):
 if out.name == os.environ.get("FAKE_FAILS"):
     print("  sampling:  3%\\rdust: the disk is full\\n\\n", file=sys.stderr)
     sys.exit(2)
-(out / JOURNALS).mkdir(exist_ok=True)
 for name in ("samples", "labels", "base-samples", "base-labels", "base-rankings", "base-finals", "trained-samples"):
-    path = out / JOURNALS / f"{name}.jsonl"
+    path = out / f"{name}.jsonl"
     if not path.exists():
         path.write_text(json.dumps([out.name, name]) + "\\n")
 shift = len(value("--mode") + value("--reward") + value("--thinking")) % 3
@@ -113,7 +112,7 @@ args = {"seed": int(value("--seed")), "quick": "--quick" in flags, "steps": 60, 
 def lab(tmp_path, monkeypatch):
     """A study with the fake: run(name, ...) -> exit code; calls() -> how the fake was called, in order; no figures."""
     monkeypatch.setattr(study, "draw_study", lambda *a: None)
-    (tmp_path / "fake.py").write_text(FAKE.replace("JOURNALS", repr(study.JOURNALS)))
+    (tmp_path / "fake.py").write_text(FAKE)
     out, results = tmp_path / "runs", tmp_path / "results"
 
     def run(*arguments) -> int:
@@ -155,13 +154,13 @@ def test_variants_start_after_the_first_with_copies_of_what_the_base_did(lab):
     assert calls[0]["run"] == "rank-s0" and calls[0]["journals"] == []
     for call in calls[1:]:
         assert call["journals"] == sorted(study.BY_GENERATOR + study.BY_JUDGE)
-        copied = lab.out / call["run"] / study.JOURNALS / "base-finals.jsonl"
-        assert copied.read_text() == (lab.out / "rank-s0" / study.JOURNALS / "base-finals.jsonl").read_text()
+        copied = lab.out / call["run"] / "base-finals.jsonl"
+        assert copied.read_text() == (lab.out / "rank-s0" / "base-finals.jsonl").read_text()
         assert not copied.is_symlink() and copied.stat().st_nlink == 1
 
 
 def test_what_a_begun_run_wrote_into_its_journals_is_not_copied_over(lab):
-    own = lab.out / "sft-s0" / study.JOURNALS / "labels.jsonl"
+    own = lab.out / "sft-s0" / "labels.jsonl"
     own.parent.mkdir(parents=True)
     own.write_text('["mine", 1]\n')
     assert lab.run("figure3", "--seeds", 1) == 0
@@ -176,7 +175,7 @@ def test_a_cell_shares_only_what_its_modes_leave_the_same(lab, monkeypatch):
     assert lab.run("transfer", "figure3", "--quick", "--seeds", 1) == 0
     copied = {}
     for call in lab.calls():
-        folder = lab.out / call["run"] / study.JOURNALS
+        folder = lab.out / call["run"]
         copied[call["run"]] = {name: json.loads((folder / f"{name}.jsonl").read_text())[0] for name in call["journals"]}
         assert not set(base) & set(call["flags"])
     generator, judge = study.BY_GENERATOR, study.BY_JUDGE
@@ -285,13 +284,14 @@ def test_the_bar_counts_seeds_by_each_ones_own_interval(lab):
 
 def test_a_paragraph_written_by_hand_does_not_outlive_its_numbers(lab):
     """The tables are generated anew, and the words below them would go on stating what an earlier run had."""
-    for name, own in study.STUDIES.items():
+    for name in study.STUDIES:
+        reading = study.written_by_hand(name)["Reading"]
         result = json.loads((study.HERE / "results" / f"{name}.json").read_text())
         text = study.markdown(result)
-        assert own.reading in text and text == (study.HERE / "results" / f"{name}.md").read_text(), name
+        assert reading in text and text == (study.HERE / "results" / f"{name}.md").read_text(), name
         figure = result["variants"]["rank"]["gains"]["both"]["pass1"]
         figure["mean"] += 1
-        assert ("To be written" in study.markdown(result)) == ("23.4" in own.reading), name
+        assert ("To be written" in study.markdown(result)) == ("23.4" in reading), name
     assert lab.run("figure3", "--seeds", 2) == 0
     text = (lab.results / "figure3.md").read_text().split("## Reading")[1]
     assert "To be written" in text and "-12.0" not in text
@@ -305,14 +305,14 @@ def test_nobody_can_change_what_all_intervals_are_drawn_with():
 
 
 def test_transfer_prints_its_prediction_before_the_result(lab, monkeypatch):
-    """A prediction read off the result afterwards is none: it stands in the code, first in the file."""
+    """A prediction read off the result afterwards is none: it is written by hand, and stands first in the file."""
     skills = {f"{task}/{name}": 0.5 if task == "gen" else 0.25 for task in ("gen", "rank")
               for name in ("step", "jump", "careful", "yes_same", "yes_off")}
     skills |= {"copy": float("nan"), "pass1": 0.4, "ndcg_mixed": 0.8, "ndcg_random": 0.725}
     monkeypatch.setattr(study, "probe_model", lambda folder, problems, file: file.write_text(json.dumps(skills)))
     assert lab.run("transfer", "--quick", "--seeds", 1) == 0
     text = (lab.out / "results" / "transfer.md").read_text()
-    prediction = study.STUDIES["transfer"].prediction
+    prediction = study.written_by_hand("transfer")["The prediction"]
     places = [text.index(part) for part in (prediction, "## Gains", "## Skills", "## Reading")]
     assert places == sorted(places)
     assert "|  | off-policy ranking, PairAcc (the method) | thinking generator, direct judge |" in text
@@ -328,7 +328,7 @@ def test_bases_are_made_first_and_their_runs_take_the_laptops_settings(lab, monk
     monkeypatch.setattr(study, "run_side_by_side", lambda commands, parallel: begun.append(commands) or 0)
     args = study.parse_args(["transfer", "--seeds", "1", "--out", str(lab.out)])
     args.dust = "dust.py"
-    assert study.run_all(args, study.STUDIES["transfer"].variants) == 0
+    assert study.run_all(args, study.STUDIES["transfer"]) == 0
     assert [folder.name for folder in begun[0]] == ["notation", "clumsy"]
     assert begun[0][lab.out / "bases" / "clumsy"][2:4] == ["--base", "clumsy"]
     flags = begun[1][lab.out / "clumsy-s0"]
