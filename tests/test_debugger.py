@@ -1,7 +1,9 @@
-"""--workers 0, the run that a debugger steps through, and the tour of the tutorial that needs it."""
+"""The debugger tour of the tutorial: pdb reaches its stations, and a run that is debugged is an ordinary one."""
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,86 +14,72 @@ from transformers import AutoTokenizer
 import dust
 
 ROOT = Path(dust.__file__).resolve().parent
-SMALL = ["--workers", "0", "--limit", "6", "--eval-limit", "2", "--repeats", "1", "--candidates", "8", "--steps", "1",
+SMALL = ["--workers", "1", "--limit", "6", "--eval-limit", "2", "--repeats", "1", "--candidates", "8", "--steps", "1",
          "--batch", "12", "--answers", "4"]  # twelve: every group there is
-torch.set_num_threads(1)
-
-
-def test_it_takes_the_shipped_problems_only(tmp_path, capsys):
-    other = tmp_path / "p.jsonl"
-    other.write_text((ROOT / "data" / "eval.jsonl").read_text())
-    for option in ("--train", "--eval"):
-        assert dust.main(["--workers", "0", option, str(other), "--out", str(tmp_path / "run")]) == 2
-        assert capsys.readouterr().err.startswith("dust: --workers 0 runs programs without isolation")
-    assert not (tmp_path / "run").exists()
-
-
-# ----------------------------------------------------------------------------------------------------------- the tour
-
 TOUR = (ROOT / "tutorial.md").read_text(encoding="utf-8").partition("\n## Debugger tour\n")[2].partition("\n## ")[0]
-STATIONS = re.findall(r"`tbreak ([\w.]+)(?:, ([^`]+))?`", TOUR)
+STATIONS = re.findall(r"`(tbreak ([\w.]+)(?:, [^`]+)?)`", TOUR)  # [(what to type, the function), ...]
+WRITE = re.search(r'`(!Path\("(/tmp/candidate.py)"\)[^`]+)`', TOUR)  # a candidate is written into this file
 
 
-class Tourist:
-    """A profiler that stops where a reader's debugger would: at one station after the other, in the tour's order."""
-
-    def __init__(self):
-        self.left, self.reached = list(STATIONS), []
-        self.codes = [self.code_of(name) for name, _ in self.left]
-
-    @staticmethod
-    def code_of(name: str):
-        module, _, function = name.rpartition(".")
-        found = getattr(importlib.import_module(module), function)
-        return getattr(found, "__wrapped__", found).__code__
-
-    def __call__(self, frame, event, _):
-        if event == "call" and self.codes and frame.f_code is self.codes[0]:
-            condition = self.left[0][1]
-            if not condition or eval(condition, frame.f_globals, frame.f_locals):
-                self.reached.append(self.left.pop(0)[0])
-                self.codes.pop(0)
+def pdb(script: list[str], typed: list[str]) -> str:
+    """What a script prints in pdb, on one thread, to somebody who types these lines."""
+    done = subprocess.run([sys.executable, "-m", "pdb", *script], input="\n".join(typed), capture_output=True, cwd=ROOT,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def twice(tmp_path_factory) -> tuple[list[Path], list[str]]:
-    """Two runs with --workers 0, and the stations that were reached in the second one."""
-    folder, threads, tourist = tmp_path_factory.mktemp("debugger"), torch.get_num_threads(), Tourist()
-    for name, profiler in (("a", None), ("b", tourist)):
-        torch.set_num_threads(2)
-        sys.setprofile(profiler)
-        try:
-            assert dust.main([*SMALL, "--out", str(folder / name)]) == 0
-        finally:
-            sys.setprofile(None)
-        assert torch.get_num_threads() == 1
-    torch.set_num_threads(threads)
-    return [folder / name for name in "ab"], tourist.reached
+def tour(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a run in pdb that stops at every station, with the candidate of station 2; and what pdb printed."""
+    folder, typed = tmp_path_factory.mktemp("debugger"), []
+    for command, function in STATIONS:
+        typed += [command, "c"]
+        if function == "dust.label":
+            typed += ["r", WRITE[1].replace(WRITE[2], str(folder / "candidate.py"))]
+    return folder, pdb(["dust.py", *SMALL, "--out", str(folder / "run")], [*typed, "c", "q"])
 
 
-def test_two_runs_are_the_same(twice):
-    """Whoever stops at a token wants to find it there again."""
+def test_every_station_is_reached_in_the_order_of_the_tour(tour):
+    """A breakpoint that is never hit sends a reader home. pdb does not follow threads and other processes."""
+    _, printed = tour
+    reached = re.findall(r"^(?:\(Pdb\) )*Deleted breakpoint .*\n> .*/(\w+)\.py\(\d+\)(\w+)\(", printed, flags=re.MULTILINE)
+    assert [".".join(names) for names in reached] == [function for _, function in STATIONS], printed
+    assert len(STATIONS) == 8
+
+
+def test_a_run_in_the_debugger_is_the_run_without_it(tour, tmp_path):
+    """Somebody who stops at a token wants to find it there again."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert dust.main([*SMALL, "--out", str(tmp_path / "run")]) == 0
+    finally:
+        torch.set_num_threads(threads)
 
     def steps(out: Path) -> list[dict]:
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
-    (first, second), _ = twice
+    first, second = tour[0] / "run", tmp_path / "run"
     assert steps(first) == steps(second) and len(steps(first)) == 1
-    for name in ("candidates.jsonl", "judged.jsonl", "journal/trained-samples.jsonl"):
+    for name in ("candidates.jsonl", "judged.jsonl", "trained-samples.jsonl", "judge-rankings.jsonl"):
         assert (first / name).read_text() == (second / name).read_text()
 
 
-def test_every_station_is_reached_in_the_order_of_the_tour(twice):
-    """A breakpoint that is never hit sends a reader home. Eight of them, the conditions included."""
-    assert twice[1] == [name for name, _ in STATIONS] and len(STATIONS) == 8
+def test_the_candidate_goes_through_the_states_of_the_tour(tour):
+    """Station 2, in the other terminal: the first `n` reads what is typed, and each further one runs a line."""
+    states = re.findall(r"\[\d, \d, \d\]", TOUR.partition("`p x`")[2].partition("3. **")[0])
+    typed = ["n", re.search(r"type `([\d ]+)`", TOUR)[1], "p x"] + ["n", "p x"] * 3 + ["q"]
+    printed = pdb([str(tour[0] / "candidate.py")], typed)
+    assert re.findall(r"^\(Pdb\) (\[.*\])$", printed, flags=re.MULTILINE) == states and len(states) == 4
 
 
 def test_the_tokens_of_the_tour_are_those_of_the_shipped_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny")
     yes, no = map(int, re.search(r"\[\[(\d+), (\d+)\]\]", TOUR).groups())
     assert tokenizer.convert_ids_to_tokens([yes, no]) == [": yes", ": no"]
-    assert f"[{yes}]" in dict(STATIONS)["grpo.sample"]
+    (command,) = [command for command, function in STATIONS if function == "grpo.draw_token"]
+    assert f"[{yes}]" in command
 
 
 def test_the_launch_settings_start_what_is_there():
@@ -99,6 +87,8 @@ def test_the_launch_settings_start_what_is_there():
     programs = [one["program"].removeprefix("${workspaceFolder}/") for one in settings if "program" in one]
     assert programs == ["dust.py", "data/study.py"]
     assert [one["module"] for one in settings if "module" in one] == ["pytest"]
-    assert dust.parse_args(settings[0]["args"]).workers == 0
+    assert "python -m pdb dust.py " + " ".join(settings[0]["args"]) in TOUR  # the same run as in the tour
+    assert all(one["env"] == {"OMP_NUM_THREADS": "1"} for one in settings) and "OMP_NUM_THREADS=1 python" in TOUR
+    assert dust.parse_args(settings[0]["args"]).workers == 1
     study = importlib.import_module("data.study")
     assert study.parse_args(settings[2]["args"]).quick

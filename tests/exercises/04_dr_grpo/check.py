@@ -1,6 +1,3 @@
-import inspect
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -15,41 +12,35 @@ def test_the_standard_deviation_is_left_out():
     assert grpo.group_advantages(rewards)[0, 0] == pytest.approx(0.5 / rewards.std().item(), abs=1e-4)
 
 
-def weights(monkeypatch, lengths, **settings) -> list:
-    """The weight of a token of each answer, as update() gives it to backward()."""
+def test_a_token_weighs_the_same_in_every_answer():
+    assert grpo.token_weights([1, 5, 2, 4], "constant", 8) == pytest.approx([1 / (4 * 8)] * 4)
+
+
+def test_answers_of_the_longest_length_weigh_what_they_did():
+    assert grpo.token_weights([5, 5, 5], "constant", 5) == pytest.approx(grpo.token_weights([5, 5, 5], "sequence"))
+
+
+def test_the_two_other_ways_are_what_they_were():
+    assert grpo.token_weights([1, 5, 2, 4], "sequence") == pytest.approx([1 / 4, 1 / 20, 1 / 8, 1 / 16])
+    assert grpo.token_weights([1, 5, 2, 4], "token") == pytest.approx([1 / 12] * 4)
+    with pytest.raises(ValueError):
+        grpo.token_weights([1, 5, 2, 4], "mean")
+
+
+def test_the_update_trains_by_both(monkeypatch):
+    """The weights and advantages that update() hands on to backward(), caught there."""
     caught = []
-
-    def backward(model, groups, token_weight, *_, **__):
-        caught.extend(token_weight(SimpleNamespace(answer=torch.zeros(n))) for n in lengths)
-        return {"loss": 0.0}
-
-    monkeypatch.setattr(grpo, "backward", backward)
-    monkeypatch.setattr(grpo, "averages", lambda totals, norms: {})
-    answers = [torch.ones(n, dtype=torch.long) for n in lengths]
-    rewards = torch.arange(len(lengths)).float()
-    rollout = grpo.Rollout(torch.tensor([1]), answers, [torch.zeros(n) for n in lengths], [True] * 4, rewards)
+    monkeypatch.setattr(grpo, "backward", lambda model, groups, *_: caught.extend(groups[0]) or {})
+    answers = [torch.ones(length, dtype=torch.long) for length in (1, 5, 2, 4)]
+    rewards = torch.tensor([1.0, 0.5, 0.0, 0.5])
+    rollout = grpo.Rollout(torch.tensor([1]), answers, [torch.zeros(len(a)) for a in answers], [True] * 4, rewards)
     model = torch.nn.Linear(1, 1)
-    grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), [rollout], **settings)
-    return caught
-
-
-def test_a_token_weighs_the_same_in_every_answer(monkeypatch):
-    own = weights(monkeypatch, [1, 5, 2, 4], aggregation="constant", longest=8, scale=False)
-    assert own == pytest.approx([1 / (4 * 8)] * 4)
-
-
-def test_answers_of_the_longest_length_weigh_what_they_did(monkeypatch):
-    constant = weights(monkeypatch, [5, 5, 5, 5], aggregation="constant", longest=5)
-    assert constant == pytest.approx(weights(monkeypatch, [5, 5, 5, 5]))
-
-
-def test_the_two_other_ways_are_what_they_were(monkeypatch):
-    assert weights(monkeypatch, [1, 5, 2, 4]) == pytest.approx([1 / 4, 1 / 20, 1 / 8, 1 / 16])
-    assert weights(monkeypatch, [1, 5, 2, 4], aggregation="token") == pytest.approx([1 / 12] * 4)
+    args = dust.Args(loss="constant", scale=False, max_new_tokens=8, kl=0.0)
+    grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), [rollout], args)
+    assert [example.weight for example in caught] == pytest.approx([1 / (4 * 8)] * 4)
+    assert [example.advantage for example in caught] == pytest.approx([0.5, 0.0, -0.5, 0.0])
 
 
 def test_the_command_line_knows_both():
     args = dust.parse_args(["--loss", "constant", "--no-scale"])
     assert args.loss == "constant" and args.scale is False and dust.parse_args([]).scale is True
-    source = inspect.getsource(dust.train)
-    assert "scale=args.scale" in source and "longest=args.max_new_tokens" in source
