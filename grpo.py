@@ -202,7 +202,7 @@ def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, g
             optimizer.step()
             totals.update(sums)
     optimizer.zero_grad(set_to_none=True)
-    return averages(totals, norms) | {"zero_variance": 1 - len(taught) / max(len(groups), 1)}
+    return averages(totals, norms) | {"zero_variance": (len(groups) - len(taught)) / max(len(groups), 1)}
 
 
 def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict[str, float]:
