@@ -171,12 +171,13 @@ def run_process(pool: "Pool", program: int, test: dict, timeout: float, memory_m
         how, code, seconds = pool.use_worker([program, *files, *wire], timeout, memory_mb)
         stdout, stderr, answer = (os.pread(fd, OUTPUT_CAP, 0) for fd in files[1:])
     status = status_of(how, code, max(len(stdout), len(stderr), len(answer)), stderr)
-    result = Result(status, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"), code, seconds)
+    stdout, stderr = stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace")
+    result = Result(status, stdout, stderr, code if how == "exited" else None, seconds)
     return result, answer[len(key) :] if answer.startswith(key) else b""
 
 
-def status_of(how: str, code: "int | None", longest: int, stderr: bytes) -> str:
-    """Return the status of a run. how: why the worker ended it, or ""; longest: bytes of its longest output."""
+def status_of(how: str, code: int, longest: int, stderr: bytes) -> str:
+    """Return the status of a run. how: what the worker said; longest: bytes of its longest output."""
     if longest >= OUTPUT_CAP:
         return "output"
     if how == "timeout" or code == -signal.SIGXCPU:
@@ -230,8 +231,7 @@ class Pool(contextlib.AbstractContextManager):
 
     def label(self, jobs: "Iterable[tuple[str, list]]") -> "list[bool]":
         """Return whether each (code, tests) passes, in order."""
-        passed = {verdict.job: verdict.passed for verdict in self.run_tests(jobs)}
-        return [passed[number] for number in range(len(passed))]
+        return [passed for _, passed in sorted((verdict.job, verdict.passed) for verdict in self.run_tests(jobs))]
 
     def run_tests(self, jobs: "Iterable[tuple[str, list]]") -> Iterator[Verdict]:
         """Yield the Verdict of each (code, tests) as soon as it is reached; its `job` is the number of the pair."""
@@ -247,7 +247,7 @@ class Pool(contextlib.AbstractContextManager):
                 self.__exit__()
                 raise
 
-    def use_worker(self, files: "list[int]", timeout: float, memory_mb: int) -> "tuple[str, int | None, float]":
+    def use_worker(self, files: "list[int]", timeout: float, memory_mb: int) -> "tuple[str, int, float]":
         """Run once in an idle worker, or in a new one. An exception of any kind ends that worker."""
         worker = self.take_worker()
         self.busy.add(worker)

@@ -4,61 +4,55 @@ import os
 import pickle
 from pathlib import Path
 
+import huggingface_hub
 import torch
+from huggingface_hub import errors
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
+from transformers.utils import logging
 
 from plumbing import ranks
 from plumbing.problems import BadInput, first_line, write_atomic
 
 # ------------------------------------------------------------------------------------------------------------ loading
 
-SHORT_NAMES = {  # the paper's models, and Qwen3's small ones
-    "Qwen3-0.6B": "Qwen/Qwen3-0.6B",
-    "Qwen3-1.7B": "Qwen/Qwen3-1.7B",
-    "Qwen3-4B": "Qwen/Qwen3-4B",
-    "Qwen3-8B": "Qwen/Qwen3-8B",
-    "Qwen3-4B-Thinking": "Qwen/Qwen3-4B-Thinking-2507",
-    "Qwen3-4B-Instruct": "Qwen/Qwen3-4B-Instruct-2507",
-    "Qwen3-30B-Thinking": "Qwen/Qwen3-30B-A3B-Thinking-2507",
-    "Qwen3-30B-Instruct": "Qwen/Qwen3-30B-A3B-Instruct-2507",
-    "GPT-OSS-20B": "openai/gpt-oss-20b",
-}
-NEEDED_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-OTHER_FORMATS = ["*/*", "consolidated*"]  # the same weights once more, for other programs
-
-
-def model_folder(name: str) -> str:
-    """Return the model of a run, where name is a run's folder; return any other name unchanged."""
-    folder = Path(name or "-")
-    return str(folder / "model") if (folder / "model").is_dir() and (folder / "args.json").exists() else name
+HUB_NAMES = [  # the paper's models, and Qwen3's small ones
+    "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", "openai/gpt-oss-20b",
+    "Qwen/Qwen3-4B-Thinking-2507", "Qwen/Qwen3-4B-Instruct-2507",
+    "Qwen/Qwen3-30B-A3B-Thinking-2507", "Qwen/Qwen3-30B-A3B-Instruct-2507",
+]
+FILES = {"allow_patterns": ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.tiktoken"],
+         "ignore_patterns": ["*/*", "consolidated*"]}  # the same weights once more, for other programs
+LARGE = 1e8  # weights: a larger model computes its layers again in the backward pass
 
 
 def full_name(name: str) -> str:
-    """Return the Hub's name for a short name, or for the last part of such a name. An existing folder comes first."""
-    known = {short.lower(): hub for short, hub in SHORT_NAMES.items()}
-    known |= {hub.rpartition("/")[2].lower(): hub for hub in SHORT_NAMES.values()}
+    """Return the Hub's name for its last part, also without "-A3B" and "-2507". An existing folder keeps its name."""
+    known = {}
+    for hub in HUB_NAMES:
+        last = hub.split("/")[1].lower()
+        known |= {last: hub, last.replace("-a3b", "").replace("-2507", ""): hub}
     return name if Path(name).is_dir() else known.get(name.lower(), name)
 
 
 def find_model(name: str, option: str = "--model") -> str:
     """Return the folder of a model: name itself, the model of a run's folder, or the download of a name on the Hub.
 
-    What is on this machine is used as it is; only what is missing is downloaded. (transformers would ask the Hub for
-    each file, and offline it would retry for half a minute.) Raises BadInput where there is no such model.
+    Only what is not on this machine is downloaded. (transformers would ask the Hub for each file, and retry for half a
+    minute without a network.) Raises BadInput where there is no such model.
     """
-    from huggingface_hub import errors, snapshot_download
-
-    name = model_folder(full_name(name))
-    if Path(name).is_dir():
-        return name
-    files = dict(allow_patterns=NEEDED_FILES, ignore_patterns=OTHER_FORMATS)
+    name = full_name(name)
+    if (folder := Path(name)).is_dir():
+        is_run = (folder / "model").is_dir() and (folder / "args.json").exists()
+        return str(folder / "model") if is_run else name
     try:
         with contextlib.suppress(errors.LocalEntryNotFoundError):
-            folder = Path(snapshot_download(name, local_files_only=True, **files))
+            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True, **FILES))
             if [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:  # or else its download was stopped
                 return str(folder)
         tqdm.write(f"{name} is not on this machine: downloading it")
-        return snapshot_download(name, **files)
+        return huggingface_hub.snapshot_download(name, **FILES)
     except errors.GatedRepoError:  # which is a RepositoryNotFoundError too
         raise BadInput(f"{option} {name} is gated: accept its licence at https://huggingface.co/{name}, "
                        "then `hf auth login`") from None
@@ -68,84 +62,60 @@ def find_model(name: str, option: str = "--model") -> str:
         raise BadInput(f"{option} {name}: no such folder, and it cannot be downloaded: {first_line(error)}") from None
 
 
-def load_config(folder: str):
-    """Return the configuration of a model folder, without dropout.
+@contextlib.contextmanager
+def loading(option: str, name: str):
+    """Turn an error inside into one line. Three libraries take part in loading, and each has exceptions of its own."""
+    try:
+        yield
+    except Exception as error:
+        message = f"{option} {name} does not load: {first_line(error)}"
+        raise error if isinstance(error, BadInput) else BadInput(message) from None
 
-    Every probability of dropout becomes 0 here, once. In training mode the rollout and the update would otherwise see
-    different models, and the ratio of their probabilities would be noise.
+
+def load_config(name: str, option: str) -> tuple:
+    """Return (folder, configuration) of a model. Raises BadInput for quantised weights that cannot be trained.
+
+    Dropout is off: the rollout and the update would see different models, and the ratio of their probabilities would
+    be noise.
     """
-    from transformers import AutoConfig
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    folder = find_model(name, option)
     config = AutoConfig.from_pretrained(folder)
     for part in (config, config.get_text_config()):
-        for name, value in vars(part).items():
-            if "drop" in name and isinstance(value, float):  # dropout, attn_pdrop, layerdrop, ...
-                setattr(part, name, 0.0)
-    return config
-
-
-def does_not_load(option: str, name: str, error: Exception) -> BadInput:
-    """Return the error in one line. Three libraries take part in loading, and each has exceptions of its own."""
-    return error if isinstance(error, BadInput) else BadInput(f"{option} {name} does not load: {first_line(error)}")
+        for key, value in vars(part).items():
+            if "drop" in key and isinstance(value, float):  # dropout, attn_pdrop, layerdrop, ...
+                setattr(part, key, 0.0)
+    if quantised := getattr(config, "quantization_config", None):
+        if (method := quantised.get("quant_method")) != "mxfp4":  # GPT-OSS's
+            raise BadInput(f"{option} {name}: its weights are quantised ({method}) and cannot be trained; give the "
+                           "model that they were made from")
+        quantised["dequantize"] = True
+    return folder, config
 
 
 def count_parameters(name: str, option: str = "--model") -> int:
-    """Return the number of a model's parameters, without loading them. Call this before hours are spent on a wrong name.
-
-    Raises BadInput where the model is missing, or where transformers knows no language model for its configuration.
-    """
-    from transformers import AutoModelForCausalLM
-
-    folder = find_model(name, option)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(load_config(folder))
-    except Exception as error:
-        raise does_not_load(option, name, error) from None
+    """Return the number of a model's parameters, without loading them. Raises BadInput if it is no language model."""
+    with loading(option, name), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(name, option)[1])
     return sum(p.numel() for p in model.parameters())
-
-
-def plain_weights(config, option: str, name: str) -> dict:
-    """Return what from_pretrained needs so that quantised weights become ordinary numbers, which can be trained.
-
-    Raises BadInput for a format that transformers does not undo.
-    """
-    from transformers import Mxfp4Config
-
-    how = getattr(config, "quantization_config", None)
-    method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
-    if not how:
-        return {}
-    if method != "mxfp4":  # GPT-OSS's
-        raise BadInput(f"{option} {name}: its weights are quantised ({method}) and cannot be trained; give the model "
-                       "that they were made from")
-    return {"quantization_config": Mxfp4Config(dequantize=True)}
 
 
 def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: str = "", option: str = "--model"):
     """Return (model, tokenizer), with weights in fp32 or bf16 as the optimiser needs them (see make_optimizer).
 
-    name: as in find_model. effort: --reasoning-effort; the chat template has to use it. option: the command-line option
-    that named the model, for error messages. Raises BadInput where the model does not load or cannot be used.
+    effort: --reasoning-effort. option: the command-line option that named the model. Raises BadInput where the model
+    does not load, or where its chat template does not use the effort.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = find_model(name, option)
     # a shard is its own fp32 master: the forward casts what it has gathered
     dtype = torch.float32 if optimizer == "fp32" or (shard and optimizer == "masters") else torch.bfloat16
-    try:
-        config = load_config(folder)
+    with loading(option, name):
+        folder, config = load_config(name, option)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if not tokenizer("x y 1").input_ids:
             raise BadInput(f"{option} {name}: its tokenizer is empty")
         check_template(tokenizer, name, effort)
-        plain = plain_weights(config, option, name)
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **plain)
-    except Exception as error:
-        raise does_not_load(option, name, error) from None
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     if dtype == torch.float32:
         model.float()  # with transformers 5.17 (not with 5.24) what was quantised comes as bf16
     for module in model.modules():
@@ -158,11 +128,16 @@ def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: s
     return model.to(device).eval(), tokenizer
 
 
+def checkpoint_layers(model) -> None:
+    """Let each layer keep only its input and compute the rest again in the backward pass: a third slower."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()  # two names of one thing, before and after transformers 5.24
+
+
 # ----------------------------------------------------------------------------------------- chat templates and answers
-# Families mark the thinking part in different ways. Qwen3 puts it between <think> and </think>, and its template may
-# write the first of them itself. Mistral and Seed have other marks. GPT-OSS sends messages through channels, and only
-# the final channel is the answer (OpenAI's "harmony" format). rank_prompt.py reads one form, Qwen3's: `answer_text`
-# turns all others into it.
+# rank_prompt.py reads Qwen3's form: <think>, the thinking part, </think>, the answer. A template may write the <think>
+# itself. Mistral and Seed have other marks. GPT-OSS sends messages through channels, and only the final channel is the
+# answer (OpenAI's "harmony" format). `answer_text` turns all of them into the one form.
 
 OPEN, CLOSE = "<think>", "</think>"
 OTHER_MARKS = {"[THINK]": OPEN, "[/THINK]": CLOSE, "<seed:think>": OPEN, "</seed:think>": CLOSE}
@@ -170,29 +145,24 @@ CHANNEL, MESSAGE, END = "<|channel|>", "<|message|>", "<|end|>"  # harmony's
 PLAIN_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
 # some templates ask for today's date: a run that is resumed tomorrow would then ask something else
 ALWAYS_TODAY = "{% macro strftime_now(format) %}2026-01-01{% endmacro %}"
-LONGEST_SHOWN = 2000  # characters of a prompt on the screen
+SHOWN = 2000  # characters of a prompt on the screen
 
 
 def render(tokenizer, prompt: str, thinking: bool = True, effort: str = "") -> str:
     """Return one user turn as the model reads it, up to where its answer begins."""
     extra = {"reasoning_effort": effort} if effort else {}
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], chat_template=ALWAYS_TODAY + tokenizer.get_chat_template(),
-        tokenize=False, add_generation_prompt=True, enable_thinking=thinking, **extra,
-    )
+    turn, template = [{"role": "user", "content": prompt}], ALWAYS_TODAY + tokenizer.get_chat_template()
+    return tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, add_generation_prompt=True,
+                                         enable_thinking=thinking, **extra)
 
 
 def encode(tokenizer, prompt: str, thinking: bool, effort: str = "") -> torch.Tensor:
     """Return one user turn as token ids [L], through the model's chat template."""
-    text = render(tokenizer, prompt, thinking, effort)
-    return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+    return torch.tensor(tokenizer(render(tokenizer, prompt, thinking, effort), add_special_tokens=False).input_ids)
 
 
 def check_template(tokenizer, name: str, effort: str) -> None:
-    """Give a tokenizer without a template a plain one, and say in a line which settings the template ignores.
-
-    Raises BadInput where it ignores --reasoning-effort.
-    """
+    """Set a plain template where there is none, and say what a template ignores. BadInput if that is the effort."""
     if not tokenizer.chat_template:
         tqdm.write(f"{name} has no chat template: the prompt is given as plain text")
         tokenizer.chat_template = PLAIN_TEMPLATE
@@ -203,41 +173,26 @@ def check_template(tokenizer, name: str, effort: str) -> None:
 
 
 def answer_text(tokenizer, prompt: torch.Tensor, answer: torch.Tensor) -> str:
-    """Return an answer as rank_prompt.py reads it: <think>, the thinking part, </think>, then the part that counts.
+    """Return an answer as text, in Qwen3's form. prompt, answer: token ids [L], [R].
 
-    prompt, answer: token ids [L], [R]. Special tokens are left out, except those that mark the thinking part. Where
-    the template itself opens the thinking part, the opening is put back in front.
+    Special tokens are left out, except those that mark the thinking part. Where the template itself opens the thinking
+    part, the opening is put back in front.
     """
     channels = CHANNEL in str(tokenizer.chat_template)
-    # elsewhere <|end|> is an ordinary end of text
-    marks = {CHANNEL, MESSAGE, END} if channels else {OPEN, CLOSE, *OTHER_MARKS}
-    names = tokenizer.added_tokens_decoder
-    dropped = {i for i, token in names.items() if token.special and token.content not in marks}
-    text = with_one_mark(tokenizer.decode([i for i in answer.tolist() if i not in dropped]))
-    if channels:
-        return final_channel(text)
-    opened = with_one_mark(tokenizer.decode(prompt[-4:])).rstrip().endswith(OPEN)
-    return (OPEN + "\n" if opened else "") + text
-
-
-def with_one_mark(text: str) -> str:
-    """Replace other families' marks by Qwen3's."""
+    marks = {CHANNEL, MESSAGE, END} if channels else {OPEN, CLOSE, *OTHER_MARKS}  # elsewhere <|end|> just ends a text
+    added = tokenizer.added_tokens_decoder
+    dropped = {i for i, token in added.items() if token.special and token.content not in marks}
+    text = tokenizer.decode([i for i in answer.tolist() if i not in dropped])
+    before = tokenizer.decode(prompt[-4:])
     for other, mark in OTHER_MARKS.items():
-        text = text.replace(other, mark)
-    return text
-
-
-def final_channel(text: str) -> str:
-    """Turn a harmony answer into Qwen3's form: everything before its last message is thinking.
-
-    If the last message is not in the final channel, it is thinking too. So an answer that was cut off earlier, or that
-    calls a tool, has no part that counts.
-    """
-    before, _, last = text.rpartition(CHANNEL)
+        text, before = text.replace(other, mark), before.replace(other, mark)
+    if not channels:
+        return f"{OPEN}\n{text}" if before.rstrip().endswith(OPEN) else text
+    thinking, _, last = text.rpartition(CHANNEL)  # all is thinking, except a last message in the final channel
     channel, began, content = last.partition(MESSAGE)
     if not began or channel.split()[:1] != ["final"]:
         return f"{OPEN}\n{text}"
-    return f"{OPEN}\n{before}{CLOSE}{content.partition(END)[0]}"
+    return f"{OPEN}\n{thinking}{CLOSE}{content.partition(END)[0]}"
 
 
 def encode_answers(tokenizer, prompt: torch.Tensor, texts: list[str], end: int) -> list[torch.Tensor]:
@@ -252,70 +207,20 @@ def encode_answers(tokenizer, prompt: torch.Tensor, texts: list[str], end: int) 
 
 def writes_one_form(tokenizer) -> bool:
     """Tell whether a model writes its answers as rank_prompt.py reads them, so that it can learn such texts."""
-    template = str(tokenizer.chat_template)
-    return CHANNEL not in template and not any(mark in template for mark in OTHER_MARKS)
+    return not any(mark in str(tokenizer.chat_template) for mark in (CHANNEL, *OTHER_MARKS))
 
 
 def show_first(out: Path, kind: str, tokenizer, prompt: torch.Tensor) -> None:
-    """Print the first prompt [L] of a kind exactly as the model reads it, and write all of it to out/prompts.txt.
-
-    Here one sees a wrong template or a missing thinking switch before a day is spent on it. Once in a run's life.
-    """
+    """Print the first prompt [L] of a kind, and write all of it to out/prompts.txt: a wrong template is seen here."""
     path, heading = out / "prompts.txt", f"----- the first prompt for {kind} -----\n"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if ranks.rank() or heading in text:
         return
     asked = tokenizer.decode(prompt)
     write_atomic(path, f"{text}{heading}{asked}\n\n")
-    half, more = LONGEST_SHOWN // 2, len(asked) - LONGEST_SHOWN
+    half, more = SHOWN // 2, len(asked) - SHOWN
     shown = f"{asked[:half]}\n[... {more} characters, all in {path} ...]\n{asked[-half:]}" if more > 0 else asked
     tqdm.write(heading + shown + "\n-----")
-
-
-# ------------------------------------------------------------------------------------------------------------- memory
-
-# bytes of each trained weight: the weight itself, its gradient, and the optimiser's state (see SmallStepAdam)
-BYTES = {"fp32": 4 + 4 + 8, "masters": 2 + 2 + 12, "kahan": 2 + 2 + 10}
-LARGE = 1e8  # weights: a larger model computes its layers again in the backward pass
-
-
-def room(device: str) -> float:
-    """Return how many bytes this rank may use: the free memory of its GPU, or its part of the machine's memory."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.local_world()
-
-
-def choose_optimizer(args, given: str) -> tuple[str, str]:
-    """Return the optimiser of a run, and the plan's line about memory. args: dust.Args; given: the user's choice.
-
-    Without a choice it is the first one that leaves half of the memory to what grows with the tokens (KV cache and
-    activations, which are not counted), or else the smallest. LoRA's adapters are not counted either.
-    Raises BadInput where a model is missing or is not a language model.
-    """
-    parameters, there = count_parameters(args.model), min(ranks.gather(room(args.device)))
-    frozen = parameters * ((args.kl > 0 or args.mode == "sft") and not args.lora)  # the reference or the teacher
-    frozen = count_parameters(args.teacher, "--teacher") if args.teacher else frozen
-    for kind in [given] if given else BYTES:
-        weight = 4 if kind == "fp32" else 2
-        need = parameters * (weight if args.lora or args.eval_only else BYTES[kind])
-        need = (need + frozen * weight * (not args.eval_only)) / (ranks.world() if args.shard else 1)
-        if need <= there / 2:
-            break
-    line = f"{in_words(need)} of {in_words(there)} for weights, gradients, optimiser and reference (--optimizer {kind})"
-    return kind, line + (", which will not fit: take --lora 16, or --shard on more GPUs" if need > there else "")
-
-
-def in_words(size: float) -> str:
-    """Return a number of bytes in words; 1 GB is 1e9 bytes."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
-
-
-def checkpoint_layers(model) -> None:
-    """Let each layer keep only its input, and compute the rest again in the backward pass: less memory, a third slower.
-    """
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()  # two names of one thing, before and after transformers 5.24
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRA
@@ -324,11 +229,9 @@ def checkpoint_layers(model) -> None:
 def add_lora(model, rank: int, seed: int) -> None:
     """Add trainable fp32 adapters of this rank to every linear layer except the head (package peft); freeze the rest.
 
-    Only layers that are modules get them, so the experts of a mixture get none: peft would copy all of their weights in
-    each forward. (That is why this names the layers: peft's "all-linear" includes experts.)
+    peft's "all-linear" would include the experts of a mixture, and copy all of their weights in each forward.
     """
     from peft import LoraConfig, inject_adapter_in_model
-    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
     head = model.get_output_embeddings()
     layers = [name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
@@ -355,22 +258,10 @@ def lora_disabled(model):
             layer.enable_adapters(True)
 
 
-@torch.no_grad()
-def with_adapters_merged(model) -> dict[str, torch.Tensor]:
-    """Return the state of an ordinary model that says the same: each adapter is added to its layer's weight, in fp32.
+# ------------------------------------------------------------------------------------------ optimisers and their memory
 
-    In bf16, up to half of what the adapters learned would be rounded away, because their steps are smaller than a
-    weight's last bit.
-    """
-    state = {name.replace(".base_layer.", "."): weight for name, weight in model.state_dict().items()
-             if ".lora_" not in name}
-    for name, layer in lora_layers(model):
-        (adapter,) = layer.active_adapters
-        state[f"{name}.weight"] = layer.get_base_layer().weight.float() + layer.get_delta_weight(adapter).float()
-    return state
-
-
-# ------------------------------------------------------------------------------------------------------ the optimiser
+# bytes of each trained weight: the weight itself, its gradient, and the optimiser's state (see SmallStepAdam)
+BYTES = {"fp32": 4 + 4 + 8, "masters": 2 + 2 + 12, "kahan": 2 + 2 + 10}
 
 
 class SmallStepAdam(torch.optim.Optimizer):
@@ -380,19 +271,19 @@ class SmallStepAdam(torch.optim.Optimizer):
     last bit, so plain bf16 AdamW leaves 98 % of the weights where they are. The moments are in fp32 here, because bf16
     moments stand still too (1 - beta2 is less than half a last bit). keep says what else is stored for each weight:
 
-        "masters"  the weight in fp32; the model has its rounding                                   12 bytes of state
-        "kahan"    what rounding has taken away so far, in bf16: together about 16 significant bits   10 bytes
+        "masters"  the weight in fp32; the model has its rounding                                    12 bytes of state
+        "kahan"    what rounding has taken away so far, in bf16: together about 16 significant bits  10 bytes
     """
 
-    def __init__(self, parameters, lr: float, keep: str, weight_decay: float = 0.0, betas=(0.9, 0.999), eps=1e-8):
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+    def __init__(self, parameters, lr: float, keep: str, weight_decay: float = 0.0):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
         self.keep = keep
 
     @torch.no_grad()
     def step(self):
         """Make one step of AdamW in fp32; leave weights without a gradient where they are."""
+        beta1, beta2, eps = 0.9, 0.999, 1e-8
         for group in self.param_groups:
-            (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -404,24 +295,15 @@ class SmallStepAdam(torch.optim.Optimizer):
                 m = state["m"].lerp_(grad, 1 - beta1)
                 v = state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
                 scale = (v / (1 - beta2 ** state["step"])).sqrt_().add_(eps)
-                change = (m / scale).mul_(-lr / (1 - beta1 ** state["step"]))
-                if group["weight_decay"]:
-                    weight = state["kept"] if self.keep == "masters" else p.float()
-                    change.sub_(weight, alpha=lr * group["weight_decay"])
+                change = (m / scale).mul_(-group["lr"] / (1 - beta1 ** state["step"]))
+                decay = group["lr"] * group["weight_decay"]
+                change.sub_(state["kept"] if self.keep == "masters" else p, alpha=decay)
                 if self.keep == "masters":
                     p.copy_(state["kept"].add_(change))
                 else:
                     exact = change.add_(state["kept"]).add_(p)  # the small ones first
                     p.copy_(exact)
                     state["kept"].copy_(exact.sub_(p))
-
-    def load_state_dict(self, saved: dict) -> None:
-        """Load the state in its dtypes. torch would round masters and moments to the weights' dtype."""
-        super().load_state_dict(saved)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, state in saved["state"].items():
-            p = parameters[index]
-            self.state[p] = {k: v.to(p.device) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
 
 def make_optimizer(model, kind: str, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
@@ -433,14 +315,42 @@ def make_optimizer(model, kind: str, lr: float, weight_decay: float = 0.0) -> to
     return SmallStepAdam(parameters, lr, kind, weight_decay)
 
 
+def room(device: str) -> float:
+    """Return the bytes this rank may use: the free memory of its GPU, or its part of the machine's memory."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.local_world()
+
+
+def choose_optimizer(args, given: str) -> tuple[str, str]:
+    """Return the optimiser of a run, and the plan's line about memory. args: dust.Args; given: the user's choice.
+
+    Without a choice it is the first one that leaves half of the memory to the KV cache and the activations, or else the
+    smallest. LoRA's adapters are not counted. Raises BadInput where a model is missing or is not a language model.
+    """
+    parameters, there = count_parameters(args.model), min(ranks.gather(room(args.device)))
+    frozen = parameters * ((args.kl > 0 or args.mode == "sft") and not args.lora)  # the reference or the teacher
+    frozen = count_parameters(args.teacher, "--teacher") if args.teacher else frozen
+    for kind in [given] if given else BYTES:
+        weight = 4 if kind == "fp32" else 2
+        need = parameters * (weight if args.lora or args.eval_only else BYTES[kind])
+        need = (need + frozen * weight * (not args.eval_only)) / (ranks.world() if args.shard else 1)
+        if need <= there / 2:
+            break
+    line = f"{in_words(need)} of {in_words(there)} for weights, gradients, optimiser and reference (--optimizer {kind})"
+    return kind, line + (", which will not fit: take --lora 16, or --shard on more GPUs" if need > there else "")
+
+
+def in_words(size: float) -> str:
+    """Return a number of bytes in words; 1 GB is 1e9 bytes."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
+
+
 # -------------------------------------------------------------------------------------------------------------- files
 
 
 def save_checkpoint(path: Path, model, optimizer, step: int) -> None:
-    """Write trained weights, optimiser and step to one file, all of it or nothing. Randomness follows from the step.
-
-    Sharded weights are gathered first, so any number of ranks can go on from the file.
-    """
+    """Write trained weights, optimiser and step to one file, all of it or nothing. Sharded tensors become full ones."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state = {"model": ranks.full_state(trained), "optimizer": ranks.full_state(optimizer.state_dict()), "step": step}
     if ranks.rank() == 0:
@@ -459,22 +369,26 @@ def load_checkpoint(path: Path, model, optimizer) -> int:
         for name, p in trained:
             p.copy_(ranks.sharded(state["model"][name], p))
         for index, values in state["optimizer"]["state"].items():
-            values.update({name: ranks.sharded(value, trained[index][1]) for name, value in values.items()})
-        optimizer.load_state_dict(state["optimizer"])
+            p = trained[index][1]  # optimizer.load_state_dict would round masters and moments to its dtype
+            optimizer.state[p] = {name: ranks.sharded(value, p) for name, value in values.items()}
         return state["step"]
     except (RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise BadInput(f"{path} cannot be read ({first_line(error)}); delete it, and training starts again") from None
 
 
+@torch.no_grad()
 def save_model(folder: Path, model, tokenizer) -> None:
-    """Write an ordinary model folder, even from shards or adapters. The model does not change.
+    """Write an ordinary model folder, even from shards or adapters. The model does not change. Collective.
 
-    A new model without weights writes it: transformers would save adapters alone, or give weights that were once
+    Each adapter is added to its layer's weight in fp32: in bf16 up to half of what it learned would be rounded away. A
+    new model without weights writes the folder: transformers would save adapters alone, or give weights that were once
     quantised their 4-bit names back (with 5.17).
     """
-    from transformers import AutoModelForCausalLM
-
-    state = with_adapters_merged(model) if lora_layers(model) else ranks.full_state(model.state_dict())
+    state = ranks.full_state(model.state_dict())
+    state = {key.replace(".base_layer.", "."): weight for key, weight in state.items() if ".lora_" not in key}
+    for name, layer in lora_layers(model):
+        (adapter,) = layer.active_adapters
+        state[f"{name}.weight"] = layer.get_base_layer().weight.float() + layer.get_delta_weight(adapter).float()
     if ranks.rank() == 0:
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)

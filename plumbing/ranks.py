@@ -1,10 +1,8 @@
-"""Several processes share one run: which process does what, and how weights are spread over them.
+"""Several processes share one run: which process does what, and how weights are spread over them (FSDP2, --shard).
 
-torchrun starts the processes ("ranks", numbered from 0). All of them walk through the same method. At each stage a rank
-does its share of the work and then gets the results of all ranks, so that the next stage starts the same everywhere.
-Only rank 0 writes files and shows progress. Without torchrun there is one rank, and nothing here communicates.
-
-The last section is FSDP2 (--shard): each rank holds a part of every weight.
+torchrun starts the processes ("ranks", from 0). All of them walk through the same method: at each stage a rank does its
+share of the work, and then gets the results of all ranks. Only rank 0 writes files and shows progress. Without torchrun
+there is one rank, and nothing here communicates.
 """
 import contextlib
 import os
@@ -32,26 +30,11 @@ def local_world() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
 
 
-def device(name: str) -> str:
-    """Return the device of this rank: with several ranks, each takes the GPU of its number on its machine.
-
-    Raises ValueError where the machine has fewer GPUs than ranks.
-    """
-    if name != "cuda" or world() == 1:
-        return name
-    number = int(os.environ.get("LOCAL_RANK", rank()))
-    if number >= torch.cuda.device_count():
-        raise ValueError(f"this machine has {torch.cuda.device_count()} GPUs, and torchrun started more processes")
-    torch.cuda.set_device(number)
-    return f"cuda:{number}"
-
-
 def start() -> None:
-    """Join the other ranks, if torchrun started this process (its environment says so).
+    """Join the other ranks, if torchrun started this process. A wrong address is noticed after five minutes.
 
-    The first meeting has five minutes, so a wrong address is noticed. After it the timeout is long on purpose: a rank
-    may wait for the one that has the longest answers. A rank that has died is noticed without a timeout, because its
-    connection closes (gloo) or because torchrun ends the others.
+    Later a rank may wait long for the answers of another. One that has died is noticed without a timeout: its
+    connection closes (gloo), or torchrun ends the others.
     """
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or dist.is_initialized():
         return
@@ -66,11 +49,6 @@ def stop() -> None:
     """Leave the other ranks at the end of a run."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def is_lost(error: Exception) -> bool:
-    """Tell whether an error means that another rank is gone. gloo has no exception class for it, so read the text."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 # --------------------------------------------------------------------------------------------------- work and results
@@ -90,10 +68,7 @@ def share(work: list) -> list:
 
 
 def spread(work: list, do) -> list:
-    """Call do(items) on each rank with its share of the work; return all results, in the order of the work.
-
-    do returns one result for each item. Where there are fewer items than ranks, some ranks call it with an empty list.
-    """
+    """Call do(items) on each rank with its share, which may be empty; return one result an item, in order."""
     shares = gather(do(share(work)))
     return [shares[i % world()][i // world()] for i in range(len(work))]
 
@@ -105,17 +80,13 @@ def on_first(do):
 
 @torch.no_grad()
 def sum_gradients(parameters) -> None:
-    """Replace each gradient by the sum over all ranks, added in fp32. A missing gradient counts as zeros.
-
-    Sharded parameters are skipped: FSDP has summed their gradients in the backward pass.
-    """
-    for p in parameters if world() > 1 else ():
-        if not p.requires_grad or isinstance(p, DTensor):
+    """Replace each gradient by the sum over all ranks, added in fp32. A missing gradient counts as zeros."""
+    for p in parameters:
+        if world() == 1 or not p.requires_grad or isinstance(p, DTensor):  # FSDP has summed a DTensor's gradient
             continue
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        total = p.grad.float()
+        total = torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.float()
         dist.all_reduce(total)
-        p.grad.copy_(total)
+        p.grad = total.to(p.dtype)
 
 
 # -------------------------------------------------------------------------------------------------- sharded weights
@@ -124,15 +95,13 @@ def sum_gradients(parameters) -> None:
 def shard_model(model, compute: torch.dtype, device: str) -> None:
     """Spread a model over the ranks (FSDP2): each keeps 1 / world of every weight, its gradient and optimiser state.
 
-    A layer's weights are gathered for its forward and its backward pass, in the compute dtype. Gradients are summed in
-    fp32, not averaged, because the loss already has the denominator of all ranks. A forward is a collective operation:
-    all ranks have to make it, through `run_forward`, or inside `unsharded`.
+    A layer's weights are gathered for each pass, in the compute dtype. Gradients are summed in fp32, not averaged: the
+    loss has the denominator of all ranks. All ranks make each forward, through `run_forward` or inside `unsharded`.
     """
     mesh = dist.init_device_mesh(device.split(":")[0], (world(),))
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     for module in [*layers, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
     run_forward(model, lambda model: None)  # the first module to run forward becomes FSDP's root: make it the model
@@ -168,16 +137,16 @@ def unsharded(model):
 
 
 def full_state(state):
-    """Return the same nested dicts and lists, with every sharded tensor in full on the CPU. Collective."""
+    """Return the same nested dicts, with every sharded tensor in full on the CPU. Collective."""
     if isinstance(state, dict):
         return {key: full_state(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [full_state(value) for value in state]
     return state.full_tensor().cpu() if isinstance(state, DTensor) else state
 
 
 def sharded(value, like: torch.Tensor):
-    """Cut a full tensor as `like` is cut; return anything else unchanged."""
-    if not isinstance(like, DTensor) or not isinstance(value, torch.Tensor) or value.shape != like.shape:
-        return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    """Move a tensor to the device of `like` and cut it as `like` is cut; return anything else unchanged."""
+    if isinstance(value, torch.Tensor):
+        value = value.to(like.device)
+        if isinstance(like, DTensor) and value.shape == like.shape:
+            return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return value

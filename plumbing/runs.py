@@ -1,10 +1,7 @@
-"""The folder of a run: which one it is, what stands in it already, and how a run that was stopped goes on.
-
-args is dust.Args throughout. With several processes (torchrun) only the first one reads and writes files; all of them
-get what was read.
-"""
+"""The folder of a run: which one it is, what stands in it, and how a stopped run goes on. args is dust.Args."""
 import errno
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +14,6 @@ from tqdm import tqdm
 from plumbing import ranks
 from plumbing.problems import BadInput, Problem, first_line, seed_for, write_atomic
 
-HOUR = 3600.0  # seconds; a stage that takes longer says so after its first chunk
 NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick"}
 
 # ------------------------------------------------------------------------------------------------- work that goes on
@@ -27,21 +23,18 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
     """Do the items of a stage in chunks, keep each result as a line of `file`, and skip what the file has.
 
     work: key -> item, in order. do: items -> their results, which have to be JSON values. size: items that one process
-    does at a time. Several processes share each chunk. Without a file nothing is kept or shown. Returns key -> result,
-    for all of the work.
-
-    Chunks do not depend on what is done already, so that a stopped run repeats the very same computations.
+    does at a time. Several processes share each chunk. Without a file nothing is kept or shown. Returns key -> result
+    of all the work. Chunks do not depend on what is done, so that a resumed run repeats the very same computations.
     """
-    done, keys = ranks.on_first(lambda: read_lines(file) if file else {}), list(work)
-    chunks = [keys[i : i + size * ranks.world()] for i in range(0, len(keys), size * ranks.world())]
+    done, keys, size = ranks.on_first(lambda: read_lines(file) if file else {}), list(work), size * ranks.world()
+    chunks = [keys[i : i + size] for i in range(0, len(keys), size)]
     chunks = [chunk for chunk in chunks if not all(key in done for key in chunk)]
-    found = len(keys) - sum(map(len, chunks))
-    with progress_bar(file and file.stem, len(keys), found) as bar:
+    with progress_bar(file and file.stem, len(keys), len(keys) - sum(map(len, chunks))) as bar:
         for chunk in chunks:
             results = ranks.spread(chunk, lambda mine: do([work[key] for key in mine]))
             new = {key: result for key, result in zip(chunk, results) if key not in done}
             if file:
-                append_lines(file, [[key, result] for key, result in new.items()])
+                append_lines(file, list(new.items()))
             done |= new
             bar.update(len(chunk))
             if chunk is chunks[0]:
@@ -50,40 +43,32 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
 
 
 def progress_bar(name: str | None, total: int, done: int) -> tqdm:
-    """The bar of a stage, for a `with`; not shown without a name. done: items that an earlier process did."""
+    """Return the bar of a stage, for a `with`; it is hidden without a name. done: items that an earlier process did."""
     return tqdm(total=total, initial=done, desc=f"{name or '':<18}", unit="", dynamic_ncols=True, mininterval=0.5,
                 disable=not name or ranks.rank() > 0)
 
 
 def warn_if_long(bar: tqdm) -> None:
-    """Say so in one line if the rest of a stage will take over an hour, at the speed of what was done so far."""
-    if bar.disable or bar.n == bar.initial:
-        return
-    left = (time.time() - bar.start_t) / (bar.n - bar.initial) * (bar.total - bar.n)
-    if left > HOUR:
-        tqdm.write(f"  {bar.desc.strip()}: about {left / HOUR:.0f} hours at this speed; fewer problems (--limit, "
+    """Say in one line if the rest of a stage will take over an hour, at the speed of what was done so far."""
+    hours = 0 if bar.disable else (time.time() - bar.start_t) / 3600 / (bar.n - bar.initial) * (bar.total - bar.n)
+    if hours > 1:
+        tqdm.write(f"  {bar.desc.strip()}: about {hours:.0f} hours at this speed; fewer problems (--limit, "
                    "--eval-limit), fewer answers (--candidates, --steps, --repeats) or shorter ones (--max-new-tokens) "
                    "take less")
 
 
 def read_lines(file: Path) -> dict:
-    """The lines [key, value] of a file as a dict. A last line that a kill has torn is cut off.
-
-    Raises BadInput for any other damaged line.
-    """
-    if not file.exists():
-        return {}
-    with file.open("r+b") as opened:
-        text = opened.read()
-        text = text[: text.rfind(b"\n") + 1]
-        opened.truncate(len(text))
-    done = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    """Return the lines [key, value] of a file as a dict. Cut off a torn last line; raise BadInput for a damaged one."""
+    text, done = file.read_bytes() if file.exists() else b"", {}
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        os.truncate(file, len(whole))
+    for number, line in enumerate(whole.splitlines(), 1):
         try:
             key, done[key] = json.loads(line)
         except (ValueError, TypeError):
-            raise BadInput(f"{file} line {number} is damaged: delete that line, and the item will be computed again"
-                           ) from None
+            message = f"{file} line {number} is damaged: delete that line, and the item will be computed again"
+            raise BadInput(message) from None
     return done
 
 
@@ -95,7 +80,7 @@ def append_lines(file: Path, values: list) -> None:
 
 
 def write_lines(file: Path, values: list) -> None:
-    """A file with each value as a line of JSON, whole or not at all."""
+    """Write a file with each value as a line of JSON, all of it or nothing."""
     if ranks.rank() == 0:
         write_atomic(file, "".join(json.dumps(value) + "\n" for value in values))
 
@@ -103,25 +88,19 @@ def write_lines(file: Path, values: list) -> None:
 def keep_lines(file: Path, count: int) -> None:
     """Cut a file after its first `count` lines; make it where it is missing."""
     if ranks.rank() == 0:
-        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-        write_atomic(file, "".join(line + "\n" for line in text.splitlines()[:count]))
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+        write_atomic(file, "".join(line + "\n" for line in lines[:count]))
 
 
 # --------------------------------------------------------------------------------------------------------- the folder
 
 
 def find_run(args) -> tuple[Path, dict]:
-    """The folder of the run, and its args.json; an empty dict for a new run.
-
-    Raises BadInput where the folder holds a run and --resume was not given, or where args.json is damaged.
-    """
-    if args.out:
-        out = Path(args.out)
-    else:
-        stem = Path(args.model).resolve().name + ("-quick" if args.quick else "")
-        numbers = [path.name.removeprefix(f"{stem}-") for path in Path("runs").glob(f"{stem}-*")]
-        newest = max((int(number) for number in numbers if number.isdecimal()), default=0)
-        out = Path("runs") / f"{stem}-{newest if args.resume and newest else newest + 1}"
+    """Return the run's folder and its args.json ({}: a new run). Raises BadInput if it is damaged or lacks --resume."""
+    stem = Path(args.model).resolve().name + ("-quick" if args.quick else "")
+    numbers = [path.name.removeprefix(f"{stem}-") for path in Path("runs").glob(f"{stem}-*")]
+    newest = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    out = Path(args.out or f"runs/{stem}-{newest if args.resume and newest else newest + 1}")
     saved = out / "args.json"
     if not saved.exists():
         return out, {}
@@ -137,16 +116,12 @@ def find_run(args) -> tuple[Path, dict]:
 
 
 def open_run(out: Path, before: dict, args, problems: list[Problem], held_out: list[Problem]) -> None:
-    """Make the folder of the run, with args.json. before: the args.json that is there already.
-
-    Raises BadInput where --resume would go on with other settings or problems than the run was started with.
-    """
+    """Make the run's folder and its args.json. Raises BadInput where `before`, the one there, has other settings."""
     settings = {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
     before = before and asdict(type(args)()) | before  # an older version of the code may have had fewer settings
-    changed = [name for name, value in settings.items() if before and before[name] != value]
+    changed = [f"{name} was {before[name]!r}" for name, value in settings.items() if before and before[name] != value]
     if changed:
-        values = ", ".join(f"{name} was {before[name]!r}" for name in changed)
-        raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {values}")
+        raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {', '.join(changed)}")
     digests = {"train": seed_for(*problems), "eval": seed_for(*held_out)}
     for name in digests:
         if before and before["digests"].get(name) != digests[name]:
@@ -160,13 +135,15 @@ def open_run(out: Path, before: dict, args, problems: list[Problem], held_out: l
 
 
 def choose_device(name: str) -> str:
-    """The device that --device names; without a name the GPU where there is one. With several ranks each has a GPU.
-
-    Raises BadInput where it does not work.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Return this rank's device: what --device names, or a GPU where there is one. Raises BadInput if it fails."""
+    name = device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = ranks.device(name)
+        if name == "cuda" and ranks.world() > 1:  # each rank has the GPU of its number on its machine
+            number, count = int(os.environ.get("LOCAL_RANK", ranks.rank())), torch.cuda.device_count()
+            if number >= count:
+                raise ValueError(f"this machine has {count} GPUs, and torchrun started more processes")
+            torch.cuda.set_device(number)
+            device = f"cuda:{number}"
         torch.zeros(1, device=device).item()
         return device
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
@@ -189,10 +166,7 @@ def show_plan(args, problems: list[Problem], held_out: list[Problem], best_of: i
 
 
 def check_groups(candidates: list, mixed: list, groups: list, k: int) -> None:
-    """Say how many groups there are to learn from. Raises BadInput where there is none.
-
-    candidates: all that were labelled. mixed: the mixed groups of k of them. groups: those that fit the context.
-    """
+    """Say how many of the mixed groups of k fit the context (groups). Raises BadInput where none is left."""
     if not mixed:
         right = any(candidate.correct for candidate in candidates)
         reason = "every group is all right or all wrong" if right else "no program is correct"
@@ -207,18 +181,15 @@ def check_groups(candidates: list, mixed: list, groups: list, k: int) -> None:
         raise BadInput("no group's ranking prompt fits the model's context: use a smaller --max-new-tokens")
 
 
-# -------------------------------------------------------------------------------------------------------------- errors
-
-
 def what_to_do(error: Exception) -> str:
-    """What a user can do about an error of the machine, in a few words; empty for any other error."""
+    """Return what a user can do about an error of the machine, in a few words; "" for any other error."""
     text = first_line(error)
     full = ("No space left", "StreamWriter failed", "inline_container")  # the system, safetensors, torch
     if getattr(error, "errno", None) == errno.ENOSPC or any(words in text for words in full):
         return "the disk is full: make room"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory: lower --rows (sampling) or --micro-tokens (training)"
-    if ranks.is_lost(error):
+    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower():  # gloo has no exception class
         return "another process of this run has ended"
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or text}: put that right"

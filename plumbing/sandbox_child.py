@@ -9,7 +9,7 @@ A request is a timeout, a memory limit and these descriptors: the program (its s
 compiled code); stdin, stdout and stderr; the call (a key, a function's name and its arguments, and later the key and
 what the function returned; empty where the program reads stdin instead). Tests made of asserts add the wire: a socket
 between the children of two workers, of which one runs the asserts and the other runs the program that they call.
-The reply is a list: "timeout", "memory" or "", the exit code, the seconds, and why the sandbox itself failed.
+The reply is "exited", "timeout", "memory" or "failed", the exit code, the seconds, and the message of a failure.
 """
 import atexit
 import builtins
@@ -201,13 +201,15 @@ class Room:
             limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
             resource.setrlimit(kind, (limit, hard if name == "STACK" else limit))  # programs may raise their stack
         if self.user:
-            libc("prctl", SECURE_BITS, 4, 0, 0, 0)  # 4: the change of user leaves us the powers for the next lines
+            if not self.owner:
+                libc("prctl", SECURE_BITS, 4, 0, 0, 0)  # 4: the change of user takes no powers away
             os.setgroups([])
             os.setresgid(self.user, self.user, self.user)
             os.setresuid(self.user, self.user, self.user)
-            libc("setfsuid", self.owner)
-        if LINUX:
-            libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, in version 3 of their format
+            if not self.owner:
+                libc("setfsuid", 0)
+        if LINUX and not self.owner:  # otherwise the change of user has taken all powers away
+            libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # none, in version 3 of their format
         if self.ruleset:
             libc("syscall", RESTRICT_SELF, self.ruleset, 0)
             os.close(self.ruleset)
@@ -313,7 +315,7 @@ def load_program(file: int) -> types.CodeType:
     if data.startswith(COMPILED):
         code = marshal.loads(data[1:])
     else:
-        code = compile(data.decode("utf-8-sig"), "<solution>", "exec", dont_inherit=True)
+        code = compile(data.decode().removeprefix("\ufeff"), "<solution>", "exec", dont_inherit=True)
         compiled = COMPILED + marshal.dumps(code)
         if len(compiled) < OUTPUT_CAP:
             os.pwrite(file, compiled, 0)
@@ -431,21 +433,22 @@ def serve(control: socket.socket, room: Room) -> None:
         if not request:
             return
         try:
-            reply = run_child(control, room, files, *json.loads(request))
+            timeout, memory = request.split()
+            reply = run_child(control, room, files, float(timeout), int(memory))
         except OSError as error:
-            reply = "", None, 0.0, str(error)
+            reply = f"failed 0 0 {error}"
         for fd in files:
             os.close(fd)
-        control.send(json.dumps(reply).encode())
+        control.send(reply.encode())
 
 
-def run_child(control: socket.socket, room: Room, files: "list[int]", timeout: float, memory: int) -> tuple:
+def run_child(control: socket.socket, room: Room, files: "list[int]", timeout: float, memory: int) -> str:
     """Fork a child, wait for its end, kill what it left, empty the box. Returns the reply."""
     start, (failures, theirs) = time.monotonic(), os.pipe()
     child = os.fork()
     if child == 0:
         os.close(failures)
-        control.close()
+        os.close(control.fileno())
         child_main(room, files, timeout, memory, theirs)
     os.close(theirs)
     try:
@@ -455,30 +458,32 @@ def run_child(control: socket.socket, room: Room, files: "list[int]", timeout: f
     seconds, failure = time.monotonic() - start, os.read(failures, 200)
     os.close(failures)
     room.clear()
-    return how, code, seconds, failure.decode("utf-8", "replace")
+    return f"{'failed' if failure else how} {code} {seconds} {failure.decode('utf-8', 'replace')}"
 
 
-def watch(control: socket.socket, child: int, deadline: float, memory: int) -> "tuple[str, int | None]":
+def watch(control: socket.socket, child: int, deadline: float, memory: int) -> "tuple[str, int]":
     """Wait until the child ends, its time is up, its tree holds too much memory, or the caller is dead."""
-    poll, tick = select.poll(), 1  # milliseconds
+    poll, tick, pidfd = select.poll(), 1, None  # milliseconds
     poll.register(control, select.POLLIN)
-    with contextlib.ExitStack() as stack:
-        if hasattr(os, "pidfd_open"):
-            pidfd, tick = os.pidfd_open(child), 25
-            stack.callback(os.close, pidfd)
-            poll.register(pidfd, select.POLLIN)
+    if hasattr(os, "pidfd_open"):
+        tick, pidfd = 25, os.pidfd_open(child)
+        poll.register(pidfd, select.POLLIN)
+    try:
         while True:
             left = deadline - time.monotonic()
             ready = poll.poll(max(0, min(tick, left * 1000)))
             if any(fd == control.fileno() for fd, _ in ready):  # the caller sends nothing now, so this is its end
-                return "", None
+                return "failed", 0
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
-                return "", os.waitstatus_to_exitcode(status)
+                return "exited", os.waitstatus_to_exitcode(status)
             if left <= 0:
-                return "timeout", None
+                return "timeout", 0
             if LINUX and memory_of(descendants()) > memory:
-                return "memory", None
+                return "memory", 0
+    finally:
+        if pidfd is not None:
+            os.close(pidfd)
 
 
 def descendants(pid: "int | str" = "self") -> "set[int]":
