@@ -42,7 +42,8 @@ def tour(tmp_path_factory) -> tuple[Path, str]:
 def test_every_station_is_reached_in_the_order_of_the_tour(tour):
     """A breakpoint that is never hit sends a reader home. pdb does not follow threads and other processes."""
     _, printed = tour
-    reached = re.findall(r"^(?:\(Pdb\) )*Deleted breakpoint .*\n> .*/(\w+)\.py\(\d+\)(\w+)\(", printed, flags=re.MULTILINE)
+    stops = r"^(?:\(Pdb\) )*Deleted breakpoint .*\n> .*/(\w+)\.py\(\d+\)(\w+)\("
+    reached = re.findall(stops, printed, flags=re.MULTILINE)
     assert [".".join(names) for names in reached] == [function for _, function in STATIONS], printed
     assert len(STATIONS) == 8
 

@@ -1,8 +1,8 @@
 """The exercises of the tutorial: each check fails on the code as it is, and passes on the solution that is kept.
 
-An exercise is a folder tests/exercises/NN_name: task.md (what to do), check.py (pytest; not collected by itself, for
-its name does not begin with test_) and solution.patch. After a change of the code near it, a patch is made anew: apply
-what it says by hand, `git diff -U2 > solution.patch`, and take the change back.
+An exercise is a folder tests/exercises/NN_name: task.md (what to do), check.py (pytest does not collect it by itself,
+because its name does not begin with test_) and solution.patch. After a change of the code near it, make a patch anew:
+change the code by hand as the patch says, `git diff -U2 > solution.patch`, and take the change back.
 """
 import importlib
 import io
@@ -19,8 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EXERCISES = sorted(path.name for path in (ROOT / "tests" / "exercises").glob("[0-9]*"))
 TUTORIAL = (ROOT / "tutorial.md").read_text(encoding="utf-8")
-SECONDS = 180  # of a process on a busy machine; alone it takes one to four, and all checks together twenty
-# Each check wants a process with the modules of its own tree, and importing torch takes longer than the check: so the
+SECONDS = 180  # of a process on a busy machine; on an idle one it takes one to four, and all checks together twenty
+# Each check needs a process with the modules of its tree, and importing torch takes longer than the check. So the
 # processes are forks of a server that has imported what is not ours, and nothing else.
 PRELOADED = ["pytest", "tqdm", "torch", "tokenizers", "safetensors.torch", "transformers.generation",
              "transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3"]

@@ -4,7 +4,7 @@ Conventions of tutorial.md:
 - A ```python block runs, all of them in one namespace from top to bottom. A line that ends in `# -> VALUE` is an
   expression with that value, rounded to the decimals that are written.
 - One whose first line is `# from MODULE.NAME(): to read, not to paste` is a part of that source instead, word for word;
-  a line "..." leaves some out. The mark is a line, for nobody sees the words behind ```.
+  a line "..." leaves some out. The mark is a line of the block, because a page does not show the words behind ```.
 - A ```text block whose first line is `# printed by a quick run` is what it says.
 - `name()`, `module.name()` and `--option` exist.
 - In the sections CHECKED, a decimal number or a percentage in the text is a value or a number of some block, or the

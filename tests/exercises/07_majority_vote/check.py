@@ -7,7 +7,7 @@ LONELY, ONCE, CRASH, CRASH_TOO = "print(7)", "print(2)", "print(int(input()) / 0
 
 
 def order(*codes) -> list:
-    """The codes as the vote orders them; the labels say the opposite, so whoever reads them is seen."""
+    """The codes as the vote orders them. The labels say the opposite, so a vote that reads them is found out."""
     candidates = [dust.Candidate("p", "", code, correct=code in (CRASH, LONELY)) for code in codes]
     judged = dust.vote(dust.Group(Problem("p", "?", TESTS), candidates), dust.Args(workers=1))
     assert isinstance(judged, dust.RankedGroup) and not judged.malformed and judged.group.candidates == candidates
@@ -23,7 +23,7 @@ def test_agreement_is_on_all_inputs():
     assert order(ONCE, SAME, SAME_TOO) == [SAME, SAME_TOO, ONCE]
 
 
-def test_who_crashes_agrees_with_nobody():
+def test_a_program_that_crashes_agrees_with_no_other():
     assert order(CRASH, CRASH_TOO, LONELY) == [LONELY, CRASH, CRASH_TOO]
     assert order(None, None, LONELY) == [LONELY, None, None]
 

@@ -37,7 +37,7 @@ def test_the_naive_runner_is_fooled_and_the_sandbox_is_not(name):
 
 
 @pytest.mark.parametrize("name", RUNNERS)
-def test_the_naive_runners_know_right_from_wrong_where_nobody_cheats(name):
-    """This one passes without your attack: a runner that believes everybody would be no target."""
+def test_the_naive_runners_know_right_from_wrong_if_no_program_cheats(name):
+    """This one passes without your attack: a runner that believes every program would be no target."""
     assert RUNNERS[name](RIGHT, SUMS) and not RUNNERS[name]("print(3)", SUMS)
     assert not RUNNERS[name]("print(input(), 1 / 0)", SUMS)

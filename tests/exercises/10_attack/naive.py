@@ -1,4 +1,4 @@
-"""Three runners as one writes them on the first evening. Each is fooled by a program that solves nothing.
+"""Three runners of the kind that is written on a first evening. Each is fooled by a program that solves nothing.
 
 A runner takes a program (str) and tests ([{"input", "output"}, ...]) and returns whether it believes in it. The program
 runs in another process, in a temporary folder, where the runner's harness calls it once a test.
