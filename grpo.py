@@ -2,19 +2,19 @@
 
 In the order of learning:
 
-    group_advantages  rewards -> how much better than its siblings each answer did
-    policy_loss       the clipped surrogate of each token, with a pull towards the frozen reference
+    group_advantages  rewards -> how much better than its siblings each answer did              (paper 2.4)
+    policy_loss       the clipped surrogate of each token, with a pull towards the frozen base  (paper 2.4)
     token_weights     how the tokens of a mini-batch are averaged: where GRPO, DAPO and Dr. GRPO differ
     update            PPO epochs over mini-batches of whole groups, one optimiser step for each mini-batch
     rollout           prompts -> a Rollout for each: G sampled answers and the log-prob of each of their tokens
-    Packed            the last section: how the model reads a long prompt once for all of its answers, exactly
+    logprobs          the last section: how the model reads a long prompt once for all of its answers, exactly
 
-Set every dropout of a model to 0 before you train it here, and call enable_sharing(model) once after loading it.
-Otherwise all still works, but the prompt is read again for each answer, which is slower.
+Set every dropout of a model to 0 when you load it, and call enable_sharing(model) once. Without that call all still
+works, but the prompt is read again for each answer, which is slower.
 
 Shapes: B prompts or rows, G answers to a prompt, n rows (answers being decoded), L prompt tokens, R answer tokens,
-N answer tokens of a whole batch laid end to end, T tokens of a packed row, V vocabulary, H hidden; in attention Q query
-heads, K key heads, D numbers a head. Log-probs are natural logarithms, in fp32.
+N answer tokens of a whole batch laid end to end, T tokens of a packed row, V vocabulary, H hidden. Log-probs are
+natural logarithms, in fp32.
 """
 import contextlib
 import inspect
@@ -126,7 +126,7 @@ def policy_loss(
 def token_weights(lengths: list[int], loss: str) -> list[float]:
     """For each answer of a mini-batch, the weight of each of its tokens in the loss. All weights together sum to 1.
 
-    lengths: [answers], the tokens of every answer in the mini-batch, groups of equal rewards included. So the weights do
+    lengths: [answers], the tokens of every answer in the mini-batch, groups of equal rewards included. The weights do
     not depend on how the mini-batch is later cut into micro-batches, or shared over ranks.
     loss: "sequence" takes the mean over each answer's tokens, then over the answers (GRPO and the paper). "token" takes
     the mean over all tokens, so that a long answer counts more (DAPO and the paper's release). Else ValueError.
@@ -202,7 +202,7 @@ def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, g
             optimizer.step()
             totals.update(sums)
     optimizer.zero_grad(set_to_none=True)
-    return averages(totals, norms) | {"zero_variance": 1 - len(taught) / max(len(groups), 1)}
+    return averages(totals, norms) | {"zero_variance": (len(groups) - len(taught)) / max(len(groups), 1)}
 
 
 def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict[str, float]:
@@ -215,7 +215,8 @@ def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict
     for micro_batch, counts in my_micro_batches(model, groups, args.micro_tokens):
         logp, entropy = run_forward(model, group_logprobs, micro_batch, args.temperature)  # [N]
         field = partial(lay_out, micro_batch, logp)
-        old = logp.detach() if field("old_logp") is None else field("old_logp")  # then the ratio is 1, with its gradient
+        # without old log-probs the old policy is the current one: the ratio is 1, with its gradient
+        old = logp.detach() if field("old_logp") is None else field("old_logp")
         loss, diagnostics = policy_loss(logp, old, field("advantage"), field("ref_logp"), kl=args.kl, **clips)
         if supervised:
             loss = -logp
@@ -281,7 +282,7 @@ def my_micro_batches(model, groups: list[list[Example]], micro_tokens: int) -> l
 def micro_batches(groups: list[list[Example]], micro_tokens: int, shared: bool) -> list[list[list[Example]]]:
     """Batches of groups, of at most micro_tokens tokens each, the padding of unshared rows included.
 
-    A larger group is cut into parts of its answers, each with the prompt again. One answer with its prompt is the least.
+    A larger group is cut into parts of its answers, each with the prompt again; a part has at least one answer.
     """
     parts, sizes = [], []
     for group in groups:
@@ -350,7 +351,8 @@ def rollout(
             answers = draw(model, batch_prompts, batch_seeds, sampling, max_new_tokens, list(eos_ids))
             owners = [i for i, part_seeds in parts[batch] for _ in part_seeds]
             for i, (tokens, logps, finished) in zip(owners, answers):
-                rollouts[i].answers.append(tokens.clone())  # tensors made in inference mode cannot enter a backward pass
+                # clone: tensors made in inference mode cannot enter a backward pass
+                rollouts[i].answers.append(tokens.clone())
                 rollouts[i].logps.append(logps.clone())
                 rollouts[i].finished.append(finished)
     return rollouts
@@ -526,11 +528,11 @@ def generate_with_transformers(
 
 # ---------------------------------------------------------------------- one prompt for all of its answers, exactly
 #
-# A ranking prompt is long, and its G answers share it. So the model reads it once for all of them, in the rollout and in
-# the update, with the same log-probs and gradients as if each answer had a row of its own. The layers run as they are;
-# where they attend, they call shared_attention, which hands their queries, keys and values to the layout of this
-# forward: Packed (the update, and the prompts of a rollout) or SharedCache (a step of a rollout). That is all that a
-# model has to offer; enable_sharing finds out whether it does.
+# A ranking prompt is long, and its G answers share it. So the model reads it once for all of them, with the same
+# log-probs and gradients as if each answer had a row [prompt, answer]. In the update the prompt and its answers are one
+# row, plumbing.shared_prompt.Packed; in the rollout one copy of the prompt's keys serves all answers,
+# plumbing.fast_decode.SharedCache. The model's layers run as they are. Only where they attend they call ours,
+# shared_prompt.shared_attention. That is all that a model has to offer; enable_sharing finds out whether it does.
 
 
 def shares_prompts(model) -> bool:

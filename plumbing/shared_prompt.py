@@ -1,11 +1,12 @@
 """How the G answers to a prompt share it, exactly: one row for all of them, and the attention inside it.
 
 transformers calls `shared_attention` in each layer of a model whose attention is named SHARED_ATTENTION. It hands the
-queries, keys and values to the layout of this forward, which knows which token sees which: `Packed` here, for the update
-and for the prompts of a rollout; fast_decode.SharedCache for a step of a rollout. The layers themselves run as they are.
+queries, keys and values to the layout of this forward, which knows which token sees which: `Packed` here, for the
+update and for the prompts of a rollout; fast_decode.SharedCache for a step of a rollout. The layers themselves run as
+they are.
 
-Shapes: L prompt tokens, R answer tokens, N answer tokens of a batch laid end to end, T tokens of a packed row; Q query
-heads, K key heads, D numbers a head.
+Shapes: L prompt tokens, R answer tokens, N answer tokens of a batch laid end to end, T tokens of a packed row, H hidden;
+Q query heads, K key heads, D numbers a head.
 """
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ def shared_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
     ([b, t, Q, D], None). ValueError if the model is called directly, without a layout.
     """
     if layout is None:
-        raise ValueError("this model shares prompts; call it directly only inside `with grpo.plain_attention(model):`")
+        raise ValueError("this model shares prompts: call it yourself only inside `with grpo.plain_attention(model):`")
     if settings.get("softcap"):
         raise NotImplementedError("soft-capped attention")
     scale = settings.get("scaling") or query.shape[-1] ** -0.5
@@ -42,8 +43,8 @@ AttentionInterface.register(SHARED_ATTENTION, shared_attention)  # without a mas
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, mask: Tensor | None) -> Tensor:
     """Attention of q [1, Q, n, D] to k, v [1, K, m, D] -> [1, n, Q, D].
 
-    mask: [n, m], 0 where a query sees a key and -inf elsewhere, after a first column of 0 if there are sinks. None means
-    causal, with n == m.
+    mask: [n, m], 0 where a query sees a key and -inf elsewhere, after a first column of 0 if there are sinks. None
+    means causal, with n == m.
     """
     heads, n, groups = q.shape[1], q.shape[2], k.shape[1]
     if sinks is not None:
