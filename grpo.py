@@ -2,19 +2,19 @@
 
 In the order of learning:
 
-    group_advantages  rewards -> how much better than its siblings each answer did
-    policy_loss       the clipped surrogate of each token, with a pull towards the frozen reference
+    group_advantages  rewards -> how much better than its siblings each answer did              (paper 2.4)
+    policy_loss       the clipped surrogate of each token, with a pull towards the frozen base  (paper 2.4)
     token_weights     how the tokens of a mini-batch are averaged: where GRPO, DAPO and Dr. GRPO differ
     update            PPO epochs over mini-batches of whole groups, one optimiser step for each mini-batch
     rollout           prompts -> a Rollout for each: G sampled answers and the log-prob of each of their tokens
-    Packed            the last section: how the model reads a long prompt once for all of its answers, exactly
+    logprobs          the last section: how the model reads a long prompt once for all of its answers, exactly
 
-Set every dropout of a model to 0 before you train it here, and call enable_sharing(model) once after loading it.
-Otherwise all still works, but the prompt is read again for each answer, which is slower.
+Set every dropout of a model to 0 when you load it, and call enable_sharing(model) once. Without that call all still
+works, but the prompt is read again for each answer, which is slower.
 
 Shapes: B prompts or rows, G answers to a prompt, n rows (answers being decoded), L prompt tokens, R answer tokens,
-N answer tokens of a whole batch laid end to end, T tokens of a packed row, V vocabulary, H hidden; in attention Q query
-heads, K key heads, D numbers a head. Log-probs are natural logarithms, in fp32.
+N answer tokens of a whole batch laid end to end, T tokens of a packed row, V vocabulary, H hidden. Log-probs are
+natural logarithms, in fp32.
 """
 import math
 import warnings

@@ -1,12 +1,8 @@
 """Decode the G answers to a prompt beside one copy of its keys: the numbers of grpo.PlainCache, faster.
 
-A cache with a row for each answer holds a prompt's keys and values G times, and every step reads all of these copies.
-Here they are held once. The queries of a prompt's answers meet them in one matrix product; each answer's newer keys
-are kept beside them.
-
+The queries of a prompt's answers meet its keys in one matrix product; each answer's newer keys are kept beside them.
 Shapes: B prompts, G answers to the prompt that has the most, n rows (answers being decoded), L prompt tokens, m answer
-tokens so far, V vocabulary; Q query heads, K key heads, D numbers a head. Key heads come first, so that no matrix
-product has to copy the keys.
+tokens so far, V vocabulary; Q query heads, K key heads, D numbers a head. Key heads come first: no product copies keys.
 """
 from collections import defaultdict
 
@@ -45,12 +41,10 @@ class SharedCache:
     def place_rows(self) -> None:
         """Give each row a place beside its prompt: one of B * G, of which some stay empty if the counts differ."""
         counts = self.prompt_of_row.bincount(minlength=len(self.length))  # [B]
-        first_row = counts.cumsum(0) - counts  # [B]
-        number = torch.arange(len(self.prompt_of_row), device=counts.device) - first_row[self.prompt_of_row]  # [n]
-        self.G = int(counts.max())
-        self.place = self.prompt_of_row * self.G + number  # [n]
+        first_row = (counts.cumsum(0) - counts)[self.prompt_of_row]  # [n]
+        self.G, self.masks = int(counts.max()), {}
         self.places = len(counts) * self.G
-        self.masks: dict = {}
+        self.place = self.prompt_of_row * self.G + torch.arange(len(first_row), device=counts.device) - first_row  # [n]
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows [n'], and only the prompts that they need."""
@@ -66,7 +60,7 @@ class SharedCache:
 
     def step(self, tokens: Tensor) -> None:
         """Read one token a row, [n], and set the logits of the next."""
-        self.masks = {}
+        self.masks = {}  # a window's depends on the step
         positions = (self.length[self.prompt_of_row] + self.steps)[:, None]  # [n, 1]
         self.logits = self.model.get_output_embeddings()(body(self.model, self, tokens[:, None], positions)[:, 0])
         self.steps += 1

@@ -71,7 +71,7 @@ def shared_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
     ([b, t, Q, D], None). ValueError if the model is called directly, without a layout.
     """
     if layout is None:
-        raise ValueError("this model shares prompts; call it directly only inside `with grpo.plain_attention(model):`")
+        raise ValueError("this model shares prompts; call it yourself only inside `with grpo.plain_attention(model):`")
     if settings.get("softcap"):
         raise NotImplementedError("soft-capped attention")
     scale = settings.get("scaling") or query.shape[-1] ** -0.5

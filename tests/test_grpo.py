@@ -139,7 +139,8 @@ def draw(model, prompts, answers=3, seed=7, sampling=Sampling(), max_new_tokens=
     """`answers` answers to each prompt."""
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**62, (len(prompts), answers), generator=generator).tolist()
-    return grpo.rollout(model, prompts, seeds, sampling=sampling, max_new_tokens=max_new_tokens, eos_ids=eos_ids, **more)
+    more |= dict(sampling=sampling, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
+    return grpo.rollout(model, prompts, seeds, **more)
 
 
 def scored(model, rewards=((0.0, 1.0, 0.5), (2.0, -1.0, 0.0)), temperature=1.0):
