@@ -1,14 +1,14 @@
-"""DuST: train a model to judge its own programs, and see whether it writes better ones.
+"""DuST: train a model to judge its own programs, and measure whether it then writes better ones.
 
 "Primal Generation, Dual Judgment: Self-Training from Test-Time Scaling" (arXiv 2605.11299), in the paper's order:
 
     section 2.2   sample, label, make_groups        programs, their labels, mixed groups of K = 4
-    section 2.3   score_rollouts                    what a ranking earns (rank_prompt.py)
+    section 2.3   score_rollouts                    the rewards of rankings (rank_prompt.py)
     section 2.4   train                             rollout -> reward -> advantage -> loss -> step (grpo.py)
     section 3.1   evaluation_groups, rank_candidates, METRICS        pass@1, NDCG, Best-of-4
-    tables 2, 3   run, train                        the three rows; the five modes of training
+    tables 2, 3   run, experience                   the three rows; the five modes of training
 
-Read `run` first, near the end of this file, then from `sample` on. Each stage is a function from one list to the next.
+Read `run` first, near the end of this file, then from `sample` on. Each stage makes one list from the one before.
 
     python dust.py                      # the whole method on the shipped model, a few minutes on a laptop
     python dust.py --quick              # the same in about a minute
@@ -32,7 +32,7 @@ from plumbing.settings import arg, check_settings, read_options
 
 HERE = Path(__file__).resolve().parent
 BEST_OF = 4  # N of Best-of-N: programs in an evaluation group (paper 2.1)
-PROGRAMS_AT_A_TIME = 128  # programs that are labelled before their labels are kept
+PROGRAMS_AT_A_TIME = 128  # after so many programs their labels are written to the file
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -41,57 +41,58 @@ PROGRAMS_AT_A_TIME = 128  # programs that are labelled before their labels are k
 class Args:
     """Every setting of a run. The defaults suit the shipped model; the paper's value stands in brackets.
 
-    Where the paper and its authors' release disagree there is one field, with the paper's value as its default.
+    Each difference between the paper and its authors' release is one field, whose default is the paper's value.
+    A field that is True by default becomes --no-NAME, and its text says what that option does.
     """
 
     model: str = arg(str(HERE / "data" / "tiny"), "model folder, name on the Hub, or a short name such as Qwen3-4B",
                      section="what to run")
     train: str = arg("micro-train", "training problems: a file or a known set [rstar-coder]")
     eval: str = arg("micro-eval", "evaluation problems: a file or a known set [livecodebench-v6]")
-    out: str = arg("", "folder of the run; without it a new one below runs/ (with --resume: the newest there)")
-    preset: str = arg("", "laptop: for the shipped model, and its default; paper: the paper's settings, the default\n"
-                      "for any other model; release: the settings of the authors' code; quick: a real model on\n"
-                      "one 24 GB GPU", choices=["laptop", "paper", "release", "quick"])
+    out: str = arg("", "folder of the run; without it a new folder in runs/ (with --resume: the newest one there)")
+    preset: str = arg("", "laptop: the default for the shipped model; paper: the paper's settings, the default for\n"
+                      "all others; release: the settings of the authors' code; quick: a real model on one 24 GB GPU",
+                      choices=["laptop", "paper", "release", "quick"])
     quick: bool = arg(False, "a run of about a minute: fewer problems, candidates and steps")
     eval_only: bool = arg(False, "measure the model as it is, without training")
     resume: bool = arg(False, "go on with the run in --out where it was stopped")
     seed: int = arg(0, "seed of everything random")
-    device: str = arg("", "cpu, cuda or mps; without it cuda where there is a GPU, else cpu")
+    device: str = arg("", "cpu, cuda or mps; without it cuda if there is a GPU, else cpu")
     workers: int = arg(os.cpu_count() or 1, "sandbox processes", least=1)
 
     mode: str = arg("rank", "rank: rank the base model's candidates; rank-onpolicy: rank candidates drawn anew for\n"
-                    "each step; generate: write programs that pass; iterative: blocks of the last two in turn;\n"
-                    "sft: imitate right rankings, without a reward",
+                    "each step; generate: write programs that pass; iterative: --block steps of rank-onpolicy, then\n"
+                    "of generate, in turn; sft: imitate rankings that order every pair right, without a reward",
                     choices=["rank", "rank-onpolicy", "generate", "iterative", "sft"],
                     section="what training learns from (paper, table 3 and figure 3)")
     block: int = arg(50, "steps in a block of --mode iterative", least=1)
     teacher: str = arg("", "model whose rankings --mode sft imitates; without it the model itself, before training")
     init: str = arg("", "start training from another run's model (its folder), or from another model folder")
 
-    limit: int = arg(0, "use only the first so many training problems; 0: all", least=0,
+    limit: int = arg(0, "number of training problems to use, from the first on; 0: all", least=0,
                      section="problems, candidates and groups (paper 2.2)")
-    eval_limit: int = arg(0, "use only so many evaluation problems, evenly spread over the file; 0: all", least=0)
+    eval_limit: int = arg(0, "number of evaluation problems to use, evenly spread over the file; 0: all", least=0)
     candidates: int = arg(16, "M, programs sampled for each training problem [64]", least=1)
     group_size: int = arg(4, "K, candidates in a ranking group [4]", least=2)
-    timeout: float = arg(10.0, "seconds that a program may take for one test", above=0)
-    memory_mb: int = arg(1024, "megabytes of memory that a program may take", least=1)
+    timeout: float = arg(10.0, "longest time of a program for one test, in seconds", above=0)
+    memory_mb: int = arg(1024, "most memory of a program, in megabytes", least=1)
 
-    reward: str = arg("pairacc", "what a ranking is rewarded for", choices=list(rank_prompt.REWARDS),
+    reward: str = arg("pairacc", "reward of a ranking", choices=list(rank_prompt.REWARDS),
                       section="judging (paper 2.3)")
     thinking: str = arg("both", "which answers have a thinking part (the chat template's enable_thinking)",
                         choices=["both", "programs", "rankings", "none"])
-    reasoning_effort: str = arg("", "how long a model thinks whose chat template asks for it, such as GPT-OSS",
+    reasoning_effort: str = arg("", "how long the model thinks, if its chat template has this setting (GPT-OSS)",
                                 choices=["low", "medium", "high"])
-    shuffle: bool = arg(True, "show a group's candidates in the order of sampling, not in a new order at each step")
+    shuffle: bool = arg(True, "show a group's candidates in the order of sampling, not in a new order in each step")
 
     answers: int = arg(8, "G, answers sampled for each prompt [8]", least=2, section="GRPO (paper 2.4, table 4)")
     batch: int = arg(16, "prompts in a step [64]", least=1)
     mini_batch: int = arg(16, "prompts in an optimiser step [16]", least=1)
     ppo_epochs: int = arg(1, "passes over each batch [3]", least=1)
-    steps: int = arg(60, "steps in all, over as many passes through the groups as they need [180]", least=0)
+    steps: int = arg(60, "training steps in all, in as many passes over the groups as they need [180]", least=0)
     lr: float = arg(1e-4, "learning rate of AdamW, constant [1e-6; a tiny model needs a larger one]", above=0)
     weight_decay: float = arg(0.0, "weight decay of AdamW", least=0)
-    warmup: int = arg(0, "steps in which the learning rate grows to --lr", least=0)
+    warmup: int = arg(0, "first steps, in which the learning rate grows to --lr", least=0)
     loss: str = arg("sequence", "sequence: mean over an answer's tokens, then over answers; token: over all tokens",
                     choices=["sequence", "token"])
     clip: float = arg(0.2, "clip range of the ratio, in both directions [0.2]", least=0)
@@ -100,22 +101,22 @@ class Args:
     kl: float = arg(0.001, "weight of the KL term to the model that training starts from; 0: off [0.001]", least=0)
     temperature: float = arg(1.0, "temperature of candidates and training answers [1.0]", above=0)
     max_new_tokens: int = arg(192, "longest answer in tokens, thinking included [32768]", least=1)
-    micro_tokens: int = arg(16384, "tokens in one training forward: bounds the memory, not the result", least=1)
+    micro_tokens: int = arg(16384, "tokens in one training forward: changes memory and speed, not the result", least=1)
     optimizer: str = arg("", "how weights are kept: fp32; masters: bf16 with fp32 masters; kahan: bf16 with kahan\n"
                          "compensation; without it the first of these that fits the memory",
                          choices=["fp32", "masters", "kahan"])
     lora: int = arg(0, "train adapters of this rank instead of all weights (package peft); 0: all weights", least=0)
     shard: bool = arg(False, "spread weights, gradients and optimiser over torchrun's processes (FSDP2)")
     save_every: int = arg(1, "steps between checkpoints", least=1)
-    rows: int = arg(256, "answers that are decoded at a time: bounds the memory, not the result", least=1)
+    rows: int = arg(256, "answers that are decoded at a time: changes memory and speed, not the result", least=1)
 
     repeats: int = arg(2, "R, evaluation groups drawn for each problem [10]", least=1, section="evaluation (paper 3.1)")
     eval_temperature: float = arg(0.6, "temperature of programs and rankings in the evaluation [0.6]", least=0)
-    top_p: float = arg(0.95, "nucleus of the evaluation [0.95]", above=0)
+    top_p: float = arg(0.95, "top-p of the evaluation [0.95]", above=0)
     top_k: int = arg(20, "top-k of the evaluation [20]", least=0)
 
 
-PAPER = dict(  # section 3.1, appendix B, table 4
+PAPER = dict(  # section 3.1, appendix B, table 4; the paper's other values are the defaults of Args
     candidates=64, batch=64, ppo_epochs=3, steps=180, lr=1e-6, max_new_tokens=32768, repeats=10, save_every=10,
 )
 RELEASE = PAPER | dict(  # where the authors' code differs from the paper
@@ -132,10 +133,7 @@ QUICK = dict(limit=60, eval_limit=60, candidates=8, steps=10, repeats=1)  # --qu
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """The settings of a command line. An option wins over --quick, and --quick over the preset.
-
-    Raises BadInput for settings that cannot work.
-    """
+    """Return the settings of a command line; options win over --quick, --quick over the preset. Raises BadInput."""
     given = read_options(Args, argv, __doc__.split("\n\n")[0])
     shipped = Path(given.get("model", Args.model)).resolve() == Path(Args.model).resolve()
     preset = given.get("preset") or ("laptop" if shipped else "paper")
@@ -146,7 +144,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return args
 
 
-if __name__ == "__main__":  # --help and a wrong option answer at once: only what follows imports torch, which is slow
+if __name__ == "__main__":  # here, because --help and a wrong option need not wait for torch, which is imported below
     try:
         parse_args()
     except BadInput as error:
@@ -166,17 +164,17 @@ from plumbing import models, ranks, report, runs  # noqa: E402
 
 @dataclass
 class Candidate:
-    """One sampled answer to a problem. code is None where it holds no program; correct is set once the code was run."""
+    """One sampled answer to a problem."""
 
     problem_id: str
     answer: str
-    code: str | None
-    correct: bool = False  # y (paper 2.2): the program passes every test
+    code: str | None  # the program in the answer; None if there is none
+    correct: bool = False  # y (paper 2.2): the program passes every test; set by label()
 
 
 @dataclass
 class Group:
-    """K candidates for one problem, in the order in which a judge is shown them."""
+    """K candidates for one problem, in the order in which the ranking prompt shows them."""
 
     problem: Problem
     candidates: list[Candidate]
@@ -187,22 +185,22 @@ class Group:
         return [int(candidate.correct) for candidate in self.candidates]
 
     def shuffled(self, *seed) -> "Group":
-        """The same group in another order, because a judge must not learn positions (trap 3 in tutorial.md)."""
+        """Return the group in a random order, so that a judge cannot learn positions (trap 3 in tutorial.md)."""
         return Group(self.problem, random.Random(seed_for(*seed)).sample(self.candidates, len(self.candidates)))
 
 
 @dataclass
 class RankedGroup:
-    """An evaluation group in the order that a judge gave it, and the words in which it did."""
+    """An evaluation group in the order that a judge gave it."""
 
-    group: Group  # as it was shown: shuffled, without the answers that hold no program
+    group: Group  # as the prompt showed it: shuffled, without the answers that hold no program
     ordered: list[Candidate]  # best first; answers without a program come last
-    answer: str
-    malformed: bool
+    answer: str  # the judge's answer, as text
+    malformed: bool  # the answer holds no valid ranking, so the order is the shuffled one
 
     @property
     def ranked(self) -> list[int]:
-        """The labels in the judge's order: 1 for a correct program, 0 for a wrong one."""
+        """y of each candidate, 1 or 0, in the judge's order."""
         return [int(candidate.correct) for candidate in self.ordered]
 
 
@@ -210,7 +208,7 @@ class RankedGroup:
 
 
 def load(name: str, args: Args, option: str = "--model"):
-    """(model, tokenizer) of a name or folder, ready for rollouts and updates. option: the setting that named it."""
+    """Return the (model, tokenizer) of a name or folder, ready for rollouts and updates. option: names it in errors."""
     settings = dict(optimizer=args.optimizer, shard=args.shard, device=args.device, effort=args.reasoning_effort)
     model, tokenizer = models.load_model(name, **settings, option=option)
     if not end_ids(model, tokenizer):
@@ -221,7 +219,7 @@ def load(name: str, args: Args, option: str = "--model"):
 
 
 def end_ids(model, tokenizer) -> list[int]:
-    """The ids that end an answer: those of the tokenizer and of the generation config, because the two can differ."""
+    """Return the token ids that end an answer: the tokenizer's and the generation config's, which can differ."""
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     return sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
@@ -240,13 +238,13 @@ def ranking_ids(tokenizer, group: Group, args: Args) -> torch.Tensor:
 
 
 def fits(model, prompt: torch.Tensor, args: Args) -> bool:
-    """Whether a prompt [L] and the longest answer fit the model's context, beyond which it never saw a position."""
+    """Return whether a prompt [L] and the longest answer fit the context, the positions that the model knows."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return not context or len(prompt) + args.max_new_tokens <= context
 
 
 def draw(model, tokenizer, prompts: list[torch.Tensor], seeds: list[list[int]], args: Args, sampling: Sampling):
-    """Answers to each prompt [L], one Rollout a prompt; one answer a seed. Every answer of a run is drawn here."""
+    """Draw an answer to each prompt [L] for each of its seeds, as one Rollout a prompt. All answers are drawn here."""
     return grpo.rollout(model, prompts, seeds, sampling=sampling, max_new_tokens=args.max_new_tokens,
                         eos_ids=end_ids(model, tokenizer), max_rows=args.rows)
 
@@ -255,10 +253,10 @@ def draw(model, tokenizer, prompts: list[torch.Tensor], seeds: list[list[int]], 
 
 
 def sample(model, tokenizer, problems: list[Problem], args: Args, file: Path, evaluation=False) -> list[Candidate]:
-    """M answers to each problem (paper 2.2) and the program in each; with evaluation R times N (paper 3.1).
+    """Draw M answers to each problem and read the program in each (paper 2.2); with evaluation, R times N (paper 3.1).
 
-    file: keeps the answers. Each answer is drawn from a seed of its own, so batches change nothing. A problem whose
-    prompt does not fit the context gets no answers; such problems are counted.
+    file: keeps the answers, for --resume. Each answer has its own seed, so it does not depend on the batch. A problem
+    whose prompt does not fit the context gets no answers; the number of such problems is printed.
     """
     count, seed, sampling = args.candidates, seed_for(args.seed, "sample"), Sampling(args.temperature)
     if evaluation:
@@ -267,24 +265,23 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, file: Path, ev
     copies = count if sampling.temperature == 0 else 1  # at temperature 0 all answers to a problem are the same
     problems, prompts = fitting_problems(model, tokenizer, problems, args)
 
-    def answer(chunk: list[Problem]) -> list[list]:  # for each problem [[text, whether it ended], ...]
+    def answer(chunk: list[Problem]) -> list[list]:  # [[text, whether the answer ended by itself], ...] a problem
         seeds = [[seed_for(seed, problem.id, i) for i in range(count // copies)] for problem in chunk]
         rollouts = draw(model, tokenizer, [prompts[problem.id] for problem in chunk], seeds, args, sampling)
         return [[[text, ended] for text, ended in zip(texts_of(tokenizer, r), r.finished)] * copies for r in rollouts]
 
-    work = {problem.id: problem for problem in problems}
-    answers = runs.resumable(file, work, answer, size=max(1, args.rows // count))
+    answers = runs.resumable(file, {problem.id: problem for problem in problems}, answer, max(1, args.rows // count))
     candidates = [Candidate(problem_id, text, rank_prompt.extract_code(text))
                   for problem_id, drawn in answers.items() for text, _ in drawn]
     without = sum(candidate.code is None for candidate in candidates)
     cut = sum(not ended for drawn in answers.values() for _, ended in drawn)
-    tqdm.write(f"  {len(candidates)} answers, {without} without a program, {cut} cut off at {args.max_new_tokens} "
-               "tokens")
+    limit = args.max_new_tokens
+    tqdm.write(f"  {len(candidates)} answers, {without} without a program, {cut} cut off at {limit} tokens")
     return candidates
 
 
 def fitting_problems(model, tokenizer, problems: list[Problem], args: Args):
-    """(the problems whose prompt fits the context, id -> prompt [L] of each). Raises BadInput where none fits."""
+    """Return (the problems whose prompt fits the context, {id: prompt [L]}). Raises BadInput if no prompt fits."""
     prompts = {problem.id: program_ids(tokenizer, problem, args) for problem in problems}
     kept = [problem for problem in problems if fits(model, prompts[problem.id], args)]
     if not kept:
@@ -296,21 +293,21 @@ def fitting_problems(model, tokenizer, problems: list[Problem], args: Args):
 
 
 def texts_of(tokenizer, rollout: Rollout) -> list[str]:
-    """The G answers of a rollout as text, in the form that rank_prompt.py reads, without the token that ended them."""
+    """Return the G answers as text, in the form that rank_prompt.py reads, without the token that ended each."""
     bare = [answer[: len(answer) - ended] for answer, ended in zip(rollout.answers, rollout.finished)]
     return [models.answer_text(tokenizer, rollout.prompt, answer) for answer in bare]
 
 
 def label(problems: list[Problem], candidates: list[Candidate], args: Args, file: Path | None = None) -> None:
-    """Run every program and set `correct` (paper 2.2): y = 1 only when every test passes. file: keeps the labels.
+    """Run every program and set `correct` (paper 2.2): y = 1 only if every test passes.
 
-    The same program for the same problem runs once. An answer without a program is wrong. Raises SandboxError where the
-    sandbox itself fails.
+    file: keeps the labels, for --resume. The same program for the same problem runs once. An answer without a program
+    is wrong. Raises SandboxError if the sandbox itself fails.
     """
     tests = {problem.id: problem.tests for problem in problems}
     programs = dict.fromkeys((c.problem_id, c.code) for c in candidates if c.code is not None)
     work = {f"{problem_id}/{seed_for(code)}/{len(code)}": (problem_id, code) for problem_id, code in programs}
-    workers = max(1, args.workers // ranks.local_world())  # processes on one machine share them
+    workers = max(1, args.workers // ranks.local_world())  # the ranks on one machine share its cores
     with sandbox.Pool(workers=workers, timeout=args.timeout, memory_mb=args.memory_mb) as pool:
 
         def run_programs(chunk: list[tuple[str, str]]) -> list[int]:
@@ -328,7 +325,7 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, file
 def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) -> list[Group]:
     """Cut each problem's candidates into groups of k and keep the mixed ones, 0 < sum(y) < k (paper 2.2).
 
-    Answers without a program are dropped first. Fewer than k candidates left over at the end are dropped too.
+    Answers without a program are dropped first. The last candidates of a problem are dropped if fewer than k are left.
     """
     by_problem = defaultdict(list)
     for candidate in candidates:
@@ -345,9 +342,10 @@ def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) ->
 
 
 def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: Args, out: Path) -> None:
-    """Train the model to rank (paper 2.4), or on what --mode says, and save it as an ordinary model folder.
+    """Train the model to rank (paper 2.4), or as --mode says, and save it as an ordinary model folder in out/model.
 
-    All randomness of a step follows from its number, so a run that was killed and resumed makes the same steps.
+    A step's random numbers depend only on --seed and its number, so a resumed run makes the same steps. groups: for
+    the modes rank and sft; the other modes draw their candidates from problems.
     """
     supervised = args.mode == "sft"
     teacher = load_teacher(model, tokenizer, args) if supervised else None
@@ -367,7 +365,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
             metrics |= grpo.update(model, optimizer, rollouts, args, reference=reference, generator=generator)
             metrics |= {"step": step + 1, "seconds": time.time() - began}
             trained = metrics["prompts"] * args.answers * metrics["answer_tokens"]
-            metrics["tokens_per_second"] = trained / metrics["seconds"]  # of training answers, without fresh candidates
+            metrics["tokens_per_second"] = trained / metrics["seconds"]  # the candidates of rank-onpolicy not counted
             runs.append_lines(out / "metrics.jsonl", [metrics])
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 models.save_checkpoint(out / "checkpoint.pt", model, optimizer, step + 1)
@@ -380,13 +378,13 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
 
 
 def experience(model, tokenizer, batch: list, step: int, args: Args, generator, teacher) -> tuple[list[Rollout], dict]:
-    """What one step learns from: scored rollouts, and what to log. All differences between the modes are here.
+    """Return the scored rollouts that one step learns from, and metrics to log. The modes differ here (table 3):
 
     rank           rankings of groups built once from the base's candidates (paper 2.2); batch: groups
     rank-onpolicy  rankings of candidates that the current policy has just drawn; batch: problems
-    generate       programs, rewarded for passing their tests: the reward that DuST itself never uses; batch: problems
+    generate       programs, rewarded if they pass their tests: the reward that DuST itself never uses; batch: problems
     iterative      --block steps of rank-onpolicy, then as many of generate, and so on; batch: problems
-    sft            the teacher's rankings with every pair in the right order, to be imitated; batch: groups
+    sft            rankings of the teacher, to imitate; only those with every pair in the right order; batch: groups
     """
     mode = args.mode
     if mode == "iterative":
@@ -411,9 +409,9 @@ def experience(model, tokenizer, batch: list, step: int, args: Args, generator, 
 
 
 def score_rollouts(tokenizer, groups: list[Group], rollouts: list[Rollout], reward: str) -> dict[str, float]:
-    """Set the rewards [G] of each rollout (paper 2.3); return what to log about them.
+    """Set the rewards [G] of each rollout (paper 2.3). Return the metrics to log: means over answers or groups.
 
-    "constant" is what the answer 1, 2, ..., K would have earned: a judge that always gives it has learned nothing.
+    "constant" is the reward of the answer 1, 2, ..., K: a judge that has learned nothing can earn as much.
     Malformed and truncated answers are counted separately, because the remedies differ.
     """
     malformed, constant = [], []
@@ -426,7 +424,7 @@ def score_rollouts(tokenizer, groups: list[Group], rollouts: list[Rollout], rewa
 
 
 def describe(rollouts: list[Rollout]) -> dict[str, float]:
-    """What to log of scored rollouts; means over all their answers."""
+    """Return the number of rollouts, and means over all of their answers."""
     return {
         "prompts": len(rollouts),
         "reward": mean([reward for r in rollouts for reward in r.rewards.tolist()]),
@@ -436,12 +434,12 @@ def describe(rollouts: list[Rollout]) -> dict[str, float]:
 
 
 def mean(values: list) -> float:
-    """0 for an empty list: a step of --mode rank-onpolicy may find no mixed group."""
+    """Return the mean; 0 for an empty list, because a step of --mode rank-onpolicy may find no mixed group."""
     return sum(values) / len(values) if values else 0.0
 
 
 def batch_at(items: list, step: int, args: Args) -> list:
-    """The groups or problems of one step: all of them in a new random order for each pass, cut into batches."""
+    """Return the groups or problems of one step. Each pass over all of them has a new order, cut into batches."""
     first, last = step * args.batch, (step + 1) * args.batch
     passes = range(first // len(items), (last - 1) // len(items) + 1)
     orders = [random.Random(seed_for(args.seed, "order", number)).sample(items, len(items)) for number in passes]
@@ -450,18 +448,18 @@ def batch_at(items: list, step: int, args: Args) -> list:
 
 
 def draw_for_training(model, tokenizer, prompts: list, count: int, args: Args, generator) -> list[Rollout]:
-    """`count` answers to each prompt [L] at the training's temperature, without filters (paper 2.4)."""
+    """Draw `count` answers to each prompt [L] at --temperature, without top-p and top-k (paper 2.4)."""
     seeds = torch.randint(2**62, (len(prompts), count), generator=generator).tolist()
 
     def answer(chunk: list[tuple]) -> list[Rollout]:
-        asked, drawn = [prompt for prompt, _ in chunk], [seeds for _, seeds in chunk]
-        return draw(model, tokenizer, asked, drawn, args, Sampling(args.temperature))
+        its_prompts, its_seeds = [prompt for prompt, _ in chunk], [drawn for _, drawn in chunk]
+        return draw(model, tokenizer, its_prompts, its_seeds, args, Sampling(args.temperature))
 
     return ranks.spread(list(zip(prompts, seeds)), answer)
 
 
 def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: Args, generator):
-    """`count` fresh candidates for each problem, labelled: (one Rollout a problem, [candidates of each problem])."""
+    """Draw `count` candidates for each problem and label them. Returns one Rollout and one list of them a problem."""
     prompts = [program_ids(tokenizer, problem, args) for problem in problems]
     rollouts = draw_for_training(model, tokenizer, prompts, count, args, generator)
     candidates = [[Candidate(problem.id, text, rank_prompt.extract_code(text)) for text in texts_of(tokenizer, rollout)]
@@ -471,14 +469,14 @@ def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: A
 
 
 def fresh_groups(model, tokenizer, problems: list[Problem], args: Args, generator) -> list[Group]:
-    """At most --batch mixed groups of candidates that the model draws now: two groups a problem, before the filter."""
+    """Return at most --batch mixed groups of candidates that the model draws now, enough for two groups a problem."""
     _, candidates = draw_programs(model, tokenizer, problems, 2 * args.group_size, args, generator)
     groups = make_groups(problems, sum(candidates, []), args.group_size)
     return [group for group in groups if fits(model, ranking_ids(tokenizer, group, args), args)][: args.batch]
 
 
 def frozen_copy(model, args: Args):
-    """The model as it is now, for the KL term (paper 2.4). With LoRA it is the model itself with its adapters off."""
+    """Return a copy of the model, frozen, for the KL term (paper 2.4). With LoRA: the model itself, adapters off."""
     if args.lora:
         return model
     if args.shard:  # a sharded model cannot be copied, so it is loaded again
@@ -487,9 +485,9 @@ def frozen_copy(model, args: Args):
 
 
 def load_teacher(model, tokenizer, args: Args) -> tuple:
-    """(model, tokenizer) whose rankings --mode sft imitates: --teacher, or the model itself before training.
+    """Return the (model, tokenizer) whose rankings --mode sft imitates: --teacher, or the model before training.
 
-    Raises BadInput where the student marks its thinking part in another way than rank_prompt.py reads it.
+    Raises BadInput if there is a --teacher and the student does not mark its thinking part as rank_prompt.py reads it.
     """
     if not args.teacher:
         return frozen_copy(model, args), tokenizer
@@ -499,13 +497,13 @@ def load_teacher(model, tokenizer, args: Args) -> tuple:
 
 
 def teacher_rankings(teacher: tuple, model, tokenizer, groups: list[Group], args: Args, generator) -> list[Rollout]:
-    """The teacher's rankings of some groups, as rollouts of the student (model, tokenizer).
+    """Return the teacher's rankings of some groups, as rollouts of the student (model, tokenizer).
 
-    Another model is asked through its own chat template; what it says is then written in the student's tokens.
+    A --teacher is asked through its own chat template. Its answers are then written in the student's tokens.
     """
     frozen, its_tokenizer = teacher
     asked = [ranking_ids(its_tokenizer, group, args) for group in groups]
-    with models.lora_disabled(frozen):  # with LoRA and no --teacher it is the student itself
+    with models.lora_disabled(frozen):  # with LoRA and no --teacher the teacher is the student itself
         rollouts = draw_for_training(frozen, its_tokenizer, asked, args.answers, args, generator)
     if its_tokenizer is tokenizer:
         return rollouts
@@ -518,7 +516,7 @@ def teacher_rankings(teacher: tuple, model, tokenizer, groups: list[Group], args
 
 
 def only_perfect(rollout: Rollout) -> Rollout:
-    """The answers with a reward of 1 that ended by themselves."""
+    """Return the rollout with only the answers that have a reward of 1 and ended by themselves."""
     kept = [i for i, reward in enumerate(rollout.rewards.tolist()) if reward == 1.0 and rollout.finished[i]]
     answers, logps = [rollout.answers[i] for i in kept], [rollout.logps[i] for i in kept]
     return Rollout(rollout.prompt, answers, logps, [True] * len(kept), rollout.rewards[kept])
@@ -528,9 +526,9 @@ def only_perfect(rollout: Rollout) -> Rollout:
 
 
 def evaluation_groups(model, tokenizer, problems: list[Problem], args: Args, stem: Path) -> list[Group]:
-    """R groups of N = 4 labelled candidates a problem, at the evaluation's temperature (paper 3.1).
+    """Draw R groups of N = 4 labelled candidates for each problem, at the evaluation's temperature (paper 3.1).
 
-    Every model draws them from the same seeds. stem: path of the files that keep them, without "-samples.jsonl".
+    Every model uses the same seeds. stem: path of the files that keep answers and labels, without "-samples.jsonl".
     """
     candidates = sample(model, tokenizer, problems, args, Path(f"{stem}-samples.jsonl"), evaluation=True)
     label(problems, candidates, args, Path(f"{stem}-labels.jsonl"))
@@ -543,11 +541,11 @@ def evaluation_groups(model, tokenizer, problems: list[Problem], args: Args, ste
 
 
 def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Path) -> list[RankedGroup]:
-    """Each evaluation group in the order that the model gives it (paper 2.1). file: keeps the model's words.
+    """Ask the model to order each evaluation group (paper 2.1). file: keeps the model's answers, for --resume.
 
-    Every model is shown the same shuffle of a group. Answers without a program are not shown and come last. A malformed
-    ranking, or a prompt that does not fit the context, falls back to the shuffled order that was shown, that is, to a
-    random choice; malformed rankings are counted.
+    Every model is shown the same shuffle of a group. Answers without a program are not shown and come last. If the
+    ranking is malformed or the prompt does not fit the context, the group keeps the shuffled, that is, a random order;
+    both count as malformed.
     """
     shown, prompts = [], {}
     for i, group in enumerate(groups):
@@ -577,9 +575,9 @@ def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Pat
 
 
 def final_groups(ranked: list[RankedGroup], repeats: int) -> list[Group]:
-    """The finals of Best-of-8: of each two groups of a problem the better half of both, to be ranked once more.
+    """Return the finals of Best-of-8: the better halves of two groups of a problem form one group, to rank once more.
 
-    So a ranking never has more candidates than in training. ranked: R groups a problem; an odd one is left out.
+    So a ranking never has more than N candidates. ranked: R groups a problem; if R is odd, the last one is left out.
     """
     finals = []
     for start in range(0, len(ranked), repeats):
@@ -590,33 +588,33 @@ def final_groups(ranked: list[RankedGroup], repeats: int) -> list[Group]:
 
 
 def rank_all(model, tokenizer, groups: list[Group], args: Args, stem: Path) -> tuple[list, list]:
-    """A row of the report: every evaluation group as the model ranks it, and its finals as it ranks those."""
+    """Rank every evaluation group, then the finals. Returns both lists of RankedGroup: one row of the report."""
     ranked = rank_candidates(model, tokenizer, groups, args, Path(f"{stem}-rankings.jsonl"))
     finals = final_groups(ranked, args.repeats)
     return ranked, rank_candidates(model, tokenizer, finals, args, Path(f"{stem}-finals.jsonl")) if finals else []
 
 
 def best_of(n: int, ranked: list[int]) -> float:
-    """The chance of submitting a correct program with n of the K ranked ones: the mean over all subsets of n.
+    """Return Best-of-n from one ranking of K >= n candidates: the mean over all subsets of n of them.
 
-    ranked: labels, best-ranked first. The best-ranked of a subset is submitted: place i is that of C(K - 1 - i, n - 1)
-    of the C(K, n) subsets. The order is that of all K candidates.
+    ranked: K labels, best-ranked first. The first of a subset in this order is submitted. The candidate at place i
+    (from 0) is the first of C(K - 1 - i, n - 1) of the C(K, n) subsets.
     """
     k = len(ranked)
     return sum(label * comb(k - 1 - i, n - 1) for i, label in enumerate(ranked)) / comb(k, n)
 
 
 def as_ranked(measure, ranked: list[int]) -> float:
-    """A measure of rank_prompt.py, applied to labels that already stand in the judge's order."""
+    """Apply a measure of rank_prompt.py to labels that already stand in the judge's order."""
     return measure(list(range(1, len(ranked) + 1)), ranked)
 
 
 def is_mixed(labels: list[int]) -> bool:
-    """Whether both correct and wrong programs are among them. Only then can an order be right or wrong."""
+    """Return whether there are correct and wrong programs. Only then can an order be right or wrong."""
     return 0 < sum(labels) < len(labels)
 
 
-METRICS = {  # of the labels of one group, best-ranked first; None: the group does not count
+METRICS = {  # functions of a group's labels, best-ranked first; a group with the result None does not count
     "pass1": lambda ranked: sum(ranked) / len(ranked),
     "ndcg_all": lambda ranked: as_ranked(rank_prompt.ndcg, ranked),  # 0 if no program is correct, as in the paper
     "ndcg_mixed": lambda ranked: as_ranked(rank_prompt.ndcg, ranked) if is_mixed(ranked) else None,
@@ -631,13 +629,13 @@ METRICS = {  # of the labels of one group, best-ranked first; None: the group do
 
 
 def run(args: Args) -> None:
-    """The method, stage by stage. Each stage keeps its results in out/, so each goes on where it was stopped."""
+    """Run the method, stage by stage. Each stage writes its results to out/, so --resume goes on where it stopped."""
     args = replace(args, device=runs.choose_device(args.device))
     out, before = ranks.on_first(lambda: runs.find_run(args))
     optimizer, memory = models.choose_optimizer(args, args.optimizer or before.get("optimizer", ""))
     args = replace(args, optimizer=optimizer)
     if args.init:
-        models.count_parameters(args.init, "--init")  # a wrong name is found now, not in hours
+        models.count_parameters(args.init, "--init")  # raises BadInput for a wrong name now, not in hours
     problems, held_out = load_train_and_eval(args)
     model, tokenizer = load(args.model, args)
     runs.open_run(out, before, args, problems, held_out)
@@ -660,7 +658,7 @@ def run(args: Args) -> None:
     rows = {"base": rank_all(model, tokenizer, base, args, out / "base")}
     if not args.eval_only:
         if args.init:
-            del model  # two models do not always fit the memory
+            del model  # two models may not fit the memory
             model, its_tokenizer = load(args.init, args, "--init")
             if its_tokenizer.get_vocab() != tokenizer.get_vocab():
                 raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
@@ -668,13 +666,14 @@ def run(args: Args) -> None:
         rows["trained_judge"] = rank_all(model, tokenizer, base, args, out / "judge")
         drawn = evaluation_groups(model, tokenizer, held_out, args, out / "trained")
         rows["trained"] = rank_all(model, tokenizer, drawn, args, out / "trained")
-    ranked, finals = ({name: row[i] for name, row in rows.items()} for i in (0, 1))
+    ranked = {name: row[0] for name, row in rows.items()}
+    finals = {name: row[1] for name, row in rows.items()}
     text = ranks.on_first(lambda: report.write_report(ranked, finals, METRICS, asdict(args), out))
     tqdm.write(f"\n{text}\nall of it: {out}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 2 with one line for what the user can put right; 130 after Ctrl-C."""
+    """Run the command line. Returns the exit code: 0, 2 after an error that the user can correct, 130 after Ctrl-C."""
     try:
         args = parse_args(argv)
         ranks.start()
@@ -686,7 +685,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except (BadInput, sandbox.SandboxError) as error:
         print(f"dust: {error}", file=sys.stderr)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have exceptions of their own
+    except (OSError, RuntimeError, SafetensorError) as error:  # of the system, torch and safetensors
         if not (advice := runs.what_to_do(error)):
             raise
         print(f"dust: {advice}; then the same command with --resume goes on", file=sys.stderr)

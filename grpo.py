@@ -1,20 +1,19 @@
-"""GRPO by hand: sample G answers to each prompt, compare them with their siblings, push up what did better (paper 2.4).
+"""GRPO by hand: sample G answers to each prompt, compare them with one another, make the better ones likelier.
 
-In the order of learning:
+This is section 2.4 of the paper, in the order of learning:
 
-    group_advantages  rewards -> how much better than its siblings each answer did              (paper 2.4)
-    policy_loss       the clipped surrogate of each token, with a pull towards the frozen base  (paper 2.4)
-    token_weights     how the tokens of a mini-batch are averaged: where GRPO, DAPO and Dr. GRPO differ
+    group_advantages  rewards -> how much better each answer did than the others to the same prompt, its siblings
+    policy_loss       the clipped surrogate of each token, with a pull towards the frozen reference
+    token_weights     how the tokens of a mini-batch are averaged: here GRPO, DAPO and Dr. GRPO differ
     update            PPO epochs over mini-batches of whole groups, one optimiser step for each mini-batch
     rollout           prompts -> a Rollout for each: G sampled answers and the log-prob of each of their tokens
     logprobs          the last section: how the model reads a long prompt once for all of its answers, exactly
 
-Set every dropout of a model to 0 when you load it, and call enable_sharing(model) once. Without that call all still
-works, but the prompt is read again for each answer, which is slower.
+Before you train a model here, set all of its dropout to 0, and call enable_sharing(model) once. Without that call the
+results are the same up to rounding, but the model reads a prompt again for each answer, which is slower.
 
-Shapes: B prompts or rows, G answers to a prompt, n rows (answers being decoded), L prompt tokens, R answer tokens,
-N answer tokens of a whole batch laid end to end, T tokens of a packed row, V vocabulary, H hidden. Log-probs are
-natural logarithms, in fp32.
+Shapes: B prompts or rows, G answers to a prompt, n answers being decoded, a row each, L prompt tokens, R answer tokens,
+N answer tokens of a whole batch laid end to end, V vocabulary, H hidden. Log-probs are natural logarithms, in fp32.
 """
 import math
 import warnings
@@ -39,18 +38,18 @@ from plumbing.shared_prompt import (SHARED_ATTENTION, Packed, body, has_key_cach
                                     positions_follow_longest_row, shares_prompts, takes)
 
 MAX_GRADIENT_NORM = 1.0
-DRAWS_AHEAD = 64  # uniform numbers that each answer draws at a time
-DRAWN_LOGITS = 2**21  # logits in one call of draw_token: with more, memory traffic costs more than the arithmetic
-HEAD_LOGITS = 2**24  # logits in memory at a time in the update; the backward pass computes each block of them again
+DRAWS_AHEAD = 64  # uniform random numbers that are made at a time for each answer
+DRAWN_LOGITS = 2**21  # logits that draw_token handles at a time; it is slower with more, because of memory traffic
+HEAD_LOGITS = 2**24  # logits in memory at a time in the update; the backward pass computes each such block again
 
 
 @dataclass
 class Rollout:
-    """One prompt and what the model answered to it, G times. All tensors are on the CPU."""
+    """One prompt and G answers of the model to it. All tensors are on the CPU."""
 
     prompt: Tensor  # [L] token ids
     answers: list[Tensor]  # G tensors [R_g]: sampled ids, the EOS included if one was sampled
-    logps: list[Tensor]  # G tensors [R_g]: log-prob of each token when it was sampled, temperature applied
+    logps: list[Tensor]  # G tensors [R_g]: log-prob of each token when it was sampled, at the sampling temperature
     finished: list[bool]  # G; False = cut off at max_new_tokens
     rewards: Tensor | None = None  # [G], filled in after the answers are scored
 
@@ -67,18 +66,15 @@ class Sampling(NamedTuple):
 
 
 def equal_rewards(rewards: Tensor) -> Tensor:
-    """[..., G] -> [...]: True where all G rewards are the same, so that the group teaches nothing.
-
-    Compare the rewards themselves: the standard deviation of equal floats need not come out as zero.
-    """
-    return (rewards == rewards[..., :1]).all(-1)
+    """[..., G] -> [...]: True where all G rewards are the same. Such a group teaches nothing."""
+    return (rewards == rewards[..., :1]).all(-1)  # not std == 0: the computed std of equal floats may be above 0
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     """How much better each answer did than its siblings (paper 2.4): (r - mean) / (std + eps) along each row.
 
-    rewards: [B, G] or [G], one row for each prompt; std as in torch.std (divided by G - 1). Returns the same shape.
-    A row of equal rewards gives zeros, exactly.
+    rewards: [B, G] or [G], a row for each prompt. Returns the same shape. std is torch.std (divided by G - 1). A row of
+    equal rewards gives exact zeros.
     """
     rewards = rewards.float()
     if rewards.shape[-1] == 1:
@@ -91,17 +87,16 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- the loss
 
 
-def policy_loss(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, ref_logp: Tensor | None = None, *, clip_low: float = 0.2,
-    clip_high: float = 0.2, dual_clip: float | None = None, kl: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped surrogate of each token, to be minimised (paper 2.4), plus kl times the distance to a reference.
+def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, ref_logp: Tensor | None = None, *,
+                clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None,
+                kl: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of each token: PPO's clipped surrogate, plus kl times the KL to a reference (paper 2.4).
 
     logp, old_logp, advantages, ref_logp: one shape, a value for each token; only logp carries a gradient. The ratio
-    exp(logp - old_logp) is clipped to [1 - clip_low, 1 + clip_high]: 0.2 / 0.2 in the paper, 0.2 / 0.28 in its
-    release, with dual_clip 10, which also bounds the loss where the advantage is negative and the ratio large.
-    Returns the loss, and diagnostics of the same shape without gradients: "clip" (1 where clipping stopped the
-    gradient), "old_kl" and "ref_kl" (the estimator r - 1 - log r, never negative; ref_kl needs ref_logp).
+    exp(logp - old_logp) is clipped to [1 - clip_low, 1 + clip_high]: 0.2 and 0.2 in the paper, 0.2 and 0.28 in its
+    release. dual_clip (10 in the release) is an upper bound on the ratio where the advantage is negative.
+    Also returns diagnostics of the same shape without gradients: "clip" (1 where clipping stopped the gradient),
+    "old_kl" and, with ref_logp, "ref_kl" (KL by the estimator r - 1 - log r, which is never negative).
     """
     log_ratio = logp - old_logp
     ratio = log_ratio.exp()
@@ -122,12 +117,12 @@ def policy_loss(
 
 
 def token_weights(lengths: list[int], loss: str) -> list[float]:
-    """For each answer of a mini-batch, the weight of each of its tokens in the loss. All weights together sum to 1.
+    """For each answer of a mini-batch, the weight of each of its tokens in the loss. Over all tokens they sum to 1.
 
-    lengths: [answers], the tokens of every answer in the mini-batch, groups of equal rewards included. So the weights
+    lengths: the number of tokens of every answer in the mini-batch, groups of equal rewards included. So the weights
     do not depend on how the mini-batch is later cut into micro-batches, or shared over ranks.
     loss: "sequence" takes the mean over each answer's tokens, then over the answers (GRPO and the paper). "token" takes
-    the mean over all tokens, so that a long answer counts more (DAPO and the paper's release). Else ValueError.
+    the mean over all tokens, so a long answer counts more (DAPO and the paper's release). Else ValueError.
     """
     if loss == "sequence":
         return [1 / (len(lengths) * length) for length in lengths]
@@ -146,30 +141,30 @@ class Example:
     prompt: Tensor  # [L]
     answer: Tensor  # [R]
     advantage: float
-    rollout_logp: Tensor | None  # [R], recorded when it was sampled; None for answers to imitate (sft)
-    old_logp: Tensor | None = None  # [R], by the training forward before the first step; None: the current log-prob
-    ref_logp: Tensor | None = None  # [R], by the frozen reference; None: no KL term
-    weight: float = 0.0  # of each of its tokens in the current mini-batch
+    rollout_logp: Tensor | None  # [R], recorded when the answer was sampled; None for answers to imitate (sft)
+    old_logp: Tensor | None = None  # [R], computed before the first optimiser step; None: the current log-prob
+    ref_logp: Tensor | None = None  # [R], of the frozen reference; None: no KL term
+    weight: float = 0.0  # of each token of the answer, in the current mini-batch
 
 
 def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, generator=None) -> dict[str, float]:
     """Train on scored rollouts: shuffled PPO epochs, one optimiser step for every args.mini_batch prompts.
 
     args: dust.Args or any object with its fields mode, mini_batch, ppo_epochs, temperature (that of the rollouts), loss
-    (see token_weights), clip, clip_high (0: the same as clip), dual_clip (0: none), kl, and micro_tokens, which bounds
-    the tokens of one forward: memory and speed, not the gradient. kl > 0 needs a reference, the frozen start; with LoRA
-    it is the model itself. generator: torch.Generator for the shuffling. With several ranks, each has the same rollouts
-    and computes a share of each mini-batch.
+    (see token_weights), clip, clip_high (0: the same as clip), dual_clip (0: none), kl, and micro_tokens, the tokens of
+    one forward (a bound for memory; the gradient does not depend on it). kl > 0 needs a reference, the frozen model
+    that training starts from; with LoRA it is the model itself. generator: torch.Generator for the shuffling. Each rank
+    gets the same rollouts and computes a share of each mini-batch.
 
     A group is never split between mini-batches. A group of equal rewards is skipped. Only its KL term is lost: the
     denominator still includes it. A mini-batch of only such groups makes no step, because momentum and weight decay
-    would move the weights without a gradient. args.mode "sft": learn every answer by cross-entropy; rewards, logps,
-    finished, clipping and kl play no part.
+    would move the weights without a gradient. With args.mode "sft" every answer is learned by cross-entropy, without
+    rewards, logps, finished, clipping and kl.
 
-    Returns averages over trained tokens: entropy, clip_share, old_kl, ref_kl, rollout_gap (how far the log-probs lie
-    from those at sampling; warns above 0.05); averages over steps: loss, grad_norm (before clipping); and zero_variance
-    (the share of groups skipped), tokens (epochs counted), stepped (steps made), skipped (steps whose gradient was not
-    finite; warns).
+    Returns averages over trained tokens: entropy, clip_share, old_kl, ref_kl, rollout_gap (mean distance to the
+    log-probs at sampling; warns above 0.05); averages over steps: loss, grad_norm (before clipping); and zero_variance
+    (share of groups skipped), tokens (each counted once an epoch), stepped (steps made), skipped (steps left out
+    because the gradient was not finite; warns).
     """
     supervised = args.mode == "sft"
     if args.kl > 0 and not supervised and reference is None:
@@ -183,7 +178,7 @@ def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, g
     if args.kl > 0 and not supervised:
         with lora_disabled(reference):
             remember_logprobs(reference, taught, "ref_logp", args)
-    for module in model.modules():  # eval mode, except that transformers checkpoints layers in training mode only
+    for module in model.modules():  # eval mode; but gradient checkpointing works only in training mode
         module.training = getattr(module, "gradient_checkpointing", False)
     totals, norms = Counter(), []
     for mini_batch in mini_batches:
@@ -208,20 +203,20 @@ def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, g
 def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict[str, float]:
     """Accumulate the gradients of one mini-batch. Return its loss and the sums of its diagnostics over tokens.
 
-    Each rank computes a share of the groups. Gradients and sums are those of all ranks, on every rank.
+    Each rank computes a share of the groups, then gets the gradients and sums of all.
     """
     sums = dict.fromkeys(["loss", "clip", "old_kl", "ref_kl", "entropy", "rollout_gap", "tokens"], 0.0)
     clips = dict(clip_low=args.clip, clip_high=args.clip_high or args.clip, dual_clip=args.dual_clip or None)
     for micro_batch, counts in my_micro_batches(groups, args.micro_tokens, shares_prompts(model)):
         logp, entropy = ranks.run_forward(model, logprobs, as_pairs(micro_batch), args.temperature)  # [N]
-        field = partial(lay_out, micro_batch, logp)
-        old = logp.detach() if field("old_logp") is None else field("old_logp")  # detached: a ratio of 1, with gradient
+        field = partial(lay_out, micro_batch, logp)  # name -> that field of Example for each token, [N]
+        old = logp.detach() if field("old_logp") is None else field("old_logp")  # detached: ratio 1, with gradient
         loss, diagnostics = policy_loss(logp, old, field("advantage"), field("ref_logp"), kl=args.kl, **clips)
         if supervised:
             loss = -logp
         loss = (loss * field("weight")).sum() * counts
         loss.backward()
-        if not counts:
+        if not counts:  # this rank has no work left: its forward only keeps up with the other ranks
             continue
         sampled = old if field("rollout_logp") is None else field("rollout_logp")
         diagnostics |= {"entropy": entropy, "rollout_gap": (old - sampled).abs()}
@@ -234,7 +229,7 @@ def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict
 
 
 def make_examples(rollout: Rollout, supervised: bool) -> list[Example]:
-    """The answers to one prompt with their advantages. Supervised: all answers alike, whatever their rewards."""
+    """The answers to one prompt with their advantages. Supervised: advantage 1 for all, whatever their rewards."""
     count = len(rollout.answers)
     advantages = [1.0] * count if supervised else group_advantages(rollout.rewards).tolist()
     logps = [None] * count if supervised else rollout.logps
@@ -242,17 +237,17 @@ def make_examples(rollout: Rollout, supervised: bool) -> list[Example]:
 
 
 def as_pairs(groups: list[list[Example]]) -> list[tuple[Tensor, list[Tensor]]]:
-    """Groups as logprobs takes them: (prompt, its answers)."""
+    """Convert groups to the (prompt, answers) that logprobs takes."""
     return [(group[0].prompt, [example.answer for example in group]) for group in groups]
 
 
 def teaches(group: list[Example]) -> bool:
-    """Whether a group has a gradient: with equal rewards all of its advantages are 0."""
+    """Return whether a group has a gradient. With equal rewards all of its advantages are 0."""
     return any(example.advantage for example in group)
 
 
 def lay_out(groups: list[list[Example]], like: Tensor, name: str) -> Tensor | None:
-    """One field of all examples, [N], a value for each token; numbers are repeated. None if the field is None."""
+    """Return one field of all examples as [N], a value for each token: numbers are repeated. None if it is None."""
     examples = [example for group in groups for example in group]
     values = [getattr(example, name) for example in examples]
     if values[0] is None:
@@ -267,7 +262,7 @@ def lay_out(groups: list[list[Example]], like: Tensor, name: str) -> Tensor | No
 def remember_logprobs(model, groups: list[list[Example]], name: str, args) -> None:
     """Set the field name (old_logp or ref_logp) of every example to this model's log-probs, on every rank."""
     model.eval()
-    mine = []  # of the examples in this rank's share
+    mine = []  # log-probs [R] of each example in this rank's share
     for micro_batch, counts in my_micro_batches(groups, args.micro_tokens, shares_prompts(model)):
         logp, _ = ranks.run_forward(model, logprobs, as_pairs(micro_batch), args.temperature)
         mine += logp.cpu().split([len(e.answer) for group in micro_batch for e in group]) if counts else []
@@ -278,7 +273,7 @@ def remember_logprobs(model, groups: list[list[Example]], name: str, args) -> No
 
 
 def averages(totals: dict[str, float], norms: list[float]) -> dict[str, float]:
-    """What update returns of its steps, from the sums over those made and the gradient norms of all."""
+    """Return update's metrics. totals: sums over the steps made. norms: the gradient norm of every step."""
     finite = [norm for norm in norms if math.isfinite(norm)]
     tokens, steps, skipped = max(totals["tokens"], 1), max(len(finite), 1), len(norms) - len(finite)
     metrics = {name: totals[name] / tokens for name in ("entropy", "old_kl", "ref_kl", "rollout_gap")}
@@ -296,16 +291,13 @@ def averages(totals: dict[str, float], norms: list[float]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def rollout(
-    model, prompts: list[Tensor], seeds: list[list[int]], *, sampling: Sampling = Sampling(), max_new_tokens: int,
-    eos_ids: list[int], max_rows: int = 256,
-) -> list[Rollout]:
+def rollout(model, prompts: list[Tensor], seeds: list[list[int]], *, sampling: Sampling = Sampling(),
+            max_new_tokens: int, eos_ids: list[int], max_rows: int = 256) -> list[Rollout]:
     """Sample an answer for each seed of each prompt. Returns one Rollout for each prompt, in the order given.
 
-    prompts: LongTensors [L_i] of unequal lengths, at least one token each. seeds: G seeds for each prompt; an answer
-    depends on its seed and not on the answers that are decoded beside it. At most max_rows answers are decoded at a
-    time; prompts of similar length go together, and a prompt is read once for all of its answers in a batch.
-    Best-of-N evaluation is the same call with N seeds for each prompt.
+    prompts: LongTensors [L], of any lengths above 0. seeds: G seeds for each prompt; an answer depends on its seed and
+    not on the answers that are decoded beside it. At most max_rows answers are decoded at a time. Prompts of similar
+    length go together, and a prompt is read once for all of its answers in a batch.
     """
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -319,17 +311,17 @@ def rollout(
             answers = draw(model, batch_prompts, batch_seeds, sampling, max_new_tokens, list(eos_ids))
             owners = [i for i, part_seeds in parts[batch] for _ in part_seeds]
             for i, (tokens, logps, finished) in zip(owners, answers):
-                rollouts[i].answers.append(tokens.clone())  # clone: tensors made in inference mode cannot enter a
-                rollouts[i].logps.append(logps.clone())  # backward pass
+                # clone: tensors made in inference mode cannot enter a backward pass
+                rollouts[i].answers.append(tokens.clone())
+                rollouts[i].logps.append(logps.clone())
                 rollouts[i].finished.append(finished)
     return rollouts
 
 
 @torch.inference_mode()  # a tenth faster than no_grad
-def generate(
-    model, prompts: list[Tensor], seeds: list[list[int]], sampling: Sampling, max_new_tokens: int, eos_ids: list[int]
-) -> list[tuple[Tensor, Tensor, bool]]:
-    """The decoder: read the prompts, then draw one token a step for each of n answers, until each has ended.
+def generate(model, prompts: list[Tensor], seeds: list[list[int]], sampling: Sampling, max_new_tokens: int,
+             eos_ids: list[int]) -> list[tuple[Tensor, Tensor, bool]]:
+    """Read the prompts, then draw one token a step for each of n answers, until each has ended or is too long.
 
     Returns for each answer its tokens [R], their log-probs [R], and whether it ended by itself.
     """
@@ -341,7 +333,7 @@ def generate(
     tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(n, max_new_tokens, device=device)
     length = torch.full((n,), max_new_tokens, device=device)
-    live = torch.arange(n, device=device)  # the answers that have not ended: the rows of the cache
+    live = torch.arange(n, device=device)  # the answers that have not ended; the cache has a row for each
     for t in range(max_new_tokens):
         if t % DRAWS_AHEAD == 0:
             draws = torch.stack([torch.rand(DRAWS_AHEAD, generator=generators[i]) for i in live.tolist()]).to(device)
@@ -362,10 +354,10 @@ def generate(
 
 
 def draw_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Draw one token for each row, by inverting the cumulative distribution at `uniform`.
+    """Draw one token for each row: the first whose cumulative probability is above the row's random number.
 
-    logits: [B, V]; uniform: [B] in [0, 1), the only randomness. Returns tokens [B] and their log-probs [B] under the
-    tempered distribution before the filters (untempered at temperature 0).
+    logits: [B, V]; uniform: random numbers [B] in [0, 1). At temperature 0 the likeliest token is taken. Returns tokens
+    [B] and their log-probs [B] at the temperature (for 0: at temperature 1), before top-k and top-p.
     """
     rows = max(1, DRAWN_LOGITS // logits.shape[-1])
     if len(logits) > rows:
@@ -384,14 +376,14 @@ def draw_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Ten
 
 
 def likeliest(probs: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """Apply top-k, then top-p to probs [B, V]: [B, k], likeliest first and 0 beyond top_p, and their token ids [B, k].
+    """Apply top-k, then top-p to probs [B, V]. Return what is left [B, k], likeliest first, and its token ids [B, k].
 
-    Without a filter: the probs as they are, and None.
+    A probability beyond top_p becomes 0. Without a filter, return probs as they are, and None.
     """
     vocabulary = probs.shape[-1]
     if not sampling.top_k and sampling.top_p >= 1:
         return probs, None
-    count = min(sampling.top_k or 256, vocabulary)  # top-p alone rarely reaches further, and sorting all is slow
+    count = min(sampling.top_k or 256, vocabulary)  # top-p rarely keeps more than 256, and sorting all is slow
     while True:
         best, ids = probs.topk(count)
         best = best / (best if sampling.top_k else probs).sum(-1, keepdim=True)
@@ -403,14 +395,14 @@ def likeliest(probs: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]
 
 
 class PlainCache:
-    """Keys and values of n answers in transformers' own cache, a row for each; logits: [n, V], of each next token.
+    """Keys and values of n answers in transformers' cache, a row for each. logits: [n, V], for the next tokens.
 
-    Each prompt is read once, padded on the left. Then its row is repeated for each of its answers.
+    Each prompt is read once, padded on the left. Then its row is repeated for each of its answers (counts: [B]).
     """
 
     def __init__(self, model, prompts: list[Tensor], counts: list[int]):
         self.model, self.cache = model, DynamicCache(config=model.config)
-        cache_name = "cache" if takes(model, "cache") else "past_key_values"  # since transformers 5.24, and before
+        cache_name = "cache" if takes(model, "cache") else "past_key_values"  # the first since transformers 5.24
         self.arguments = {"use_cache": True, cache_name: self.cache}
         if takes(model, "logits_to_keep"):  # else the logits of all positions are computed
             self.arguments["logits_to_keep"] = 1
@@ -424,11 +416,11 @@ class PlainCache:
         self.keep(torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(model.device))
 
     def read(self, ids: Tensor, positions: Tensor) -> None:
-        """Feed tokens [n, t] at positions [n, t]."""
+        """Read tokens [n, t] at positions [n, t], and set the logits of the next tokens."""
         self.logits = self.model(ids, attention_mask=self.mask, position_ids=positions, **self.arguments).logits[:, -1]
 
     def step(self, tokens: Tensor) -> None:
-        """Feed one token for each row, [n], and set the logits of the next."""
+        """Read one token for each row, [n]."""
         self.mask = F.pad(self.mask, (0, 1), value=1)
         self.read(tokens[:, None], self.length)
         self.length = self.length + 1
@@ -439,16 +431,15 @@ class PlainCache:
         self.mask, self.length, self.logits = self.mask[rows], self.length[rows], self.logits[rows]
 
 
-def generate_with_transformers(
-    model, prompts: list[Tensor], seeds: list[list[int]], sampling: Sampling, max_new_tokens: int, eos_ids: list[int]
-) -> list[tuple[Tensor, Tensor, bool]]:
-    """generate for a model that it cannot serve: transformers' own generation, each prompt repeated for its answers.
+def generate_with_transformers(model, prompts: list[Tensor], seeds: list[list[int]], sampling: Sampling,
+                               max_new_tokens: int, eos_ids: list[int]) -> list[tuple[Tensor, Tensor, bool]]:
+    """Replace generate where has_key_cache says no: call model.generate, for all answers of one prompt at a time.
 
-    It draws for all answers of a call at once: the answers to one prompt share the first of their seeds.
+    It draws for them together, from the first of their seeds, so an answer depends on the others.
     """
     temperature, top_p, top_k = sampling
     choice = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature else {}
-    # the model's own config may hold penalties that training knows nothing of
+    # the model's own config may hold penalties, which the log-probs of training do not have
     own_config, model.generation_config = model.generation_config, GenerationConfig()
     results = []
     try:
@@ -472,14 +463,13 @@ def generate_with_transformers(
 
 
 # ---------------------------------------------------------------------- one prompt for all of its answers, exactly
-#
 # A ranking prompt is long, and its G answers share it. So the model reads it once for all of them, in the rollout and
-# in the update, with the same log-probs and gradients as if each answer had a row of its own. The layers run as they
-# are. Where they attend, plumbing/shared_prompt.py decides which token sees which.
+# in the update. Log-probs and gradients are the same as with a row for each answer. The layers run as they are; only
+# their attention is replaced: plumbing/shared_prompt.py decides which token sees which.
 
 
 def token_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-prob [N] of each target [N], and the entropy [N] of what it was drawn from. head: hidden -> logits [N, V]."""
+    """Return log-probs [N] of targets [N] and the entropy [N] of each distribution. head: hidden [N, H] -> [N, V]."""
     logits = head(hidden)  # [N, V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # as in draw_token
     logps = logits.log_softmax(-1)
@@ -489,14 +479,13 @@ def token_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) ->
 
 
 def packed_logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: float) -> tuple[Tensor, Tensor]:
-    """logprobs with each prompt read once. Only positions that predict a token meet the head, in blocks that the
-    backward pass computes again if there are several: [T, V] never exists.
-    """
+    """logprobs with each prompt read once. The head sees only positions that predict an answer token, in blocks."""
     packed = Packed(groups, model.device)
     hidden = body(model, packed, packed.ids, packed.positions)[0, packed.live]  # [N, H]
     targets = torch.cat([answer for _, answers in groups for answer in answers]).to(model.device)  # [N]
     head = model.get_output_embeddings()
     rows = max(1, HEAD_LOGITS // head.weight.shape[0])
+    # with several blocks the backward pass computes each again, so that all logits never exist at once
     run = token_logprobs if len(targets) <= rows else partial(checkpoint, token_logprobs, use_reentrant=False)
     blocks = zip(hidden.split(rows), targets.split(rows))
     logps, entropies = zip(*(run(head, x, y, temperature) for x, y in blocks))
@@ -504,11 +493,10 @@ def packed_logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperatur
 
 
 def plain_logprobs(model, prompt: Tensor, answers: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
-    """logprobs of one group by the definition: a row [prompt, answer] for each answer. Models that cannot share prompts
-    use this form, and packed_logprobs is tested against it. Padding on the right cannot reach real tokens: causality.
-    """
+    """logprobs of one group by definition, for models that cannot share prompts: one row [prompt, answer] an answer."""
     rows = [torch.cat([prompt.cpu(), answer.cpu()[:-1]]) for answer in answers]
     longest = max(map(len, answers))
+    # padded on the right: tokens look back only, so the padding changes nothing
     ids = pad_sequence(rows, batch_first=True).to(model.device)  # [G, L + R - 1]
     last = {"logits_to_keep": longest} if takes(model, "logits_to_keep") else {}
     with plain_attention(model):
@@ -518,14 +506,14 @@ def plain_logprobs(model, prompt: Tensor, answers: list[Tensor], temperature: fl
 
 
 def logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies [N] of all answers [R_g] to some prompts [L], end to end; the former differentiable."""
+    """Return log-probs [N], with gradient, and entropies [N] of all answers [R] to some prompts [L], end to end."""
     if shares_prompts(model):
         return packed_logprobs(model, groups, temperature)
     return tuple(map(torch.cat, zip(*(plain_logprobs(model, *group, temperature) for group in groups))))
 
 
 def answer_logprobs(model, prompt: Tensor, answers: list[Tensor], *, temperature: float = 1.0) -> list[Tensor]:
-    """Log-probs [R_g] of G answers (LongTensors [R_g]) to one prompt (LongTensor [L]), differentiable."""
+    """Return log-probs [R], with gradient, of each of G answers (LongTensors [R]) to one prompt (LongTensor [L])."""
     logps, _ = logprobs(model, [(prompt, answers)], temperature)
     return list(logps.split([len(answer) for answer in answers]))
 
@@ -533,9 +521,9 @@ def answer_logprobs(model, prompt: Tensor, answers: list[Tensor], *, temperature
 def enable_sharing(model) -> str:
     """Let a model read each prompt once for all of its answers. Call this once, after loading it, on every rank.
 
-    It tries the shared forms on two short prompts. If they give what the plain form gives, the model's attention is
-    shared_attention from then on, and this returns "". Otherwise the model stays as it is, and this returns the reason
-    in a few words: linear attention and state spaces keep no keys, some models add biases to attention or cap logits.
+    Tries the rollout and packed_logprobs on two short prompts. If their log-probs are those of plain_logprobs, switches
+    the model's attention to shared_prompt.shared_attention and returns "". Otherwise the model stays as it is, and the
+    reason is returned: linear attention and state spaces keep no keys, some models bias attention scores or cap logits.
     """
     before, reason = model.config._attn_implementation, "the check did not end"
     model.config._attn_implementation = SHARED_ATTENTION
@@ -555,7 +543,7 @@ def enable_sharing(model) -> str:
 
 @torch.no_grad()
 def find_difference(model) -> str:
-    """In a few words, where the shared forms differ from the plain one; "" if they do not."""
+    """Return why a model cannot share prompts, or where its log-probs differ if it does; "" if all is the same."""
     config = model.config.get_text_config()
     if getattr(config, "final_logit_softcapping", None):
         return "its logits are soft-capped"
@@ -564,18 +552,18 @@ def find_difference(model) -> str:
     if positions_follow_longest_row(model):
         return "its rotary positions depend on the longest row"
     window = getattr(config, "sliding_window", None) or 0
-    lengths = [window + 3 if 0 < window <= 1024 else 5, 3]  # a larger window is taken on trust
+    lengths = [window + 3 if 0 < window <= 1024 else 5, 3]  # a larger window is not tried
     vocabulary = model.get_input_embeddings().num_embeddings
     prompts = [torch.arange(7, 7 + length) * 31 % vocabulary for length in lengths]
     packed = Packed([(prompt, []) for prompt in prompts], model.device, keep=True)
     body(model, packed, packed.ids, packed.positions)
-    if len(packed.kept) < 2 * config.num_hidden_layers:  # keys and values
+    if len(packed.kept) < 2 * config.num_hidden_layers:  # keys and values of each layer
         return "not all of its layers attend"
     answers, decoded, _ = zip(*generate(model, prompts, [[0, 1], [2, 3]], Sampling(), 3, []))
     for prompt, rows in zip(prompts, (slice(2), slice(2, 4))):
         plain, _ = plain_logprobs(model, prompt, answers[rows], 1.0)
-        packed, _ = packed_logprobs(model, [(prompt, answers[rows])], 1.0)
-        for name, logps in (("update", packed), ("rollout", torch.cat(decoded[rows]).to(plain))):
+        shared, _ = packed_logprobs(model, [(prompt, answers[rows])], 1.0)
+        for name, logps in (("update", shared), ("rollout", torch.cat(decoded[rows]).to(plain))):
             gap = float((logps - plain).abs().mean())
             if not gap < max(torch.finfo(model.dtype).eps, 1e-7) ** 0.5:
                 return f"the shared {name} is off by {gap:.2g} nats a token"

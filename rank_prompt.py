@@ -2,15 +2,14 @@
 
     paper 2.2  generation_prompt asks for a program, extract_code reads it
     paper 2.3  ranking_prompt asks for a ranking, parse_ranking reads it
-    paper 2.3  pair_accuracy (the default), ndcg, selection: three rewards; score: the reward of one answer
-    paper 3.1  random_ndcg: what an NDCG has to be compared with
+    paper 2.3  pair_accuracy (the default), ndcg and selection are the three rewards; score is the reward of one answer
+    paper 3.1  random_ndcg is the NDCG of a random order, to compare an NDCG with
 
 Every function depends on its arguments only, so each can be tried by hand. An answer's thinking part stands between
 <think> and </think>. If a model marks it in another way, plumbing/models.py first rewrites the answer into this form.
 
-The readers are strict on purpose, because a lenient one rewards nonsense. A reader that takes the first K numbers of
-"Candidate 1 fails on n=2 but 3 and 4 are fine. Ranking: 4, 3, 2, 1" gets 1, 2, 3, 4. Training would then reward the
-model for something that it did not say.
+The readers are strict on purpose. A lenient reader that takes the first K numbers of "Candidate 1 fails on n=2 but 3
+and 4 are fine. Ranking: 4, 3, 2, 1" gets 1, 2, 3, 4. Training would then reward a ranking that the model did not give.
 """
 import math
 import re
@@ -106,7 +105,7 @@ def pair_accuracy(ranking: list[int], labels: list[int]) -> float:
     """Return the fraction of (correct, wrong) pairs in which the correct candidate comes first (paper 2.3).
 
     n+ correct and n- wrong candidates make n+ * n- pairs; candidates with equal labels are not compared. Raises
-    ValueError if all labels are equal: there is no pair, and a made-up value would be a reward for nothing.
+    ValueError if all labels are equal, because then there is no pair.
     """
     ordered = [labels[index - 1] for index in ranking]
     pairs = [(first, second) for i, first in enumerate(ordered) for second in ordered[i + 1 :] if first != second]
@@ -118,7 +117,7 @@ def pair_accuracy(ranking: list[int], labels: list[int]) -> float:
 def ndcg(ranking: list[int], labels: list[int]) -> float:
     """Return the normalised discounted cumulative gain (paper 2.3): the DCG of the ranking over the best possible DCG.
 
-    Returns 0.0 if no candidate is correct, as the paper's averages over all groups imply, and 1.0 if all are.
+    Returns 1.0 if all candidates are correct, and 0.0 if none is, as the paper's averages over all groups imply.
     """
     ordered = [labels[index - 1] for index in ranking]
     ideal = dcg(sorted(ordered, reverse=True))
@@ -133,7 +132,7 @@ def dcg(ordered: list[int]) -> float:
 def random_ndcg(labels: list[int]) -> float:
     """Return the mean NDCG over all orders of these labels: the score of a judge that orders at random.
 
-    Each position holds each candidate with probability 1/K, so the orders need not be enumerated.
+    Each position holds each of the K candidates with probability 1/K, so the orders need not be enumerated.
     """
     ideal = dcg(sorted(labels, reverse=True))
     gain = sum(2**y - 1 for y in labels) / len(labels)

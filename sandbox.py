@@ -1,31 +1,31 @@
 """Run programs that a model wrote, and decide whether they pass their tests (paper 2.2: y = 1 only if all pass).
 
 `run_tests` gives the verdict on one program, `Pool.label` labels many at a time, `run` runs one without a verdict.
-Each test of a program has a new process: a worker (plumbing/sandbox_worker.py) is a small server that forks a child
-for each run (plumbing/sandbox_child.py). Source, inputs and outputs are memory files that travel over a socket. The
-expected values never leave this process.
+Each test of a program runs in a new process. A worker (plumbing/sandbox_worker.py) is a small server that forks a
+child for each run (plumbing/sandbox_child.py). Source, inputs and outputs are memory files; their descriptors are sent
+over a socket. The expected values never leave this process.
 
-Covered on every system:
+Protection on every system:
 - The verdict is made here, from what the program printed or returned and from the exit status that the kernel reports.
-  Patched builtins, os._exit(0), a fake ==, bytes in the result channel: nothing turns a wrong answer into a right one.
+  Patched builtins, os._exit(0), a fake == or bytes in the result channel cannot turn a wrong answer into a right one.
 - Asserts run in one process, and the program whose functions they call runs in another.
 - Limits on wall clock, CPU, memory, output, file size and open files. The program has an empty folder, a bare
   environment and no inherited descriptors. Ctrl-C, or the death of the caller, ends what runs.
 - A failure of the sandbox itself is a SandboxError, never a label.
-Covered on Linux: the memory and the number of processes of the whole tree. No process outlives its run.
-Covered where Linux allows namespaces (to root and to most users): no network, no sight of other processes, no files but
+On Linux: limits on the memory and the number of all processes of a run together. No process outlives its run.
+Where Linux allows namespaces (to root and to most users): no network, no sight of other processes, no files except
 Python, /usr (both read-only) and an empty folder of 64 MB. Elsewhere Landlock does what it can (files, TCP, signals),
 and one line on stderr says what is missing.
 
-Not covered:
+No protection:
 - Holes in the kernel (there is no seccomp filter and no virtual machine), and side channels.
-- Memory in socket buffers, or in shared mappings that are mapped no more.
+- Memory in socket buffers, or in shared mappings that no process maps any more.
 - Counters and keyrings of the kernel, where a program could leave a sign for its next test.
 - The order of a set of objects: it depends on their addresses, and can differ from run to run.
 - Without namespaces: the disk space that many files take, and sockets with a path.
-- On macOS: all but the first list; and a process that leaves its group outlives its run.
+- On macOS only the first list holds, and a process that leaves its group outlives its run.
 
-To step through a candidate, save it in a file and start `python -m pdb` on it: there, nothing isolates it.
+To step through a candidate, save it in a file and start `python -m pdb` on it. There is no protection then.
 """
 import contextlib
 import decimal
@@ -42,7 +42,7 @@ from plumbing.sandbox_worker import SandboxError, Worker, WorkerDied, memory_fil
 
 
 class Result(NamedTuple):
-    """One run of a program."""
+    """The result of one run of a program."""
     status: str  # ok, error, timeout, memory, output (too much of it) or refused (no compiler could read the code)
     stdout: str
     stderr: str
@@ -51,12 +51,12 @@ class Result(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a program's tests say about it. True where it passed them all."""
+    """Whether a program passed all of its tests; as a bool, this is `passed`."""
     passed: bool
     results: "list[Result]"  # up to the first test that failed
-    failed_test: "int | None"
-    reason: str
-    job: int = 0  # the number of the program among those of a Pool
+    failed_test: "int | None"  # its number, from 0
+    reason: str  # why it failed; "" if all passed
+    job: int = 0  # the number of the program in a call of Pool.run_tests
 
     def __bool__(self) -> bool:
         return self.passed
@@ -70,8 +70,8 @@ def run_tests(code: str, tests: "list[dict]", *, timeout: float = 10.0, memory_m
     """Run the program on its tests, and stop at the first that fails (paper 2.2).
 
     A test is {"input": ..., "output": ...}, {"fn_name": ..., "args": [...], "expected": ...} or {"asserts": Python that
-    calls the program's functions, "entry_point": the name of the one that counts, or ""}. The timeout is in seconds and
-    holds for each test. Raises SandboxError if the sandbox itself fails, ValueError without tests or for bad limits.
+    calls the program's functions, "entry_point": the name of the main one, or ""}. timeout: seconds for each test.
+    Raises SandboxError if the sandbox itself fails, ValueError without tests or for bad limits.
     """
     if not tests:
         raise ValueError("sandbox: a program without tests has no label")
@@ -92,13 +92,13 @@ def why_wrong(test: dict, result: Result, answer: bytes) -> str:
     """Return why a run does not pass its test, or "". answer: the JSON of what the function returned."""
     if result.status != "ok":
         return result.status
-    if "fn_name" in test or "asserts" in test:
+    if "fn_name" in test or "asserts" in test:  # asserts return True
         return "" if same_value(test.get("expected", True), answer) else "the function did not return what it should"
     return difference(test["output"], result.stdout)
 
 
 def difference(expected: str, got: str) -> str:
-    """Return why an output is wrong, or "". Like LiveCodeBench: line by line, as text or as exact decimals."""
+    """Return why an output is wrong, or "". Compare as LiveCodeBench does: line by line, as text or exact decimals."""
     wanted, lines = ([line.strip() for line in text.strip().split("\n")] for text in (expected, got))
     for number, (want, line) in enumerate(zip(wanted, lines), 1):
         if want != line and not same_decimals(want, line):
@@ -107,7 +107,7 @@ def difference(expected: str, got: str) -> str:
 
 
 def same_decimals(want: str, line: str) -> bool:
-    """Return whether two lines hold the same numbers, however these are written."""
+    """Return whether two lines hold the same numbers, for example 1.50 and 1.5."""
     try:
         return [decimal.Decimal(item) for item in want.split()] == [decimal.Decimal(item) for item in line.split()]
     except (ArithmeticError, ValueError):
@@ -115,8 +115,8 @@ def same_decimals(want: str, line: str) -> bool:
 
 
 def same_value(expected: Any, answer: bytes) -> bool:
-    """Return whether an answer is the JSON of the expected value. A candidate wrote the answer: it can be anything."""
-    def plain(tree: dict) -> Any:  # a tuple is a list and a dict has no order, as in the files of tests
+    """Return whether an answer is the JSON of the expected value. The program may have written any bytes there."""
+    def plain(tree: dict) -> Any:  # the files of tests are JSON: a tuple counts as a list, a dict has no order
         [(kind, parts)] = tree.items()
         return parts if kind == "tuple" else {kind: sorted(parts, key=json.dumps) if kind == "dict" else parts}
 
@@ -139,7 +139,7 @@ def run(code: str, stdin: str = "", *, timeout: float = 10.0, memory_mb: int = 1
 
 
 def refusal(code: str) -> "Result | None":
-    """Return the result of code that no compiler could read; None if it can be run."""
+    """Return a Result if no compiler could read the code; None if it can be run."""
     try:
         code.encode()
     except UnicodeEncodeError:
@@ -148,7 +148,7 @@ def refusal(code: str) -> "Result | None":
 
 
 def run_once(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: int) -> "tuple[Result, bytes]":
-    """Run a program on one test. Returns the result, and the JSON of what a function returned."""
+    """Run a program (a memory file) on one test. Returns the result, and the JSON of what a function returned."""
     if not (0 < timeout < 1e6 and memory_mb >= 1):
         raise ValueError("sandbox: timeout is a number of seconds above 0, memory_mb at least 1")
     attempt = run_asserts if "asserts" in test else run_process
@@ -160,14 +160,14 @@ def run_once(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: 
 
 def run_process(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: int,
                 *wire: int) -> "tuple[Result, bytes]":
-    """Run a program in one process: on the test's input, or to call the test's function."""
-    key = os.urandom(16)  # stands before the answer: a program that writes into all its descriptors does not know it
+    """Run a program in one process: on the test's input, or to call its function. wire: the socket of run_asserts."""
+    key = os.urandom(16)  # comes before the answer, so a program that writes to every descriptor cannot fake an answer
     if "fn_name" in test:
         stdin, call = b"", marshal.dumps((key, test["fn_name"], list(test["args"])))
     else:
         stdin, call = test["input"].encode("utf-8", "replace"), b""
     with contextlib.ExitStack() as stack:
-        files = [memory_file(stack, data) for data in (stdin, b"", b"", call)]
+        files = [memory_file(stack, data) for data in (stdin, b"", b"", call)]  # the answer replaces the call
         how, code, seconds = pool.use_worker([program, *files, *wire], timeout, memory_mb)
         stdout, stderr, answer = (os.pread(fd, OUTPUT_CAP, 0) for fd in files[1:])
     status = status_of(how, code, max(len(stdout), len(stderr), len(answer)), stderr)
@@ -177,7 +177,7 @@ def run_process(pool: "Pool", program: int, test: dict, timeout: float, memory_m
 
 
 def status_of(how: str, code: int, longest: int, stderr: bytes) -> str:
-    """Return the status of a run. how: what the worker said; longest: bytes of its longest output."""
+    """Return the status of a run. how, code: from Pool.use_worker; longest: bytes of its longest output."""
     if longest >= OUTPUT_CAP:
         return "output"
     if how == "timeout" or code == -signal.SIGXCPU:
@@ -188,13 +188,13 @@ def status_of(how: str, code: int, longest: int, stderr: bytes) -> str:
 
 
 def run_asserts(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: int) -> "tuple[Result, bytes]":
-    """Run the asserts in one worker, and in another one the program whose functions they call through a socket.
+    """Run the asserts in one worker and the program in another. The asserts call its functions through a socket.
 
     So an exit, patched builtins or an object that equals everything cannot change the asserts. Only plain values and
-    exceptions travel; if a function changes its arguments, the asserts do not see it.
+    exceptions are sent; if a function changes its arguments, the asserts do not see it.
     """
     def run_side(program: int, test: dict, end: socket.socket) -> "tuple[Result, bytes]":
-        with end:  # closing its last copy tells the other side that this one has ended
+        with end:  # when its last copy is closed, the other side knows that this one has ended
             return run_process(pool, program, test, timeout, memory_mb, end.fileno())
 
     ours, theirs = socket.socketpair()
@@ -214,8 +214,8 @@ def run_asserts(pool: "Pool", program: int, test: dict, timeout: float, memory_m
 class Pool(contextlib.AbstractContextManager):
     """Run the tests of many programs at a time.
 
-    workers: how many programs run at a time; 0 means one for each core. timeout: seconds for each test. memory_mb: for
-    each run. The workers stay for the next call, until the end of the pool's `with` or of this process.
+    workers: how many programs run at a time; 0 means one for each core. timeout, memory_mb: as in run_tests(). Worker
+    processes stay for the next call, until the end of the pool's `with` or of this process.
     """
 
     def __init__(self, workers: int = 0, *, timeout: float = 10.0, memory_mb: int = 1024):
@@ -234,7 +234,7 @@ class Pool(contextlib.AbstractContextManager):
         return [passed for _, passed in sorted((verdict.job, verdict.passed) for verdict in self.run_tests(jobs))]
 
     def run_tests(self, jobs: "Iterable[tuple[str, list]]") -> Iterator[Verdict]:
-        """Yield the Verdict of each (code, tests) as soon as it is reached; its `job` is the number of the pair."""
+        """Yield the Verdict of each (code, tests) as soon as it is known. Verdict.job: the number of the pair."""
         self.stopped = False
         with ThreadPoolExecutor(self.workers) as threads:
             options = {"timeout": self.timeout, "memory_mb": self.memory_mb, "pool": self}
@@ -242,13 +242,13 @@ class Pool(contextlib.AbstractContextManager):
             try:
                 for done in as_completed(waiting):
                     yield done.result()._replace(job=waiting[done])
-            except BaseException:  # Ctrl-C, a failure, or the caller has seen enough: nothing may go on
+            except BaseException:  # Ctrl-C, a failure, or the caller stops reading: end all that runs
                 threads.shutdown(wait=False, cancel_futures=True)
                 self.__exit__()
                 raise
 
     def use_worker(self, files: "list[int]", timeout: float, memory_mb: int) -> "tuple[str, int, float]":
-        """Run once in an idle worker, or in a new one. An exception of any kind ends that worker."""
+        """Run once in an idle or a new worker; return Worker.run's reply. An exception of any kind ends the worker."""
         worker = self.take_worker()
         self.busy.add(worker)
         try:
@@ -264,8 +264,8 @@ class Pool(contextlib.AbstractContextManager):
             self.busy.discard(worker)
 
     def take_worker(self) -> Worker:
-        """Return a worker that waits for work."""
-        with contextlib.suppress(IndexError):  # none is idle
+        """Return an idle worker, or start one."""
+        with contextlib.suppress(IndexError):  # raised by pop if no worker is idle
             while not (worker := self.idle.pop()).usable():
                 worker.close()
             return worker
