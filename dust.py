@@ -345,7 +345,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
     """Train the model to rank (paper 2.4), or as --mode says, and save it as an ordinary model folder in out/model.
 
     A step's random numbers depend only on --seed and its number, so a resumed run makes the same steps. groups: for
-    the modes rank and sft; the other modes draw their candidates from problems.
+    the modes rank and sft; the other modes sample new candidates for problems.
     """
     supervised = args.mode == "sft"
     teacher = load_teacher(model, tokenizer, args) if supervised else None
@@ -487,7 +487,7 @@ def frozen_copy(model, args: Args):
 def load_teacher(model, tokenizer, args: Args) -> tuple:
     """Return the (model, tokenizer) whose rankings --mode sft imitates: --teacher, or the model before training.
 
-    Raises BadInput if there is a --teacher and the student does not mark its thinking part as rank_prompt.py reads it.
+    Raises BadInput if there is a --teacher and the student marks its thinking part in a form that we cannot write.
     """
     if not args.teacher:
         return frozen_copy(model, args), tokenizer

@@ -1,6 +1,6 @@
 """Decode the G answers to a prompt beside one copy of its keys: the numbers of grpo.PlainCache, faster.
 
-The queries of a prompt's answers meet its keys in one matrix product; each answer's newer keys are kept beside them.
+One matrix product takes the queries of all answers to a prompt to its keys. The newer keys of each answer are apart.
 Shapes: B prompts, G answers to the prompt that has the most, n rows (answers being decoded), L prompt tokens, m answer
 tokens so far, V vocabulary; Q query heads, K key heads, D numbers a head. Key heads come first: no product copies keys.
 """
@@ -66,7 +66,7 @@ class SharedCache:
         self.steps += 1
 
     def append(self, at: tuple[int, str], x: Tensor, window: int | None) -> Tensor:
-        """Add the newest token's keys or values [n, K, 1, D]. Return those that it sees, [K * n, m, D]."""
+        """Add the newest token's keys or values [n, K, 1, D]. Return those that this token sees, [K * n, m, D]."""
         if at not in self.answer:
             self.answer[at] = x.new_empty(x.shape[1], len(x), 32, x.shape[3])
         elif self.steps == self.answer[at].shape[2]:

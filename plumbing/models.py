@@ -332,7 +332,7 @@ def choose_optimizer(args, given: str) -> tuple[str, str]:
     frozen = parameters * ((args.kl > 0 or args.mode == "sft") and not args.lora)  # the reference or the teacher
     frozen = count_parameters(args.teacher, "--teacher") if args.teacher else frozen
     for kind in [given] if given else BYTES:
-        weight = 4 if kind == "fp32" else 2
+        weight = 4 if kind == "fp32" or args.shard and kind == "masters" else 2  # as load_model loads them
         need = parameters * (weight if args.lora or args.eval_only else BYTES[kind])
         need = (need + frozen * weight * (not args.eval_only)) / (ranks.world() if args.shard else 1)
         if need <= there / 2:

@@ -109,7 +109,7 @@ def shard_model(model, compute: torch.dtype, device: str) -> None:
 
 
 def run_forward(model, forward, *inputs):
-    """Return forward(model, *inputs). For a sharded model this is one forward of FSDP, whatever it calls inside."""
+    """Return forward(model, *inputs). FSDP sees one forward pass, however often forward calls the model."""
     if not isinstance(model, FSDPModule):
         return forward(model, *inputs)
 

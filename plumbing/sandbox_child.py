@@ -95,7 +95,7 @@ def write(path: str, text: str) -> None:
 
 
 def leave_namespaces() -> None:
-    """Leave the caller's mounts, processes, network and System V objects. The next fork is process 1 of a new world."""
+    """Leave the caller's mounts, processes, network and System V objects. The next fork is process 1 of new ones."""
     uid, gid = os.getuid(), os.getgid()
     try:
         libc("unshare", MOUNTS | IPC | PIDS | NETWORK)

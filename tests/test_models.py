@@ -297,7 +297,7 @@ def test_weights_of_another_quantisation_are_refused_in_one_line(tmp_path):
         load_model(str(folder), optimizer="fp32", shard=False, device="cpu")
 
 
-@pytest.mark.parametrize("option", ["--model", "--teacher", "--init", "--rank-with"])
+@pytest.mark.parametrize("option", ["--model", "--teacher", "--init"])
 def test_a_model_that_does_not_load_is_called_by_its_own_option(option, tmp_path):
     """A broken folder given as --teacher was said to be --model's, which the user had not even given."""
     folder = make_model(tmp_path / "model", "llama")
