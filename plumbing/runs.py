@@ -58,7 +58,10 @@ def warn_if_long(bar: tqdm) -> None:
 
 
 def read_lines(file: Path) -> dict:
-    """Return the lines [key, value] of a file as a dict. Cut an unfinished last line off the file; raise BadInput for any other damaged line."""
+    """Return the lines [key, value] of a file as a dict. Cut an unfinished last line off the file.
+
+    Raises BadInput for any other damaged line.
+    """
     text, done = file.read_bytes() if file.exists() else b"", {}
     whole = text[: text.rfind(b"\n") + 1]
     if whole != text:
