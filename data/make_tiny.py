@@ -16,7 +16,7 @@ verdict is careless (YES_IF_SAME, YES_IF_OFF), and most attempts skip intermedia
 model can tell right from wrong but does not act on it, like a language model that has read careless text. This headroom
 is made on purpose, and DuST finds it. Only generation copies the accepted program, and the base model does that well.
 
-A variant is the shipped model after some more training, for a study. It differs in one thing:
+A study needs variants. A variant is the shipped model after some more training. It differs in one thing:
 - notation: *ranking* documents write the same checks in another notation ("x = x[::-1]: 4 1, 9 0, 0 1, 0": each digit
   of the result, 1 if it is the same, and the verdict). So the two tasks share what is done, not how it is written.
 - clumsy: a *generation* document often writes another program than the accepted one (MISCOPY).
