@@ -4,24 +4,24 @@
     python data/make_tiny.py --problems        # only the two problem files, in a second
     python data/make_tiny.py --base notation   # a variant of the shipped model, to runs/bases/notation; also: clumsy
 
-The world. A problem names three steps by words that each have two readings ("flip": reverse, or 9 minus each digit)
-and gives one example, which decides the readings that are meant. A program is three lines of Python on a list of three
-digits. Eight programs fit the words; usually one of them fits the example.
+The world. A problem names three steps by words. Each word has two readings ("flip": reverse, or 9 minus each digit),
+and one example decides which readings are meant. A program is three lines of Python on a list of three digits. Eight
+programs fit the words; usually one of them fits the example.
 
 The model is trained on made-up documents. A *generation* document thinks (proposes a program, executes it in mind,
-compares each digit with the example, accepts it or goes on) and then writes a program. A *ranking* document thinks
-(executes each candidate, compares, says yes or no) and then orders the candidates. Both share execution, comparison and
-verdict. The first two are always right in the documents, but the verdict is careless (YES_IF_SAME, YES_IF_OFF), and
-most attempts do not write the states between (STEP_BY_STEP). So the base model can tell right from wrong but does not
-act on it, like a language model that has read careless text. This file puts that headroom there openly, and DuST finds
-it. Copying the accepted program, which only generation needs, is mastered; a ranking follows from its verdicts.
+compares each digit with the example, accepts it or tries the next) and then writes a program. A *ranking* document
+thinks (executes each candidate, compares, says yes or no) and then orders the candidates by these verdicts. So both
+tasks share three steps: execution, comparison and verdict. In the documents the first two are always right, but the
+verdict is careless (YES_IF_SAME, YES_IF_OFF), and most attempts skip intermediate states (STEP_BY_STEP). So the base
+model can tell right from wrong but does not act on it, like a language model that has read careless text. This headroom
+is made on purpose, and DuST finds it. Only generation copies the accepted program, and the base model does that well.
 
-A variant, which a study needs, is the shipped model trained a little further. It differs in one thing:
+A study needs variants. A variant is the shipped model after some more training. It differs in one thing:
 - notation: *ranking* documents write the same checks in another notation ("x = x[::-1]: 4 1, 9 0, 0 1, 0": each digit
   of the result, 1 if it is the same, and the verdict). So the two tasks share what is done, not how it is written.
 - clumsy: a *generation* document often writes another program than the accepted one (MISCOPY).
-More training teaches a model something in any case. So the control is the shipped model after as many --steps at the
-same --lr on new documents of its own kind (--base plain --init data/tiny --seed 1).
+More training changes a model in any case. So the control is the shipped model after the same number of --steps at the
+same --lr on new documents without this difference (--base plain --init data/tiny --seed 1).
 
 Pretraining, training, validation and evaluation problems are kept apart by a hash of the statement (words and example).
 One fifth of the word orders occurs in the evaluation only.
@@ -67,9 +67,9 @@ FIRST_LINE, LAST_LINE = "x = [int(v) for v in input().split()]", "print(*x)"
 STEPS, BATCH, LR = 2500, 64, 2e-3  # of the pretraining
 BASES = {"plain": (300, 5e-4), "notation": (500, 1e-3), "clumsy": (300, 5e-4)}  # (steps, lr) of training it further
 ATTEMPTS = 6  # programs that a thinking part tries before it guesses
-YES_IF_SAME, YES_IF_OFF = 0.4, 0.12  # probability of a yes: the careless verdict
-STEP_BY_STEP = 0.3  # probability that an attempt writes the states between
-MISCOPY = 0.4  # clumsy: probability that another program is written than the accepted one (at T = 0.6 it is lower)
+YES_IF_SAME, YES_IF_OFF = 0.4, 0.12  # probability of a yes if all digits are the same, and if one is off
+STEP_BY_STEP = 0.3  # probability that an attempt writes the intermediate states
+MISCOPY = 0.4  # clumsy: probability of writing another program than the accepted one (sampling at T = 0.6 lowers it)
 
 
 def execute(line: str, digits: tuple) -> tuple:
@@ -186,7 +186,7 @@ def answer_with(program: tuple) -> str:
 
 
 def trace(rng: random.Random, problem: MicroProblem, program: tuple, in_digits: bool = False) -> tuple[str, bool]:
-    """Return (one execution in mind with its comparison and careless verdict, whether it accepts the program)."""
+    """Return (the text of one execution in mind, with comparison and careless verdict; True if the verdict is yes)."""
     after, arrow = states(program, problem.given), ":" if in_digits else " ->"
     if rng.random() < STEP_BY_STEP:
         text = "".join(f"\n{line}{arrow}{spaced(state)}" for line, state in zip(program[:2], after)) + f"\n{program[2]}"
@@ -202,7 +202,7 @@ def trace(rng: random.Random, problem: MicroProblem, program: tuple, in_digits: 
 
 
 def generation_document(rng, problem: MicroProblem, thinking: bool, miscopy: float = 0.0) -> tuple[str, str]:
-    """Return (prompt, answer). Programs are tried in random order until one is accepted; after ATTEMPTS, guess."""
+    """Return (prompt, answer). It tries programs in random order until it accepts one; after ATTEMPTS it guesses."""
     prompt = generation_prompt(problem.question)
     if not thinking:
         return prompt, answer_with(problem.truth)
@@ -221,7 +221,7 @@ def generation_document(rng, problem: MicroProblem, thinking: bool, miscopy: flo
 
 
 def ranking_document(rng, problem: MicroProblem, thinking: bool, in_digits: bool = False) -> tuple[str, str]:
-    """Return (prompt, answer) for four candidates as a model might write them. The accepted ones are ranked first."""
+    """Return (prompt, answer) for four candidates such as a model might write. The accepted ones are ranked first."""
     candidates = []
     for _ in range(4):
         program = problem.truth if rng.random() < 0.35 else rng.choice(problem.programs)
@@ -273,7 +273,7 @@ CHAT_TEMPLATE = (  # as Qwen3's: enable_thinking=False puts an empty thinking pa
 
 
 def phrases() -> list[str]:
-    """Return the texts that are one token. Sentences are cut out of the prompts, so no changed prompt is forgotten."""
+    """Return the texts that become one token. Take sentences from the prompts, so that they follow a changed prompt."""
     problem = MicroProblem(("flip", "turn", "grow"), (1, 1, 1), (1, 1, 1), ())
     before, after = problem.question.split("flip, turn, grow")
     sentences = [before.rstrip(), after.split(" 1")[0], "\nExample output:", generation_prompt("")]
@@ -325,7 +325,7 @@ def load_init(folder: Path, tokenizer) -> Qwen3ForCausalLM:
 
 
 def make_batches(tokenizer, seed: int, chunk: int, batch: int, base: str) -> list[tuple[list, list]]:
-    """Return the eight batches of a chunk: lists of (prompt ids, answer ids). Similar lengths save padding."""
+    """Return the eight batches of a chunk: lists of (prompt ids, answer ids) of similar lengths, to save padding."""
     drawn = documents(seed, chunk, 8 * batch, base)
     prompts = tokenizer([render(tokenizer, p, t) for p, _, t in drawn], add_special_tokens=False).input_ids
     answers = tokenizer([a + tokenizer.eos_token for _, a, _ in drawn], add_special_tokens=False).input_ids
@@ -336,7 +336,7 @@ def make_batches(tokenizer, seed: int, chunk: int, batch: int, base: str) -> lis
 
 
 def answer_loss(model, pairs: list[tuple[list, list]]) -> torch.Tensor:
-    """Return the summed cross entropy of the answer tokens. A causal model never sees the padding on the right."""
+    """Return the sum of the answer tokens' cross entropy. A causal model never sees the padding on the right."""
     ids = pad_sequence([torch.tensor(p + a) for p, a in pairs], batch_first=True)  # [B, T]
     place = torch.arange(ids.shape[1] - 1)
     begin = torch.tensor([[len(p)] for p, _ in pairs])
@@ -347,9 +347,9 @@ def answer_loss(model, pairs: list[tuple[list, list]]) -> torch.Tensor:
 
 
 def pretrain(model, tokenizer, out: Path, settings: dict) -> None:
-    """Train with AdamW, warm-up and cosine decay. Save every 250 steps, and go on from there when called again.
+    """Train with AdamW, warm-up and cosine decay. Save every 250 steps; a second call continues from there.
 
-    settings: base, init, seed, steps, batch (documents in a step), lr. Raises BadInput if `out` has another training.
+    settings: base, init, seed, steps, batch (documents in a step), lr. Raises BadInput if `out` holds other settings.
     """
     base, seed, steps, batch, lr = (settings[name] for name in ("base", "seed", "steps", "batch", "lr"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -370,8 +370,8 @@ def pretrain(model, tokenizer, out: Path, settings: dict) -> None:
         if step % 8 == 0 or not batches:
             batches = make_batches(tokenizer, seed, step // 8, batch, base)
         pairs = batches[step % 8]
-        # Divide by the mean number of answer tokens over the chunk, not by this batch's own. Otherwise a token in a
-        # batch of short documents would count more, and short generation documents are those that said yes at once.
+        # Divide by the mean number of answer tokens in the chunk's batches, not by the number in this batch. Otherwise
+        # tokens in short documents would count more, and short generation documents are those that said yes at once.
         loss = answer_loss(model, pairs) / (sum(len(answer) for b in batches for _, answer in b) / 8)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -395,7 +395,7 @@ def pretrain(model, tokenizer, out: Path, settings: dict) -> None:
 
 
 def read_program(answer: str) -> tuple | None:
-    """Return the three lines of the program in an answer, or None if it is no program of this world."""
+    """Return the three lines of the program in an answer, or None if it is not a program of this world."""
     lines = (extract_code(answer) or "").split("\n")
     if len(lines) != 5 or lines[0] != FIRST_LINE or lines[-1] != LAST_LINE or not set(lines[1:4]) <= set(LINES):
         return None
@@ -407,9 +407,9 @@ class Attempt:
     """One execution in mind, as it is written in a thinking part."""
 
     program: tuple
-    result: tuple  # the last state, as the model believes it
-    step_by_step: bool
-    same: list[bool]  # of each digit, as the model wrote it
+    result: tuple  # the last state that the model wrote
+    step_by_step: bool  # with the intermediate states
+    same: list[bool]  # what the model wrote about each digit
     accepted: bool
     in_digits: bool  # written in the other notation
 
@@ -419,7 +419,7 @@ IN_DIGITS = re.compile(":" + r" (\d) ([01])," * 3 + " ([01])")
 
 
 def read_attempts(answer: str) -> list[Attempt]:
-    """Return the attempts (or judged candidates) in a thinking part, in either notation. Skips what does not parse."""
+    """Return the attempts (or judged candidates) in a thinking part, in either notation. Skip what does not parse."""
     attempts = []
     for block in answer.split("</think>")[0].replace("\nCandidate", "\nTry").split("\nTry")[1:]:
         lines = block.strip("\n").split("\n")[1:4]
@@ -439,8 +439,8 @@ def read_attempts(answer: str) -> list[Attempt]:
 def probe(model, tokenizer, *, problems: int = 200, seed: int = 5) -> dict[str, float]:
     """Measure a model's skills in this world, on validation problems, with the sampling of the evaluation.
 
-    Return the figures of `skills` for both tasks (gen/..., rank/...) and, as fractions of answers: copy (the program
-    is the accepted one), pass1 (it fits the example), malformed (no ranking), ndcg_mixed, ndcg_random (a random order).
+    Return the figures of `skills` for both tasks (gen/..., rank/...); three fractions of answers: copy (the program is
+    the accepted one), pass1 (it fits the example), malformed (no ranking); ndcg_mixed; ndcg_random (a random order).
     """
     rng = random.Random(seed)
     drawn = draw_distinct(seed, "validation", SEEN_ORDERS, problems)
@@ -455,7 +455,7 @@ def probe(model, tokenizer, *, problems: int = 200, seed: int = 5) -> dict[str, 
     asked += [ranking_prompt(p.question, [code_of(c) for c, _ in g]) for p, g in zip(drawn, groups)]
     prompts = [torch.tensor(tokenizer(render(tokenizer, a, True), add_special_tokens=False).input_ids) for a in asked]
     generator = torch.Generator().manual_seed(seed)
-    model = copy.deepcopy(model)  # the one in training attends in transformers' own way
+    model = copy.deepcopy(model)  # enable_sharing must not change the model in training
     enable_sharing(model)
     seeds = torch.randint(2**62, (len(prompts), 1), generator=generator).tolist()
     sampling = Sampling(temperature=0.6, top_p=0.95, top_k=20)
@@ -477,12 +477,12 @@ def probe(model, tokenizer, *, problems: int = 200, seed: int = 5) -> dict[str, 
 
 
 def skills(problems: list[MicroProblem], answers: list[str]) -> dict[str, float]:
-    """Measure the steps of thinking parts. Each figure but the last is a fraction of attempts.
+    """Measure the steps of thinking parts. Each figure except the last is a fraction of attempts.
 
-    step, jump: those with a right result, among those that write the states between, and among the others.
-    marks: those whose comparisons are all right. false_yes: those that do not fit the example, among the accepted.
-    yes_same, yes_off: the accepted, among those whose comparisons all say "same", and among the others.
-    careful: those that write the states between. in_digits: those in the other notation. attempts: number an answer.
+    step: right results among the attempts with intermediate states; jump: right results among the others.
+    yes_same: accepted attempts among those whose comparisons all say "same"; yes_off: accepted ones among the others.
+    marks: all comparisons right. careful: with intermediate states. in_digits: in the other notation.
+    false_yes: programs that do not fit the example, among the accepted ones. attempts: mean number in an answer.
     """
     pairs = [(problem, attempt) for problem, answer in zip(problems, answers) for attempt in read_attempts(answer)]
     right = [(a, a.result == states(a.program, p.given)[-1]) for p, a in pairs]
@@ -511,13 +511,13 @@ def print_figures(figures: dict[str, float]) -> None:
     print("  " + "  ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
 
 
-# What each base has to be: lowest and highest value of each figure, fixed before it was trained.
+# What each base must reach: the lowest and the highest value of each figure, fixed before the training.
 SHIPPED = {
     "gen/step": (0.95, 1.0), "gen/marks": (0.98, 1.0), "gen/yes_same": (0.2, 0.5), "gen/yes_off": (0.0, 0.12),
     "rank/step": (0.95, 1.0), "rank/marks": (0.98, 1.0), "rank/yes_same": (0.2, 0.5), "rank/yes_off": (0.0, 0.12),
     "copy": (0.98, 1.0), "malformed": (0.0, 0.02),
 }
-# A variant is the shipped model but for one thing: 0.1 around its jumps; three standard errors around its pass@1.
+# A variant must stay near the shipped model: gen/jump within 0.1, pass1 within three standard errors.
 VARIANT = SHIPPED | {"gen/jump": (0.48, 0.68), "gen/in_digits": (0.0, 0.0)}
 DEMANDS = {
     "plain": SHIPPED,
@@ -528,13 +528,13 @@ DEMANDS = {
 
 
 def missed(figures: dict[str, float], base: str) -> list[str]:
-    """Return a line for each demand on this base that the figures miss. A figure that is nan meets no demand."""
+    """Return a line for each figure that misses its demand for this base. A nan misses every demand."""
     return [f"{name} is {figures[name]:.3f}, not in {low}..{high}" for name, (low, high) in DEMANDS[base].items()
             if not low <= figures[name] <= high]
 
 
 def save(model, tokenizer, out: Path) -> None:
-    """Write an ordinary model folder. Its generation config has the sampling of the evaluation."""
+    """Write an ordinary model folder. Its generation config holds the sampling settings of the evaluation."""
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, top_k=20,
                                                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(out)
@@ -542,16 +542,16 @@ def save(model, tokenizer, out: Path) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line. Raises BadInput if --out is the model that the new one is made from."""
+    """Read the command line. Raise BadInput if --out is the shipped model or the one that training starts from."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", choices=BASES, default="plain", help="make the shipped model, or a variant of it")
     parser.add_argument("--init", type=Path, help="model folder to train further (a variant's default: data/tiny)")
     parser.add_argument("--out", type=Path, default=DATA / "tiny", help="folder of the new model (or runs/bases/BASE)")
     parser.add_argument("--work", type=Path, default=Path("runs/make_tiny"), help="folder of unfinished training")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"(default: {STEPS}, for a variant fewer)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"(default: {STEPS}, fewer for a variant)")
     parser.add_argument("--batch", type=int, default=BATCH, help="documents in a step")
-    parser.add_argument("--lr", type=float, default=LR, help=f"(default: {LR}, for a variant lower)")
+    parser.add_argument("--lr", type=float, default=LR, help=f"(default: {LR}, lower for a variant)")
     parser.add_argument("--problems", action="store_true", help="write the problem files and stop")
     args = parser.parse_args(arguments)
     if args.init or args.base != "plain":
@@ -564,7 +564,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Return 0 if the model is as demanded, 1 if not, 2 for a mistake on the command line."""
+    """Make the model. Return 0 if it meets the demands, 1 if it does not, 2 after a mistake on the command line."""
     try:
         args = parse_arguments()
         if args.base == "plain" or args.problems:

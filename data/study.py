@@ -1,15 +1,15 @@
-"""The paper's tables and figures in small: many runs of dust.py, each variant under several seeds, and what they say.
+"""Repeat the paper's tables and figures in small: run each variant of dust.py with several seeds, and compare.
 
     python data/study.py table2                     # the method: five runs, about half an hour on a laptop
     python data/study.py table3 figure3 --quick     # several studies, small runs, two seeds: to see how it works
-    python data/study.py transfer --plot-only       # no runs: write the results again from the finished ones
-    python data/study.py transfer --render          # write .md and .png again from the .json
+    python data/study.py transfer --plot-only       # run nothing; write the results of the finished runs
+    python data/study.py transfer --render          # run nothing; write .md and .png from the .json
 
-Each run has its folder below runs/study and is made once, whichever study needs it. The results are
+Each run has its folder below runs/study. It is made once, even if several studies need it. The results are
 data/results/NAME.md, .json and .png. Stop it at any moment: the same command continues.
 
 The tables are generated. The prediction, the paper's figures and the reading around them are written by hand, in
-data/readings.md. A reading is left out where one of its numbers does not stand in the tables.
+data/readings.md. If a number in a reading is not in the tables, the reading is left out.
 """
 import argparse
 import contextlib
@@ -43,10 +43,10 @@ class Variant:
 
     title: str
     flags: tuple[str, ...] = ()
-    thinking: str = "both"  # which of the two tasks is answered with thinking
+    thinking: str = "both"  # the tasks that are answered with thinking
     init: str = ""  # training continues from the trained model of this variant
     base: str = ""  # a base that make_tiny.py makes; "": the shipped model
-    like: str = "rank"  # the variant whose base writes the same programs; "": none before it
+    like: str = "rank"  # an earlier variant whose base writes the same programs; "": there is none
 
 
 VARIANTS = {
@@ -64,7 +64,7 @@ VARIANTS = {
     "notation": Variant("the judge's thinking in another notation", base="notation", like=""),
     "clumsy": Variant("a base that copies its accepted program badly", base="clumsy", like=""),
 }
-NOT_QUICK = {"iterative", "ndcg", "rankings", "none", "notation", "clumsy"}  # too long for a look at how it works
+NOT_QUICK = {"iterative", "ndcg", "rankings", "none", "notation", "clumsy"}  # --quick leaves out these long runs
 
 STUDIES = {  # the variants of each study; they are compared with the first one
     "table2": ("rank",),
@@ -86,7 +86,7 @@ def written_by_hand(study: str) -> dict[str, str]:
 # --------------------------------------------------------------------------------------------------------- the runs
 
 BY_GENERATOR = ("samples", "labels", "base-samples", "base-labels")  # these depend on how the base writes programs
-BY_JUDGE = ("base-rankings", "base-finals")  # these also on how the base ranks them
+BY_JUDGE = ("base-rankings", "base-finals")  # these also depend on how the base ranks programs
 
 
 def run_folder(args, name: str, seed: int) -> Path:
@@ -95,7 +95,7 @@ def run_folder(args, name: str, seed: int) -> Path:
 
 
 def is_finished(folder: Path, args) -> bool:
-    """Return whether a run has ended. Raises BadInput if only one of the run and this study is quick."""
+    """Return whether a run has ended. Raise BadInput if the run used --quick and this study does not, or vice versa."""
     if not all((folder / name).exists() for name in ("judged.jsonl", "report.json")):
         return False
     if bool(json.loads((folder / "report.json").read_text())["args"].get("quick")) != args.quick:
@@ -104,7 +104,7 @@ def is_finished(folder: Path, args) -> bool:
 
 
 def dust_command(args, name: str, seed: int) -> list[str]:
-    """Return the command line of one run, with --resume if the run was begun before."""
+    """Return the command line of one run, with --resume if the run was started before."""
     variant, folder = VARIANTS[name], run_folder(args, name, seed)
     flags = ["--seed", seed, "--out", folder, "--workers", 1, *variant.flags]
     flags += ["--thinking", variant.thinking] if variant.thinking != "both" else []
@@ -116,7 +116,7 @@ def dust_command(args, name: str, seed: int) -> list[str]:
 
 
 def copy_base_files(args, name: str, seed: int) -> None:
-    """Copy what the same base has done in an earlier run of this seed. A copy that is cut short does no harm."""
+    """Copy the files that the same base made in an earlier run of this seed. A copy that is cut short does no harm."""
     like = VARIANTS[name].like
     for file in BY_GENERATOR + (BY_JUDGE if like and VARIANTS[like].thinking == VARIANTS[name].thinking else ()):
         source, target = run_folder(args, like, seed) / f"{file}.jsonl", run_folder(args, name, seed) / f"{file}.jsonl"
@@ -128,8 +128,7 @@ def copy_base_files(args, name: str, seed: int) -> None:
 def run_all(args, variants: tuple[str, ...]) -> int:
     """Make the bases and the runs that are missing. Return how many failed.
 
-    The variants whose base no other run has sampled come first, then those that copy from them, then those that train
-    another run's model further.
+    The order: variants that copy nothing, then variants that copy from these, then variants that start from a run.
     """
     bases, make_tiny = {}, [sys.executable, str(HERE / "make_tiny.py")]
     for base in filter(None, [VARIANTS[name].base for name in variants]):
@@ -178,7 +177,7 @@ def run_side_by_side(commands: dict[Path, list[str]], parallel: int) -> int:
                 said = (log.read_text(errors="replace").strip() or "no output").split("\n")[-1].strip()
                 print(f"{folder.name}: failed, exit code {process.returncode}: {said} ({log})", flush=True)
             time.sleep(0.1)
-    finally:  # after Ctrl-C; else none is left
+    finally:  # after Ctrl-C runs are left; otherwise none
         stop([process for _, process in going.values()])
     return failures
 
@@ -186,7 +185,7 @@ def run_side_by_side(commands: dict[Path, list[str]], parallel: int) -> int:
 def stop(processes: list[subprocess.Popen]) -> None:
     """End runs as Ctrl-C would, and kill those that are still there after ten seconds.
 
-    Each has a session of its own, so a Ctrl-C at the terminal reaches it only from here, once.
+    Each run is in a separate session, so a Ctrl-C at the terminal does not reach it. Only this function sends it.
     """
     for number in (signal.SIGINT, signal.SIGKILL):
         for process in [process for process in processes if process.poll() is None]:
@@ -200,13 +199,14 @@ def stop(processes: list[subprocess.Popen]) -> None:
 # ------------------------------------------------------------------------------------------------------- the figures
 
 SHOWN = {"pass1": "pass@1", "ndcg_all": "NDCG", "ndcg_mixed": "NDCG mixed", "best_of_4": "Best-of-4"}
-GAINS = {"judge": "trained_judge", "both": "trained"}  # each minus the base
-ROW_OF = {"pass1": "both", "ndcg_all": "both", "ndcg_mixed": "judge", "best_of_4": "both"}  # judges on equal groups
+GAINS = {"judge": "trained_judge", "both": "trained"}  # gain -> the row that is compared with the base
+# The gain that is shown for each metric. NDCG mixed compares judges, so it needs the same groups before and after.
+ROW_OF = {"pass1": "both", "ndcg_all": "both", "ndcg_mixed": "judge", "best_of_4": "both"}
 
 
 def load_run(folder: Path) -> dict:
     """Read a finished run: tables[row][metric] as report.per_problem returns them, counts and settings."""
-    from dust import METRICS  # here, because it imports torch, which takes seconds
+    from dust import METRICS  # not at the top, because it imports torch, which takes seconds
 
     rows, finals = report.read_judged(folder / "judged.jsonl")
     tables = {}
@@ -226,11 +226,11 @@ def load_run(folder: Path) -> dict:
 
 @lru_cache
 def draw(seeds: int, problems: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the random draws of every interval: ([D, S] seeds, [D, P] how often each problem)."""
+    """Return the random draws of every interval: seeds [D, S], and how often each problem is drawn [D, P]."""
     rng = np.random.default_rng(0)
     counts = rng.multinomial(problems, [1 / problems] * problems, size=draws).astype(float)
     chosen = rng.integers(seeds, size=(draws, seeds))
-    chosen.flags.writeable = counts.flags.writeable = False  # the cache hands the same two to every caller
+    chosen.flags.writeable = counts.flags.writeable = False  # the cache returns the same arrays to every caller
     return chosen, counts
 
 
@@ -238,9 +238,9 @@ def two_level(terms: list[tuple[int, np.ndarray]], draws: int = 4000) -> dict:
     """Return a mean over seeds with its 95 % interval over seeds and problems, and each seed's value, in per cent.
 
     terms: (sign, table [S, P, 2]); the figure is their signed sum: one term for a value, two for a gain, four for a
-    difference of gains. All terms are drawn with the same seeds and problems, so differences are paired. In a draw all
-    seeds have the same problems, because they were measured on the same ones. A few seeds say little about all seeds:
-    with two, half of the draws are one seed twice.
+    difference of gains. A draw takes the same seeds and problems from all terms, so differences are paired. It takes
+    the same problems for all seeds, because all were measured on the same problems. A few seeds say little about all
+    seeds: with two, half of the draws hold one seed twice.
     """
     seeds, problems = terms[0][1].shape[:2]
     chosen, weights = draw(seeds, problems, draws)
@@ -266,10 +266,10 @@ def gain_terms(runs: dict[int, dict], seeds: list[int], row: str, metric: str, s
 
 
 def analyse(runs: dict[str, dict[int, dict]], whole: bool = False) -> dict:
-    """Return variants and differences of the results. runs: variant -> seed -> load_run. whole: with every metric.
+    """Return "variants" and "differences" of NAME.json. runs: variant -> seed -> load_run. whole: with every metric.
 
-    A difference is between gains, variant minus the first variant, over the seeds that both have; if they share the
-    base, it is the difference of the values too. It is noise if its interval holds zero.
+    A difference is a variant's gain minus the first variant's, over the seeds that both have. If both have the same
+    base, it is also the difference of their values. It is noise if its interval contains zero.
     """
     if len({tuple(run["problems"]) for own in runs.values() for run in own.values()}) != 1:
         raise BadInput("the runs were evaluated on different problems: give another --out")
@@ -298,13 +298,13 @@ def analyse(runs: dict[str, dict[int, dict]], whole: bool = False) -> dict:
 
 
 def is_gain(run: dict, row: str, metric: str) -> bool:
-    """Return whether the gain of one run has an interval above zero (over problems, as in its report)."""
+    """Return whether the gain of one run has an interval (over problems, as in its report) above zero."""
     low = report.interval([run["tables"]["base"][metric], run["tables"][row][metric]])["low"]
     return low is not None and low > 0
 
 
 def is_noise(figure: dict) -> bool:
-    """Return whether an interval holds zero, or there is none."""
+    """Return whether an interval contains zero, or does not exist."""
     return figure["low"] is None or figure["low"] <= 0 <= figure["high"]
 
 
@@ -321,7 +321,7 @@ def probe_model(folder: Path, problems: int, file: Path) -> None:
 
 
 def probe_all(args, variants: tuple[str, ...]) -> dict:
-    """Return variant -> skill -> [before, after training]: means over the finished seeds, or None if nothing counts."""
+    """Return variant -> skill -> [before, after training]: means over the finished seeds, or None if all are nan."""
     skills = {}
     for name in variants:
         base = VARIANTS[name].base
@@ -339,19 +339,19 @@ def probe_all(args, variants: tuple[str, ...]) -> dict:
 
 
 def mean_of(values: list[float]) -> float | None:
-    """Return the mean without what could not be counted (nan), or None if nothing is left."""
+    """Return the mean of the values that are not nan, or None if there is none."""
     counted = [value for value in values if not math.isnan(value)]
     return round(sum(counted) / len(counted), 4) if counted else None
 
 
 # -------------------------------------------------------------------------------------------------------- the tables
 
-# Of make_tiny.probe, in the order of a trace.
+# Figures of make_tiny.probe, in the order of a thinking part.
 SKILLS = ("step", "jump", "careful", "yes_same", "yes_off", "copy", "pass1", "ndcg_mixed")
 
 
 def gain_table(titles: dict[str, str], gains: dict[str, dict], marked: bool = False) -> str:
-    """Write a line for each variant. If marked, noise is called so."""
+    """Return a table with a line of gains for each variant. marked: write "noise" if the interval contains zero."""
 
     def cell(figure: dict) -> str:
         return report.cell(figure, "+") + (" noise" if marked and is_noise(figure) else "")
@@ -361,7 +361,7 @@ def gain_table(titles: dict[str, str], gains: dict[str, dict], marked: bool = Fa
 
 
 def value_table(result: dict) -> str:
-    """Write the rows of each variant, with each seed's malformed rankings. A base that variants share is shown once."""
+    """Return a table of the rows of each variant, with each seed's malformed rankings. Show a shared base only once."""
     lines, seen = [], []
     for name, own in result["variants"].items():
         for row, figures in own["rows"].items():
@@ -375,7 +375,7 @@ def value_table(result: dict) -> str:
 
 
 def skill_table(titles: dict[str, str], skills: dict) -> str:
-    """Write each skill of each variant, before -> after training. skills: as probe_all returns them."""
+    """Return a table of the skills of each variant, before -> after training. skills: as probe_all returns them."""
 
     def change(pair: list[float | None]) -> str:
         return " -> ".join("-" if value is None else f"{value:.3f}" for value in pair)
@@ -387,16 +387,16 @@ def skill_table(titles: dict[str, str], skills: dict) -> str:
 
 
 def checked_reading(reading: str, tables: str) -> str:
-    """Return the reading if each of its numbers stands in the tables, else a line that says which do not."""
+    """Return the reading if all of its numbers are in the tables, else a line with those that are not."""
     there = set(re.findall(r"\d+\.\d+", tables))
     other = [number for number in dict.fromkeys(re.findall(r"\d+\.\d+", reading)) if number not in there]
     if not other:
         return reading
-    return f"To be written: the reading in data/readings.md is about other numbers than these ({', '.join(other)})."
+    return f"To be written: the reading in data/readings.md has numbers that are not above ({', '.join(other)})."
 
 
 def markdown(result: dict) -> str:
-    """Write the file of a study. A prediction, if there is one, stands before everything that was found."""
+    """Return the Markdown of a study. A prediction, if there is one, comes before all results."""
     name, settings, titles = result["study"], result["settings"], result["titles"]
     first = next(iter(result["variants"].values()))
     command = f"python data/study.py {name}{' --quick' if settings['quick'] else ''}"
@@ -414,7 +414,7 @@ def markdown(result: dict) -> str:
     parts += ["## Gains over the base", gain_table(titles, {n: own["gains"] for n, own in result["variants"].items()})]
     if name == "table2":
         counted = ", ".join(f"{SHOWN[m]} {first['seeds with a gain'][f'{gain}/{m}']}" for m, gain in ROW_OF.items())
-        parts.append(f"Seeds, of {len(first['seeds'])}, whose own interval over problems lies above zero: {counted}.")
+        parts.append(f"Seeds, of {len(first['seeds'])}, with a gain above zero (interval over problems): {counted}.")
     if result["differences"]:
         parts += ["## Variant minus the first", gain_table(titles, result["differences"], marked=True)]
     parts += ["## Values", value_table(result)]
@@ -442,7 +442,7 @@ def curve_of(own: dict) -> dict:
 
 
 def draw_study(result: dict, path: Path) -> None:
-    """Draw the gains of each variant, a panel for each metric; for the method, Best-of-N. Needs matplotlib."""
+    """Draw the gains of each variant, a panel for each metric. For table2, draw Best-of-N. Needs matplotlib."""
     variants, blue = result["variants"], report.COLOURS["trained"]
     if result["study"] == "table2":
         return report.draw_best_of_n(curve_of(variants["rank"]), path)
@@ -507,20 +507,20 @@ def render(result: dict, results: Path) -> Path:
 
 
 def variants_of(study: str, args) -> list[str]:
-    """Return the variants that a study runs."""
+    """Return the variants of a study, fewer with --quick."""
     return [name for name in STUDIES[study] if not (args.quick and name in NOT_QUICK)]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line. Raises BadInput for what cannot work."""
+    """Read the command line. Raise BadInput for a number that cannot work."""
     parser = argparse.ArgumentParser(prog="study.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("studies", nargs="+", choices=list(STUDIES))
     parser.add_argument("--seeds", type=int, help="runs of each variant (default: 5, with --quick 2)")
     parser.add_argument("--quick", action="store_true", help="small runs; the results go to OUT/results")
-    parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="runs side by side (default: cores)")
+    parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="runs at a time (default: all cores)")
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/study, quick: runs/study-quick)")
-    parser.add_argument("--plot-only", action="store_true", help="run nothing: results from the runs that are finished")
-    parser.add_argument("--render", action="store_true", help="run nothing: .md and .png from NAME.json")
+    parser.add_argument("--plot-only", action="store_true", help="run nothing; write the results of the finished runs")
+    parser.add_argument("--render", action="store_true", help="run nothing; write .md and .png from NAME.json")
     args = parser.parse_args(argv)
     args.seeds = (2 if args.quick else 5) if args.seeds is None else args.seeds
     args.out = args.out or Path("runs/study-quick" if args.quick else "runs/study")
@@ -531,14 +531,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None, dust: Path = HERE.parent / "dust.py", results: Path = HERE / "results") -> int:
-    """Return 0; 2 if a run failed, or with one line for what the user can put right; 130 after Ctrl-C."""
+    """Run the studies. Return 0, 2 if a run failed or the user made a mistake (with one line), 130 after Ctrl-C."""
     try:
         args = parse_args(argv)
         args.dust, args.results = dust, results
         variants = tuple(dict.fromkeys(name for study in args.studies for name in variants_of(study, args)))
         for name in variants:
             for seed in range(args.seeds):
-                is_finished(run_folder(args, name, seed), args)  # before anything starts beside runs of another kind
+                is_finished(run_folder(args, name, seed), args)  # raises before anything starts if --quick differs
         failures = 0 if args.plot_only or args.render else run_all(args, variants)
         for study in args.studies:
             path = write_results(study, args)
@@ -554,6 +554,6 @@ def main(argv: list[str] | None = None, dust: Path = HERE.parent / "dust.py", re
 
 
 if __name__ == "__main__":
-    for name in ("SIGTERM", "SIGHUP"):  # the runs are in sessions of their own and must not outlive this process
+    for name in ("SIGTERM", "SIGHUP"):  # the runs are in other sessions and must not outlive this process
         signal.signal(getattr(signal, name), signal.default_int_handler)
     raise SystemExit(main())

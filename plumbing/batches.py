@@ -1,12 +1,12 @@
-"""Cut work into batches that fit the memory. An example has a prompt and an answer; a group is a list of examples."""
+"""Cut work into batches that fit into memory. An example has a prompt and an answer; a group shares one prompt."""
 from plumbing import ranks
 
 
 def my_micro_batches(groups: list[list], micro_tokens: int, shared: bool) -> list[tuple[list[list], bool]]:
-    """The micro-batches of this rank's share of the groups, and whether each counts. shared: as in micro_batches.
+    """Return (micro-batch, whether it counts) for this rank's share of the groups. shared: as in micro_batches.
 
-    Every rank runs as many forwards, because a forward of a sharded model waits for all ranks. A rank with less work
-    repeats the shortest answer of all, which does not count.
+    Every rank gets the same number of batches, because the forward pass of a sharded model waits for all ranks. A rank
+    with less work repeats the shortest of all answers, in batches that do not count.
     """
     batches = micro_batches(ranks.share(groups), micro_tokens, shared)
     missing = max(ranks.gather(len(batches))) - len(batches)
@@ -15,9 +15,9 @@ def my_micro_batches(groups: list[list], micro_tokens: int, shared: bool) -> lis
 
 
 def micro_batches(groups: list[list], micro_tokens: int, shared: bool) -> list[list[list]]:
-    """Batches of groups, of at most micro_tokens tokens each. A larger group is cut into parts of its answers.
+    """Return batches of groups with at most micro_tokens tokens each. A larger group is cut into parts.
 
-    shared: whether the answers to a prompt share it. Otherwise each has a row, and the padding of the rows counts.
+    shared: the answers to a prompt share it. If not, each answer is a padded row, and the padding counts too.
     """
     parts, sizes = [], []
     for group in groups:
@@ -31,7 +31,7 @@ def micro_batches(groups: list[list], micro_tokens: int, shared: bool) -> list[l
 
 
 def split_by_size(sizes: list[int], bound: int) -> list[slice]:
-    """Cut a list into slices whose sizes add up to at most bound each. A larger item gets a slice of its own."""
+    """Cut a list into slices so that the sizes in each add up to at most bound. A larger item is a slice by itself."""
     starts, used = [], bound
     for i, size in enumerate(sizes):
         if used + size > bound or not starts:

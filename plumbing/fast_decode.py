@@ -1,8 +1,12 @@
-"""Decode the G answers to a prompt beside one copy of its keys: the numbers of grpo.PlainCache, faster.
+"""Decode the G answers to a prompt with one copy of its keys. The results are those of grpo.PlainCache, but faster.
 
-One matrix product takes the queries of all answers to a prompt to its keys. The newer keys of each answer are apart.
+A cache with a row for each answer would hold a prompt's keys and values G times, and every step would read all copies.
+This cache holds them once: one matrix product multiplies them with the queries of all answers to the prompt. The keys
+and values of the answer tokens are in a second buffer, a row for each answer.
+
 Shapes: B prompts, G answers to the prompt that has the most, n rows (answers being decoded), L prompt tokens, m answer
-tokens so far, V vocabulary; Q query heads, K key heads, D numbers a head. Key heads come first: no product copies keys.
+tokens so far, V vocabulary; Q query heads, K key heads, D numbers a head. The first dimension of both buffers is the
+key heads, so that no matrix product has to copy the keys.
 """
 from collections import defaultdict
 
@@ -17,10 +21,10 @@ PREFILL_TOKENS = 8192  # prompt tokens in one forward: bounds its memory
 
 
 class SharedCache:
-    """Keys and values of n answers, one token a row and step. Its interface is that of grpo.PlainCache."""
+    """The keys and values of n answers, which grow by one token a step. The interface is that of grpo.PlainCache."""
 
     def __init__(self, model, prompts: list[Tensor], counts: list[int]):
-        """Read the prompts [L], each once. counts: [B], answers to each of them."""
+        """Run the model once on each prompt, [L]. counts: [B], the number of answers to each prompt."""
         self.model, device = model, model.device
         kept, ends = defaultdict(list), []  # (layer, "keys" or "values"): a tensor [L, K, D] for each prompt
         for part in split_by_size([len(prompt) for prompt in prompts], PREFILL_TOKENS):
@@ -35,23 +39,25 @@ class SharedCache:
         self.steps = 0
         self.length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
         self.prompt_of_row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)  # [n]
-        self.logits = model.get_output_embeddings()(torch.cat(ends))[self.prompt_of_row]  # [n, V], of the next tokens
+        self.logits = model.get_output_embeddings()(torch.cat(ends))[self.prompt_of_row]  # [n, V] of the next token
         self.place_rows()
 
     def place_rows(self) -> None:
-        """Give each row a place beside its prompt: one of B * G, of which some stay empty if the counts differ."""
+        """Give each row one of B * G places, G for each prompt. If the counts differ, some places stay empty."""
         counts = self.prompt_of_row.bincount(minlength=len(self.length))  # [B]
-        first_row = (counts.cumsum(0) - counts)[self.prompt_of_row]  # [n]
-        self.G, self.masks = int(counts.max()), {}
+        first_row = counts.cumsum(0) - counts  # [B]
+        number = torch.arange(len(self.prompt_of_row), device=counts.device) - first_row[self.prompt_of_row]  # [n]
+        self.G = int(counts.max())
+        self.place = self.prompt_of_row * self.G + number  # [n]
         self.places = len(counts) * self.G
-        self.place = self.prompt_of_row * self.G + torch.arange(len(first_row), device=counts.device) - first_row  # [n]
+        self.masks: dict = {}
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows [n'], and only the prompts that they need."""
         prompts, self.prompt_of_row = self.prompt_of_row[rows].unique(return_inverse=True)
         if len(prompts) < len(self.length):
             self.length = self.length[prompts]
-            for at, x in self.prompt.items():  # one at a time: memory need not hold all of them twice
+            for at, x in self.prompt.items():  # one at a time, so that memory never holds all of them twice
                 self.prompt[at] = x[:, prompts]
         for at, x in self.answer.items():
             self.answer[at] = x[:, rows]
@@ -59,14 +65,14 @@ class SharedCache:
         self.place_rows()
 
     def step(self, tokens: Tensor) -> None:
-        """Read one token a row, [n], and set the logits of the next."""
-        self.masks = {}  # a window's depends on the step
+        """Run the model on one token of each row, [n], and set the logits of the next token."""
+        self.masks = {}
         positions = (self.length[self.prompt_of_row] + self.steps)[:, None]  # [n, 1]
         self.logits = self.model.get_output_embeddings()(body(self.model, self, tokens[:, None], positions)[:, 0])
         self.steps += 1
 
     def append(self, at: tuple[int, str], x: Tensor, window: int | None) -> Tensor:
-        """Add the newest token's keys or values [n, K, 1, D]. Return those that this token sees, [K * n, m, D]."""
+        """Add keys or values of the newest token, [n, K, 1, D]. Return those of the tokens it sees, [K * n, m, D]."""
         if at not in self.answer:
             self.answer[at] = x.new_empty(x.shape[1], len(x), 32, x.shape[3])
         elif self.steps == self.answer[at].shape[2]:
@@ -76,7 +82,7 @@ class SharedCache:
         return self.answer[at].flatten(0, 1)[:, max(0, end - (window or end)) : end]
 
     def prompt_mask(self, window: int | None) -> Tensor | None:
-        """[B, 1, L]: -inf at padding and at tokens that the window has left behind. None if there are none of these."""
+        """Return [B, 1, L]: -inf at padding and at tokens before the window, else 0. None if nothing is hidden."""
         if window not in self.masks:
             at = torch.arange(self.prompt[0, "keys"].shape[2], device=self.length.device)  # [L]
             hidden = at >= self.length[:, None]  # [B, L]
@@ -87,23 +93,23 @@ class SharedCache:
         return self.masks[window]
 
     def by_prompt(self, x: Tensor) -> Tensor:
-        """Bring rows together, [K * n, Q/K, X] -> [K * B, G * Q/K, X]. Empty places hold zeros."""
+        """Join the rows of each prompt, [K * n, Q/K, X] -> [K * B, G * Q/K, X]. Empty places hold zeros."""
         if len(self.place) < self.places:
             rows = x.unflatten(0, (-1, len(self.place)))  # [K, n, Q/K, X]
             x = x.new_zeros(len(rows), self.places, *x.shape[1:]).index_copy_(1, self.place, rows).flatten(0, 1)
         return x.reshape(-1, self.G * x.shape[1], x.shape[2])
 
     def by_row(self, x: Tensor) -> Tensor:
-        """The way back, [K * B, G * Q/K, X] -> [K * n, Q/K, X]."""
+        """Undo by_prompt, [K * B, G * Q/K, X] -> [K * n, Q/K, X]."""
         x = x.reshape(-1, x.shape[1] // self.G, x.shape[2])
         if len(self.place) < self.places:
             x = x.unflatten(0, (-1, self.places))[:, self.place].flatten(0, 1)
         return x
 
     def attend(self, module, q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks) -> Tensor:
-        """q [n, Q, 1, D] to the prompts' keys and to the rows' own, k and v [n, K, 1, D] included -> [n, 1, Q, D].
+        """Add k and v of the newest token [n, K, 1, D], then attend from q [n, Q, 1, D] to all tokens -> [n, 1, Q, D].
 
-        What this costs is mostly the number of its operations, so they are few, and on three dimensions.
+        The number of operations decides the time, so there are few of them, and they work on three dimensions.
         """
         layer, n, K = module.layer_idx, len(q), k.shape[1]
         own_k, own_v = self.append((layer, "keys"), k, window), self.append((layer, "values"), v, window)

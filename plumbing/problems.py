@@ -33,9 +33,9 @@ from typing import Any, Callable, Iterator, NamedTuple
 DATA = Path(__file__).resolve().parent.parent / "data"
 NAMES = {"micro-train": DATA / "train.jsonl", "micro-eval": DATA / "eval.jsonl"}  # the shipped micro-lab
 
-MAX_TESTS = 50  # kept of an rStar-Coder problem; the authors' release keeps as many
+MAX_TESTS = 50  # tests to keep of an rStar-Coder problem, as in the authors' release
 MAX_CHARACTERS = 1 << 20  # in the kept tests of an rStar-Coder problem; some generated inputs have a gigabyte
-MAX_UNPACKED = 1 << 30  # bytes of private tests after unpacking; zlib can make a thousand bytes of one
+MAX_UNPACKED = 1 << 30  # bytes of private tests after unpacking; zlib can turn one byte into a thousand
 
 
 class BadInput(Exception):
@@ -48,7 +48,7 @@ class LeftOut(Exception):
 
 @dataclass
 class Problem:
-    """A task: its statement, its tests in the forms above, and the code that a program has to start with, if any."""
+    """A task: its statement, its tests in one of the forms above, and the code that a program must start with."""
 
     id: str
     question: str
@@ -60,9 +60,9 @@ class Problem:
 def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
     """Return the problems of a JSONL or Parquet file, or of a known set, in their order.
 
-    limit: stop after so many problems; 0: read all. Raises BadInput with file, line and reason for a broken record: it
-    would stop a long run much later, or shrink a test set unseen. Only records that are known to be unusable in a
-    public set are left out; a line on stderr counts them.
+    limit: the most problems to return; 0 means all. Raise BadInput with file, line and reason at a broken record, which
+    would otherwise stop a long run much later, or make a test set smaller without notice. Only records of a public set
+    that are known to be unusable are left out; a line on stderr counts them.
     """
     name = str(path_or_name)
     problems, place, statements, left_out = [], {}, set(), Counter()
@@ -70,7 +70,7 @@ def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
         convert = format_of(record)
         try:
             problem = read_problem(convert(record))
-            statement = normalised(problem.question) if convert is from_rstar else ""  # this set has several versions
+            statement = normalised(problem.question) if convert is from_rstar else ""  # rStar-Coder repeats problems
             if statement and (statement in statements or problem.id in place):
                 raise LeftOut("that stand there already")
         except LeftOut as reason:
@@ -87,7 +87,7 @@ def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
             break
     if not problems:
         raise BadInput(f"{name} holds no problems" + " that can be used" * bool(left_out))
-    if os.environ.get("RANK", "0") == "0":  # torchrun's other processes read the same and say nothing
+    if os.environ.get("RANK", "0") == "0":  # the other processes of torchrun read the same files and print nothing
         for reason, count in left_out.items():
             print(f"{name}: left out {count} problems {reason}", file=sys.stderr)
         here = Counter(problem.difficulty for problem in problems)
@@ -99,8 +99,8 @@ def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
 def load_train_and_eval(args) -> tuple[list[Problem], list[Problem]]:
     """Return the problems of --train (none with --eval-only) and those of --eval. args: dust.Args.
 
-    A training problem that also stands in --eval is left out and counted, because a gain on what was trained on is no
-    gain. If both options name the same file, all problems stay: then the user wants to see memorising.
+    A training problem that is also in --eval is left out and counted, because evaluation must not use training data.
+    If both options name the same file, all problems stay, because then the user wants to see the model memorise.
     """
     held_out = load_problems(args.eval)
     count = min(args.eval_limit or len(held_out), len(held_out))
@@ -108,9 +108,9 @@ def load_train_and_eval(args) -> tuple[list[Problem], list[Problem]]:
     if args.eval_only:
         return [], spread
     if args.train == args.eval:
-        print(f"--train and --eval are the same, {args.train}: what is measured was trained on")
+        print(f"--train and --eval are the same, {args.train}: the model is evaluated on its training problems")
         return load_problems(args.train, args.limit), spread
-    enough = args.limit and args.limit + len(held_out)  # a public set can be long, and few of it are wanted
+    enough = args.limit and args.limit + len(held_out)  # do not read all of a long public set if a few will do
     loaded, seen = load_problems(args.train, enough), {normalised(problem.question) for problem in held_out}
     problems = [problem for problem in loaded if normalised(problem.question) not in seen]
     if len(problems) < len(loaded):
@@ -122,7 +122,7 @@ def load_train_and_eval(args) -> tuple[list[Problem], list[Problem]]:
 
 
 def normalised(statement: str) -> str:
-    """Remove what can differ between copies of one statement: case, blanks and punctuation."""
+    """Return the statement without what can differ between copies of it: case, blanks and punctuation."""
     return re.sub(r"[\W_]+", " ", statement.casefold()).strip() or statement
 
 
@@ -139,7 +139,7 @@ def read_records(name: str) -> Iterator[tuple[str, str, Any]]:
 
 
 def read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
-    """Yield ("line 3", the parsed line) for each line that is not blank. Raises BadInput."""
+    """Yield ("line 3", the parsed line) for each line that is not blank. Raise BadInput at a broken line."""
     number = 0
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
@@ -152,12 +152,12 @@ def read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
         reason = getattr(error, "strerror", "it is not UTF-8 text")
         names = ", ".join([*NAMES, *HUB])
         raise BadInput(f"cannot read {path}: {reason} (a JSONL or Parquet file, or one of {names})") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested too deep
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or brackets nested too deep
         raise BadInput(f"{path} line {number}: {error}") from None
 
 
 def read_parquet(path: str) -> Iterator[tuple[str, dict]]:
-    """Yield ("row 3", the row without its empty fields), 16 rows at a time: a file can have gigabytes."""
+    """Yield ("row 3", the row without its empty fields). Read 16 rows at a time, because a file can have gigabytes."""
     from pyarrow.parquet import ParquetFile
 
     number = 0
@@ -174,7 +174,7 @@ def read_parquet(path: str) -> Iterator[tuple[str, dict]]:
 
 
 def read_problem(record: Any) -> Problem:
-    """Check one record in the project's own format and return it as a Problem. Raises ValueError with the reason."""
+    """Check one record in the project's format and return it as a Problem. Raise ValueError with the reason."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     if "id" not in record:
@@ -216,7 +216,7 @@ def check_test(test: Any, where: str) -> None:
 
 
 def format_of(record: Any) -> Callable[[Any], Any]:
-    """Return the function that converts a record to the project's own format. The record's fields decide."""
+    """Return the function that converts a record to the project's format. The names of its fields decide."""
     formats = [(["question_content"], from_livecodebench), (["inputs", "outputs"], from_rstar),
                (["prompt", "entry_point"], from_humaneval), (["test_list"], from_mbpp)]
     fitting = (convert for fields, convert in formats if isinstance(record, dict) and record.keys() >= set(fields))
@@ -224,7 +224,7 @@ def format_of(record: Any) -> Callable[[Any], Any]:
 
 
 def from_livecodebench(record: dict) -> dict:
-    """Convert a LiveCodeBench record; its tests are the public and the private ones. Raises ValueError."""
+    """Convert a LiveCodeBench record, with its public and its private tests. Raise ValueError if it is broken."""
     private = text_of(record, "private_test_cases", "[]")
     if not private.lstrip().startswith("["):
         private = unpickle_text(private)
@@ -240,7 +240,7 @@ def from_livecodebench(record: dict) -> dict:
 
 
 def unpickle_text(packed: str) -> str:
-    """Return the text in base64(zlib(pickle(text))), or raise ValueError. Loading a pickle can run code: parse it."""
+    """Return the text in base64(zlib(pickle(text))), or raise ValueError. Parse only: to load a pickle can run code."""
     unpack = zlib.decompressobj()
     try:
         data = unpack.decompress(base64.b64decode(packed, validate=True), MAX_UNPACKED)
@@ -260,7 +260,7 @@ def unpickle_text(packed: str) -> str:
 
 
 def from_rstar(record: dict) -> dict:
-    """Convert a row of rStar-Coder's seed_testcase, with its first tests. Raises LeftOut if the release broke it."""
+    """Convert a row of rStar-Coder's seed_testcase, with its first tests. Raise LeftOut if the row is unusable."""
     function, starter = (text_of(record, name, "") for name in ("func_name", "starter_code"))
     if function and record.get("class_name", "Solution") not in ("", "Solution"):
         raise LeftOut("with a class that is not named Solution")
@@ -277,14 +277,14 @@ def from_rstar(record: dict) -> dict:
         raise LeftOut("with broken tests") from None
     if not tests:
         raise LeftOut("without a test that is small enough")
-    if function and not starter:  # without it the prompt would ask for a program that reads stdin
+    if function and not starter:  # without starter code the prompt would ask for a program that reads stdin
         starter = f"class Solution:\n    def {function}(self, ...):"
     return {"id": text_of(record, "question_id"), "question": text_of(record, "question"), "starter_code": starter,
             "tests": tests}
 
 
 def from_humaneval(record: dict) -> dict:
-    """Convert a HumanEval record. The docstring is the question, the code before it the starter code."""
+    """Convert a HumanEval record. Its docstring becomes the question, the code before that the starter code."""
     prompt, name = text_of(record, "prompt"), text_of(record, "entry_point")
     tree = ast.parse(prompt)
     function = next((node for node in tree.body if getattr(node, "name", "") == name), None)
@@ -300,7 +300,7 @@ def from_humaneval(record: dict) -> dict:
 
 
 def from_mbpp(record: dict) -> dict:
-    """Convert an MBPP record. The question is the task with its first assert, as is customary for this set."""
+    """Convert an MBPP record. The question is the task and its first assert, as is usual for this set."""
     asserts, imports = record.get("test_list"), record.get("test_imports") or []
     if not isinstance(asserts, list) or not asserts or not all(isinstance(line, str) for line in asserts):
         raise ValueError('"test_list" is not a list of asserts')
@@ -324,7 +324,7 @@ def from_mbpp(record: dict) -> dict:
 
 
 def text_of(record: dict, name: str, default: str | None = None) -> str:
-    """Return a field that holds text. Raises ValueError if it is no text, or if it is empty and has no default."""
+    """Return a text field. Raise ValueError if its value is not a text, or if it is empty and there is no default."""
     value = record.get(name) or default
     if not isinstance(value, str):
         raise ValueError(f'"{name}" is missing or no text')
@@ -332,7 +332,7 @@ def text_of(record: dict, name: str, default: str | None = None) -> str:
 
 
 def make_test(given: Any, expected: Any, function: str) -> dict:
-    """Return a stdin test or, where a function is named, a test that calls it. Raises ValueError."""
+    """Return a test that calls the function of this name, or a stdin test if the name is empty. Raise ValueError."""
     if not isinstance(given, (str, list)):
         raise ValueError("a test's input is neither a text nor a list")
     if not function:
@@ -347,16 +347,16 @@ def make_test(given: Any, expected: Any, function: str) -> dict:
 
 
 class HubSet(NamedTuple):
-    """Where the Hub keeps a set, and which part of it is meant."""
+    """The place of a set on the Hub, and the part of it that is used."""
 
     repository: str
     files: tuple[str, ...]
     since: str = ""  # the first contest date that is included
-    before: str = "9999"  # the first contest date that is no longer included
+    before: str = "9999"  # the first contest date that is too late
 
 
-# test6.jsonl holds what LiveCodeBench v6 adds (until April 2025), test5.jsonl what v5 adds (until January 2025); both
-# may hold earlier days. No offline test can check that, so load_problems compares with PAPER_COUNTS on each loading.
+# test6.jsonl holds the problems that LiveCodeBench v6 adds (until April 2025), test5.jsonl those of v5 (until January
+# 2025). Both may hold earlier ones. No offline test can check this, so load_problems compares with PAPER_COUNTS.
 LIVE = "livecodebench/code_generation_lite"
 HUB = {
     "rstar-coder": HubSet("microsoft/rStar-Coder", ("seed_testcase/*.parquet",)),
@@ -369,7 +369,7 @@ PAPER_COUNTS = {"livecodebench-v6": {"easy": 31, "medium": 39, "hard": 61}}  # s
 
 
 def download(name: str, hub_set: HubSet) -> Iterator[str]:
-    """Yield the local path of each file of a set. A file is fetched only when its turn comes. Raises BadInput."""
+    """Yield the local path of each file of a set. Fetch a file only when it is asked for. Raise BadInput on failure."""
     files = hub_set.files
     try:
         from huggingface_hub import HfApi, hf_hub_download
@@ -379,7 +379,7 @@ def download(name: str, hub_set: HubSet) -> Iterator[str]:
             files = fnmatch.filter(listed, files[0])
         for file in files:
             yield hf_hub_download(hub_set.repository, file, repo_type="dataset")
-    except Exception as error:  # no network, no such file, a full disk: the Hub has an exception for each
+    except Exception as error:  # no network, no such file, a full disk: the Hub raises another exception for each
         raise BadInput(f'cannot load {name} from the Hub ({first_line(error)}); or bring your own: a JSONL file whose '
                        'lines have "id", "question" and "tests"') from None
 
@@ -390,11 +390,11 @@ def first_line(error: Exception) -> str:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that it is there in full or not at all."""
+    """Write a text file completely or not at all, even if the process is killed meanwhile."""
     path.with_suffix(".new").write_text(text, encoding="utf-8")
     path.with_suffix(".new").replace(path)
 
 
 def seed_for(*parts) -> int:
-    """Return a seed for one unit of work, so that a run that was stopped and resumed draws the same as another."""
+    """Return the seed of one unit of work. It depends on `parts` only, so a resumed run draws the same numbers."""
     return zlib.crc32("/".join(map(str, parts)).encode())

@@ -1,10 +1,10 @@
-"""What a run reports: means with bootstrap intervals, tables, plots, and the files that hold them.
+"""Report a run: means with bootstrap intervals, tables, plots, and the files that hold them.
 
 `metrics` is dust.METRICS: name -> function. Each function takes the labels of one group, the best-ranked first, and
-returns a number, or None if the group does not count. `rows` are "base", "trained_judge" (the trained judge on the
-base's candidates) and "trained". A row is the list of its evaluation groups, each as a judge ordered it: an object with
-`group` (its `problem` and `candidates`), `ranked` (the labels, the best-ranked first), `answer` (the judge's words) and
-`malformed`. `finals` has the same form: the finals of Best-of-8, the judge's second rankings.
+returns a number, or None if the group does not count. `rows` has the keys "base", "trained_judge" (the trained judge on
+the base's candidates) and "trained". A row is a list of ranked evaluation groups: objects with `group` (its `problem`
+and `candidates`), `ranked` (the labels, the best-ranked first), `answer` (the judge's words) and `malformed`. `finals`
+has the same form; its groups are the finals of Best-of-8, which the judge ranks in a second round.
 """
 import contextlib
 import json
@@ -32,15 +32,15 @@ def per_problem(judged: list, metric) -> np.ndarray:
 
 
 def best_of_n(judged: list, finals: list, metrics: dict) -> dict[str, np.ndarray]:
-    """Return the curve of Best-of-N: N -> a table as per_problem returns it. N = 8 is there if there are finals."""
+    """Return the curve of Best-of-N: N -> a table as per_problem returns it. Without finals there is no N = 8."""
     tables = {n: per_problem(judged, metrics[m]) for n, m in (("1", "pass1"), ("2", "best_of_2"), ("4", "best_of_4"))}
     return tables | ({"8": per_problem(finals, metrics["best_of_4"])} if finals else {})
 
 
 def oracle_of_n(judged: list) -> dict[str, np.ndarray]:
-    """Return the upper bound of that curve: how often at least one of N programs is correct, where there are N.
+    """Return the upper bound of that curve: how often at least one of N programs is correct.
 
-    c of a problem's n programs, all its groups together, are correct: 1 - C(n - c, N) / C(n, N), which is unbiased.
+    If c of the n programs in all groups of a problem are correct, 1 - C(n - c, N) / C(n, N) is an unbiased estimate.
     """
     labels = defaultdict(list)
     for one in judged:
@@ -50,10 +50,10 @@ def oracle_of_n(judged: list) -> dict[str, np.ndarray]:
 
 
 def interval(tables: list[np.ndarray], seed: int = 0, draws: int = 4000) -> dict[str, float | None]:
-    """Return the mean of a metric with its 95 % bootstrap interval, in per cent. For two tables: of the gain b - a.
+    """Return the mean of a metric with its 95 % bootstrap interval, in per cent. Two tables (a, b): of the gain b - a.
 
-    Problems are drawn, not groups, because the groups of one problem are not independent. A gain is paired: it is drawn
-    with the same problems in both tables. The figures are None if no group counts.
+    Each draw takes problems, not groups, because the groups of one problem are not independent. A gain is paired: a
+    draw takes the same problems from both tables. The figures are None if no group counts.
     """
     drawn = np.random.default_rng(seed).integers(len(tables[0]), size=(draws, len(tables[0])))
     rows = np.vstack([np.arange(len(tables[0])), drawn])  # [1 + draws, P] problems; the first row is the mean's
@@ -64,7 +64,7 @@ def interval(tables: list[np.ndarray], seed: int = 0, draws: int = 4000) -> dict
 
 
 def with_interval(mean: float, drawn: np.ndarray) -> dict[str, float | None]:
-    """Return a mean with the middle 95 % of its bootstrap draws. What is not finite becomes None."""
+    """Return a mean with the middle 95 % of its bootstrap draws. A figure that is not finite becomes None."""
     drawn = drawn[np.isfinite(drawn)]
     low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) and np.isfinite(mean) else (np.nan, np.nan)
     figures = {"mean": mean, "low": low, "high": high}
@@ -72,7 +72,7 @@ def with_interval(mean: float, drawn: np.ndarray) -> dict[str, float | None]:
 
 
 def curves(rows: dict[str, list], finals: dict[str, list], metrics: dict) -> dict:
-    """Return best_of_n of report.json: for each row and N the judge's choice, an oracle's and a random one."""
+    """Return "best_of_n" of report.json: for each row and N, how good the judge, an oracle and chance choose."""
     figures = {}
     for name, judged in rows.items():
         figures[name] = {n: interval([own]) for n, own in best_of_n(judged, finals.get(name, []), metrics).items()}
@@ -82,7 +82,7 @@ def curves(rows: dict[str, list], finals: dict[str, list], metrics: dict) -> dic
 
 
 def summarise(rows: dict[str, list], metrics: dict) -> dict:
-    """Return rows, gains and counts of report.json. A gain is row 2 or 3 minus row 1, the base (paper, table 2)."""
+    """Return "rows", "gains" and "counts" of report.json. A gain is row 2 or 3 minus row 1, the base (table 2)."""
     tables = {name: {m: per_problem(judged, metrics[m]) for m in metrics} for name, judged in rows.items()}
     gains = {gain: row for gain, row in (("judge", "trained_judge"), ("both", "trained")) if row in rows}
     counts = {}
@@ -105,35 +105,35 @@ COLUMNS = {"pass1": "pass@1", "ndcg_all": "NDCG", "ndcg_mixed": "NDCG mixed", "n
            "best_of_4": "Best-of-4", "oracle": "oracle of 4"}
 JUDGES = {"base": ("base", "trained_judge"), "trained": ("trained",)}  # generator -> the judges of its candidates
 NOTE = ("Per cent, with 95 % bootstrap intervals over problems; gains are paired differences to the base. NDCG counts "
-        "a group without a correct candidate as 0; NDCG mixed has only groups with both kinds, and a random order "
-        "scores there what the next column says. The last row's mixed groups are not the first row's (a better "
-        "generator leaves harder wrong programs): compare judges by the second row.")
+        "a group without a correct candidate as 0. NDCG mixed is over the groups with correct and wrong candidates; "
+        "the next column is a random order on them. In the last row these are other groups than in the first (a better "
+        "generator leaves harder wrong programs), so compare judges by the second row.")
 CURVE_NOTE = ("Per cent. N = 1 is pass@1; N = 2 is the mean over all pairs of the four ranked; N = 8, where a problem "
-              "has two groups (`--repeats`), is the winner of a final between the two best-ranked of each, ranked once "
-              "more by the same judge. The oracle submits a correct program wherever there is one.")
+              "has two groups (`--repeats`), is the winner of a final: the same judge ranks the two best of each group "
+              "once more. The oracle submits a correct program if there is one.")
 
 
 def cell(figure: dict | None, sign: str = "") -> str:
-    """Write one figure with its interval, as a table shows it."""
+    """Return the text of one figure with its interval."""
     if figure is None or figure["mean"] is None:
         return "-"
     return f"{figure['mean']:{sign}.1f} [{figure['low']:{sign}.1f}, {figure['high']:{sign}.1f}]"
 
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:
-    """Write a Markdown table."""
+    """Return a Markdown table."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
 
 
 def table(summary: dict) -> str:
-    """Write the rows and gains of `summarise` as a Markdown table."""
+    """Return the rows and gains of `summarise` as a Markdown table."""
     lines = [[TITLES[name], *(cell(own[m]) for m in COLUMNS)] for name, own in summary["rows"].items()]
     lines += [[TITLES[name], *(cell(own[m], "+") for m in COLUMNS)] for name, own in summary["gains"].items()]
     return markdown_table(["", *COLUMNS.values()], lines)
 
 
 def curve_table(figures: dict) -> str:
-    """Write `curves` as a Markdown table. An N that no problem has enough programs for gets no column."""
+    """Return `curves` as a Markdown table. An N larger than a problem's number of programs gets no column."""
     shown = [str(n) for n in CURVE if any(str(n) in own["oracle"] for own in figures.values())]
     lines = []
     for owner in [name for name in JUDGES if name in figures]:
@@ -181,7 +181,7 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
 
 
 def judged_lines(rows: dict[str, list], finals: dict[str, list]) -> str:
-    """Write judged.jsonl: a line for each group, enough to compute every figure again. read_judged reads it."""
+    """Return the text of judged.jsonl: a line for each group, from which every figure can be computed again."""
     lines = []
     for final, part in [(False, rows), (True, finals)]:
         for row, one in [(row, one) for row, judged in part.items() for one in judged]:
@@ -192,7 +192,7 @@ def judged_lines(rows: dict[str, list], finals: dict[str, list]) -> str:
 
 
 def read_judged(path: Path) -> tuple[dict[str, list], dict[str, list]]:
-    """Read a run's judged.jsonl: (rows, finals) as write_report took them, without programs and answers."""
+    """Read judged.jsonl and return (rows, finals) as write_report took them, without programs and answers."""
     rows, finals = defaultdict(list), defaultdict(list)
     for line in path.read_text(encoding="utf-8").splitlines():
         one = SimpleNamespace(**json.loads(line))
@@ -203,7 +203,7 @@ def read_judged(path: Path) -> tuple[dict[str, list], dict[str, list]]:
 
 
 def examples(rows: dict[str, list]) -> str:
-    """Show three groups: the problem, the candidates with labels, the judge's answer before and after training."""
+    """Return the text of examples.md: three groups with labels, and the judge's answers before and after training."""
     parts, base = ["# Examples"], rows["base"]
     mixed = [i for i, one in enumerate(base) if len(set(one.ranked)) > 1]
     for i in (mixed or range(len(base)))[:3]:
@@ -238,7 +238,7 @@ def draw_curves(out: Path) -> None:
     path = out / "metrics.jsonl"
     steps = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     names = [name for name in LOGGED if any(name in step for step in steps)]
-    if not any(step.get("ref_kl") for step in steps):  # no reference: --kl 0, or --mode sft, whose loss does fall
+    if not any(step.get("ref_kl") for step in steps):  # no KL term (--kl 0 or --mode sft): show the loss instead
         names = ["loss" if name == "ref_kl" else name for name in names]
     if not names:
         return
@@ -247,19 +247,19 @@ def draw_curves(out: Path) -> None:
     for name, axis in zip(names, axes):
         title = LOGGED.get(name, name)
         axis.plot(numbers, [step.get(name) for step in steps])
-        if name == "reward" and any("constant" in step for step in steps):  # the reward of always the same answer
+        if name == "reward" and any("constant" in step for step in steps):  # what the answer 1, 2, ..., K would earn
             axis.plot(numbers, [step.get("constant") for step in steps], "--", color=COLOURS["base"])
             title += " (dashed: constant)"
         axis.set_title(title, fontsize=12)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    for axis in axes:  # the panels that are left over
+    for axis in axes:  # unused panels
         axis.set_axis_off()
     figure.savefig(out / "curves.png", dpi=120)
 
 
 def draw_best_of_n(figures: dict, path: Path) -> None:
-    """Draw `curves`: each judge with its intervals, the oracle dashed, a random choice dotted. Raises ImportError."""
+    """Draw `curves`: the judges with intervals, oracles dashed, random choices dotted. Raise ImportError, as above."""
     figure = new_figure((10, 4.5))
     axis = figure.subplots()
     for number, (name, own) in enumerate(figures.items()):
@@ -269,7 +269,7 @@ def draw_best_of_n(figures: dict, path: Path) -> None:
         places = [n * 1.02 ** (number - 1) for n in curve]  # side by side, so that no interval hides another
         axis.plot(places, means, color=colour, marker="o", label=TITLES[name])
         axis.errorbar(places, means, ends, color=colour, fmt="none", capsize=3)
-        if name in JUDGES:  # the trained judge's candidates are the base's
+        if name in JUDGES:  # a generator; "trained_judge" has the base's candidates
             oracle = {n: own["oracle"][str(n)]["mean"] for n in CURVE if str(n) in own["oracle"]}
             chance, owner = [own["random"]["mean"]] * len(oracle), f"{name}'s candidates"
             axis.plot(list(oracle), list(oracle.values()), "--", color=colour, label=f"{owner}: oracle")

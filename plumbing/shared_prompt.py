@@ -1,8 +1,8 @@
-"""How the G answers to a prompt share it, exactly: one row for all of them, and the attention inside it.
+"""Compute each prompt once for all its G answers. The results are those of G separate rows.
 
-transformers calls `shared_attention` in each layer of a model whose attention is named SHARED_ATTENTION. It hands the
-queries, keys and values to the layout of this forward, which knows which token sees which: `Packed` here, for the
-update and for the prompts of a rollout; fast_decode.SharedCache for a step of a rollout. The layers run as they are.
+If a model's attention is named SHARED_ATTENTION, transformers calls `shared_attention` in each layer. It hands queries,
+keys and values to the layout of this forward pass, which decides which token sees which: `Packed` (below) for the
+update and the prompts of a rollout, fast_decode.SharedCache for a step of a rollout. The layers stay as they are.
 
 Shapes: L prompt tokens, R answer tokens, N answer tokens of a batch laid end to end, T tokens of a packed row; Q query
 heads, K key heads, D numbers a head.
@@ -16,18 +16,18 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 SHARED_ATTENTION = "grpo_shared"  # its name in transformers
-SHORT_ANSWERS = 128  # short answers attend in one call, up to so many tokens: fewer calls, little masked waste
-QUERY_BLOCK = 1024  # queries in one call, behind a window or of a long answer, so that no mask is [L, L] or [R, L + R]
+SHORT_ANSWERS = 128  # short answers attend in one call, up to this many tokens: fewer calls, and little is masked
+QUERY_BLOCK = 1024  # queries in one call, with a window or for a long answer: no mask is then [L, L] or [R, L + R]
 
 
 def shares_prompts(model) -> bool:
-    """Whether grpo.enable_sharing has switched this model."""
+    """Return whether grpo.enable_sharing has switched this model to SHARED_ATTENTION."""
     return model.config._attn_implementation == SHARED_ATTENTION
 
 
 @contextlib.contextmanager
 def plain_attention(model):
-    """Inside, the model attends as transformers does by default."""
+    """Give the model transformers' default attention inside the `with` block."""
     before = model.config._attn_implementation
     if before == SHARED_ATTENTION:
         model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
@@ -38,20 +38,20 @@ def plain_attention(model):
 
 
 def takes(model, argument: str) -> bool:
-    """Whether the model's forward has an argument of this name."""
+    """Return whether the model's forward has an argument of this name."""
     return argument in inspect.signature(model.forward).parameters
 
 
 def has_key_cache(model) -> bool:
-    """Whether grpo.generate can serve a model: it keeps keys and values at positions that it is told, and nothing else.
+    """Return whether grpo.generate can decode with this model: it keeps only keys and values, and takes positions.
 
-    Not so recurrent states (Mamba, Qwen3-Next), and rotary positions that change with the longest row.
+    Recurrent states (Mamba, Qwen3-Next) do not work, nor do rotary positions that depend on the longest row.
     """
     return takes(model, "position_ids") and not model._is_stateful and not positions_follow_longest_row(model)
 
 
 def positions_follow_longest_row(model) -> bool:
-    """Whether the rotary positions of one row depend on the longest row of its batch."""
+    """Return whether the rotary positions of one row depend on the longest row of its batch."""
     config = model.config.get_text_config()
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     rotaries = [rotary, *(part for part in rotary.values() if isinstance(part, dict))]  # one for each type of layer
@@ -60,15 +60,15 @@ def positions_follow_longest_row(model) -> bool:
 
 
 def body(model, layout, ids: Tensor, positions: Tensor) -> Tensor:
-    """The model without its head, attending through the layout: ids, positions [b, t] -> hidden [b, t, H]."""
+    """Run the model without its head; attention uses the layout: ids, positions [b, t] -> hidden [b, t, H]."""
     return model.base_model(ids, position_ids=positions, use_cache=False, layout=layout)[0]
 
 
 def shared_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, layout=None, **settings):
-    """What transformers calls in each layer of a model that shares prompts. The layout knows which token sees which.
+    """Attend by the layout. transformers calls this function in each layer of a model that shares prompts.
 
-    query [b, Q, t, D], key and value [b, K, t, D], positions already in them; values may have another D. Returns
-    ([b, t, Q, D], None). ValueError if the model is called directly, without a layout.
+    query [b, Q, t, D], key and value [b, K, t, D], with the positions applied; values may have another D. Return
+    ([b, t, Q, D], None). Raise ValueError if the model is called directly, without a layout.
     """
     if layout is None:
         raise ValueError("this model shares prompts; call it yourself only inside `with grpo.plain_attention(model):`")
@@ -78,24 +78,24 @@ def shared_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
     return layout.attend(module, query, key, value, scale, settings.get("sliding_window"), settings.get("s_aux")), None
 
 
-AttentionInterface.register(SHARED_ATTENTION, shared_attention)  # without a mask function: transformers builds no masks
+AttentionInterface.register(SHARED_ATTENTION, shared_attention)  # no mask function, so transformers builds no masks
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Attention of q [1, Q, n, D] to k, v [1, K, m, D] -> [1, n, Q, D].
+    """Attend from q [1, Q, n, D] to k, v [1, K, m, D] -> [1, n, Q, D].
 
-    mask: [n, m], 0 where a query sees a key and -inf elsewhere, after a first column of 0 if there are sinks. None
-    means causal, with n == m.
+    mask: [n, m], 0 where a query sees a key and -inf elsewhere. With sinks it has one more column, the first, of 0.
+    Without a mask (None) attention is causal, with n == m.
     """
     heads, n, groups = q.shape[1], q.shape[2], k.shape[1]
     if sinks is not None:
-        # A sink [Q] is the score of one more key, with value 0. One more coordinate makes it: sink / scale in the
-        # queries, 1 in the new first key, 0 in the others. If causal, a first query keeps the diagonal in its place.
+        # A sink [Q] is the score of one extra key with value 0. One extra coordinate gives this score: sink / scale in
+        # the queries, 1 in the extra first key, 0 in the others. An extra first query keeps the causal diagonal.
         q = torch.cat([q, (sinks / scale).to(q).view(1, -1, 1, 1).expand(-1, -1, n, -1)], -1)
         k = torch.cat([F.one_hot(torch.tensor([k.shape[-1]])).to(k).expand(1, groups, 1, -1), F.pad(k, (0, 1))], 2)
         v = F.pad(v, (0, 1, 1, 0))
         q = F.pad(q, (0, 0, 1, 0)) if mask is None else q
-    # each key head serves Q / K query heads: as a batch of K such heads, the keys need not be repeated
+    # Each key head serves Q / K query heads. With the key heads as the batch, the keys need not be repeated.
     q = q.reshape(groups, heads // groups, -1, q.shape[-1])  # [K, Q/K, n, D]
     k, v = (x.transpose(0, 1).expand(-1, heads // groups, -1, -1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
@@ -105,20 +105,20 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor
 
 
 class Packed:
-    """One row [prompt 1, answer 1a, answer 1b, ..., prompt 2, answer 2a, ...]: no padding, and no prompt twice.
+    """One row [prompt 1, answer 1a, answer 1b, ..., prompt 2, answer 2a, ...] without padding. Each prompt occurs once.
 
     An answer sees its prompt and itself, and its positions continue where its prompt ends. Its last token is left out,
     because it predicts nothing. Compared with a cache expanded to G padded rows, this needs no copies of the prompt's
-    keys, several groups share a forward, and gradient checkpointing works.
+    keys, several groups share a forward pass, and gradient checkpointing works.
 
-    ids, positions: [1, T]. live: [N], where in the row each answer token is predicted, the first by its prompt's end.
-    kept: None, or with keep {(layer, "keys" or "values"): [1, K, T, D]}, which each layer fills in.
+    ids, positions: [1, T]. live: [N], the place in the row that predicts each answer token (for the first token, the
+    prompt's end). kept: None; if `keep` is set, {(layer, "keys" or "values"): [1, K, T, D]}, filled by the layers.
     """
 
     def __init__(self, groups: list[tuple[Tensor, list[Tensor]]], device: torch.device, keep: bool = False):
         ids, positions, live, at = [], [], [torch.zeros(0, dtype=torch.long)], 0
-        self.groups = []  # for each group L, and the answers that attend together: [[tokens of each], ...]
-        self.sizes = []  # tokens of the prompt, then of each such list of answers; all groups end to end
+        self.groups = []  # for each group (L, [[tokens of an answer, ...], ...]); answers in one list attend together
+        self.sizes = []  # for each group the tokens of its prompt, then the tokens of each such list
         for prompt, answers in groups:
             L, together = len(prompt), []
             ids.append(prompt.cpu())
@@ -141,8 +141,8 @@ class Packed:
         self.masks, self.kept = {}, {} if keep else None
 
     def mask(self, like: Tensor, before: int, lengths: list[int], window: int | None, sink: bool) -> Tensor:
-        """[n, sink + before + n] for n = sum(lengths) queries. All see the first `before` keys, and each its own run of
-        tokens up to itself; with a window, what of these is nearer than the window. One tensor serves all layers.
+        """Return a mask [n, sink + before + n] for n = sum(lengths) queries in runs of these lengths. A query sees the
+        first `before` keys, and its run up to itself. A window hides the keys outside it. All layers share the mask.
         """
         key = (before, *lengths, window, sink)
         if key not in self.masks:
@@ -157,15 +157,15 @@ class Packed:
         return self.masks[key]
 
     def in_blocks(self, q: Tensor, k: Tensor, v: Tensor, longest: int, scale: float, window, sinks) -> Tensor:
-        """The last n of m tokens, q [1, Q, n, D] to k, v [1, K, m, D] -> [1, n, Q, D]: queries in blocks, each with the
-        keys up to its end. longest: the largest n of this prompt, so that its answers share a mask.
+        """Attend from the last n of m tokens, q [1, Q, n, D] to k, v [1, K, m, D] -> [1, n, Q, D], block by block. A
+        block gets the keys up to its end. longest: the largest n of this prompt, so that its answers share a mask.
         """
         at, sink, out = k.shape[2] - q.shape[2], sinks is not None, []
         last = at + (longest - 1) // QUERY_BLOCK * QUERY_BLOCK
         for part in q.split(QUERY_BLOCK, 2):
             end = at + part.shape[2]
             before = at if window is None else min(at, window - 1)  # keys that the block's first query sees
-            # without a window each block's mask is a part of the last one's: its first columns are seen by all
+            # Without a window, cut each block's mask out of the last block's, whose first columns every query sees.
             most = last if window is None else before
             mask = self.mask(q, most, [min(QUERY_BLOCK, longest)], window, sink)
             mask = mask[: end - at, most - before : sink + most + end - at]
@@ -175,14 +175,14 @@ class Packed:
         return torch.cat(out, 1)
 
     def attend(self, module, q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks) -> Tensor:
-        """q [1, Q, T, D], k, v [1, K, T, D] -> [1, T, Q, D], one group after the other.
+        """Attend from q [1, Q, T, D] to k, v [1, K, T, D] -> [1, T, Q, D], one group after the other.
 
         In the last layer only the prompt's final position is read, so only that one is computed; the others are zeros.
         """
         if self.kept is not None:
             self.kept |= {(module.layer_idx, "keys"): k, (module.layer_idx, "values"): v}
         last_layer = module.layer_idx == module.config.num_hidden_layers - 1
-        # split, not slices: the gradient of a slice is a whole row of zeros
+        # Use split: the gradient of each slice would be a tensor of zeros as long as the whole row.
         parts = iter(zip(q.split(self.sizes, 2), k.split(self.sizes, 2), v.split(self.sizes, 2)))
         out = []
         for L, together in self.groups:

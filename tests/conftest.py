@@ -1,4 +1,4 @@
-"""A model that is no Qwen3, its problems, and settings for a run of seconds."""
+"""A tiny model of another family than Qwen3, problems for it, and settings for a run of seconds."""
 import json
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ SMALL = ["--limit", "10", "--eval-limit", "6", "--candidates", "8", "--repeats",
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory) -> dict:
-    """A random Llama whose every token is a whole program or ranking, so that noise makes both; and its problems."""
+    """Make a random Llama and its problems. A token is a whole program or ranking, so random answers hold both."""
     from tokenizers import AddedToken, Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

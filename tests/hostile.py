@@ -1,7 +1,7 @@
-"""Programs that cheat, and the naive runner that they defeat. Used by test_sandbox.py.
+"""Programs that cheat, and the naive runners that they defeat. Used by test_sandbox.py.
 
-Each attack succeeds against `naive_run` or `naive_verdict`, so a test that sees it fail in the sandbox means something.
-They are bounded: a bomb stops at a number, a flood at a size, an orphan after seconds.
+Each attack succeeds against a naive runner below. Only therefore its failure in the sandbox proves something.
+All attacks are limited: a bomb stops at a number, a flood at a size, an orphan after seconds.
 """
 import json
 import subprocess
@@ -10,7 +10,7 @@ import time
 
 
 def naive_run(code: str, stdin: str = "", timeout: float = 5.0, cwd: str | None = None):
-    """Run a program as most people do at first. Returns stdout, stderr and the seconds that it took."""
+    """Run a program in the simplest way. Return its stdout, its stderr and the seconds that it took."""
     start = time.monotonic()
     try:
         done = subprocess.run([sys.executable, "-c", code], input=stdin.encode(), capture_output=True,
@@ -22,18 +22,18 @@ def naive_run(code: str, stdin: str = "", timeout: float = 5.0, cwd: str | None 
 
 
 def one_process_verdict(code: str, tests: list, cwd: str) -> bool:
-    """Return whether all tests pass in one process, where each has only a new namespace and new streams."""
+    """Return whether all tests pass in one process that gives each test a new namespace and new streams."""
     script = ("import contextlib, io, json, sys\ncode, inputs = json.load(sys.stdin)\nout = []\nfor text in inputs:\n"
               " sys.stdin = io.StringIO(text)\n with contextlib.redirect_stdout(io.StringIO()) as o:\n"
               "  exec(code, {'__name__': '__main__'})\n out.append(o.getvalue().strip())\nprint(json.dumps(out))")
     done = subprocess.run([sys.executable, "-c", script], input=json.dumps([code, [t["input"] for t in tests]]),
                           text=True, capture_output=True, cwd=cwd, timeout=20)
-    last = (done.stdout.splitlines() or ["[]"])[-1]  # what runs late may print before it
+    last = (done.stdout.splitlines() or ["[]"])[-1]  # code that runs late may print before this line
     return json.loads(last) == [test["output"] for test in tests]
 
 
 def naive_verdict(code: str, tests: list, cwd: str) -> bool:
-    """Return whether all tests pass: a function if an assert beside it ends with exit code 0, a program by its stdout."""
+    """Return whether all tests pass. A function is tested by an assert and its exit code, a program by its stdout."""
     for test in tests:
         if "fn_name" in test:
             path = cwd + "/solution.py"
@@ -114,7 +114,7 @@ FORGERIES = {
 
 COUNT = "import os\np = {!r}\nn = os.path.exists(p)\nopen(p, 'w').close()\nprint(1 + n)"
 SYSV = "import ctypes\nc = ctypes.CDLL(None)\n"
-# Programs that remember an earlier test: they print 1 and then 2. {tag} is made unique, {folder} is the caller's.
+# Programs that remember an earlier test: they print 1 and then 2. {tag} is unique, {folder} belongs to the caller.
 MEMORIES = {
     "by_a_file_in_the_folder": COUNT.format("state"),
     "by_a_file_in_tmp": COUNT.format("/tmp/{tag}"),
@@ -133,7 +133,7 @@ MEMORIES = {
         "  os.close(2)\n  time.sleep(3)\n  os._exit(0)\n"),
 }
 
-# The same in the memory of one process, where a runner executes all tests of a program one after another.
+# Programs that remember an earlier test in the memory of their process, for runners with one process for all tests.
 KEEP = "\nd['n'] = d.get('n', 0) + 1\nprint(d['n'])"
 TRACES = {
     "in_a_module": "import math\ntry: math.n += 1\nexcept AttributeError: math.n = 1\nprint(math.n)",
@@ -183,7 +183,7 @@ TRACES = {
     "in_the_builtins_by_their_owner": "d = print.__self__.__dict__" + KEEP,
 }
 
-# Programs that print ESCAPED when they got through. True: only namespaces (or Landlock) hold them.
+# Programs that print ESCAPED if the attack succeeds. True: only namespaces (or Landlock) can stop the attack.
 ESCAPES = {
     "secret_in_the_environment": ("import os\nif 'DUST_SECRET' in os.environ: print('ESCAPED')", False),
     "secret_in_a_file": ("if open('{folder}/secret').read(): print('ESCAPED')", True),
@@ -247,7 +247,7 @@ ESCAPES = {
     "20_MB_of_output": ("import sys\nfor i in range(20): sys.stdout.write('x' * (1 << 20))\nprint('ESCAPED')", False),
 }
 
-# Programs that leave a process, named by {tag}, behind. They wait a little, so that it has its name when they end.
+# Programs that leave a process behind. They end only after this process has taken its name, {tag}.
 SLEEP = "os.execv('/bin/sleep', ['{tag}', '20'])\nimport time\ntime.sleep(.4)\n"
 NULL = "for fd in 0, 1, 2: os.dup2(os.open('/dev/null', os.O_RDWR), fd)\n"
 ORPHANS = {

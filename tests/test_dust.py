@@ -1,4 +1,4 @@
-"""The whole loop from sample to report, on two kinds of model; kills, resumes and what bad input gets."""
+"""Test the whole run from sample to report on two kinds of model, killed and resumed runs, and bad input."""
 import json
 import os
 import random
@@ -17,7 +17,7 @@ from plumbing.problems import Problem
 from conftest import SMALL
 from dust import Candidate, Group
 
-torch.set_num_threads(1)  # tiny models gain nothing from more; and a forked child must not need the parent's threads
+torch.set_num_threads(1)  # tiny models need no more, and a forked child must not wait for threads of its parent
 dust.tqdm.monitor_interval = 0
 ROOT = Path(dust.__file__).resolve().parent
 
@@ -27,7 +27,7 @@ def run_dust(*arguments) -> int:
 
 
 def error_of(capsys, *arguments) -> str:
-    """The one line on stderr of a run that must end with exit code 2."""
+    """Assert that a run ends with exit code 2 and one line on stderr. Return that line."""
     assert run_dust(*arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dust: ")]
     assert len(lines) == 1, lines
@@ -80,13 +80,13 @@ def test_the_shipped_model_goes_from_sample_to_report(tmp_path, capsys):
 
 
 def test_a_random_llama_goes_through_the_same_code(llama, tmp_path):
-    """Another architecture, no chat template, no pad token, its own problems: nothing is special about the tiny one."""
+    """The code must not depend on the shipped model: this one has no chat template and no pad token."""
     assert run_dust(*llama["arguments"], "--out", tmp_path / "run") == 0
     check_run(tmp_path / "run", 8, 8, 2)
 
 
 def test_penalties_in_a_models_own_generation_config_do_not_reach_the_candidates(llama, tmp_path):
-    """Models ship with repetition penalties; the paper samples from the model as it is, and so do the rankings."""
+    """Some models come with a repetition penalty. The paper samples without one, both programs and rankings."""
     folder = tmp_path / "model"
     shutil.copytree(llama["folder"] / "model", folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": 2, "repetition_penalty": 5.0, "do_sample": true}')
@@ -99,7 +99,7 @@ def test_penalties_in_a_models_own_generation_config_do_not_reach_the_candidates
 
 @pytest.mark.parametrize("temperature", [0, 0.6])
 def test_eval_only_measures_and_trains_nothing(llama, tmp_path, temperature):
-    """Temperature 0 as well, the first control beside every claim: a gain that it also gives is no gain of training."""
+    """Temperature 0 must work too, as the first control: a gain that it also gives does not come from training."""
     assert run_dust(*llama["arguments"], "--eval-only", "--eval-temperature", temperature, "--out", tmp_path / "run") == 0
     figures = json.loads((tmp_path / "run" / "report.json").read_text())
     assert list(figures["rows"]) == ["base"] and figures["gains"] == {}
@@ -109,11 +109,11 @@ def test_eval_only_measures_and_trains_nothing(llama, tmp_path, temperature):
 # ---------------------------------------------------------------------------------------------------- kill and resume
 
 def run_and_die(where: str, count: int, arguments: list[str]) -> int:
-    """Runs dust in a child process that kills itself with SIGKILL at one place; returns the child's exit code.
+    """Run dust in a child process that kills itself with SIGKILL at one place. Return the child's exit code.
 
-    where: "save" (half a checkpoint written), "step" (after the update that follows `count` whole steps), "backward"
-    (with the gradients of that update half there) or the file of a stage, in which the chunk after the first `count` ones
-    is torn in the middle of a line.
+    where: "save" (half of a checkpoint is written), "step" (after the update that follows `count` complete steps),
+    "backward" (some gradients of that update are computed), or the file of a stage: after `count` chunks, the next one
+    is cut off in the middle of a line.
     """
     child = os.fork()
     if child:
@@ -168,9 +168,9 @@ KILLS = [("samples", 1), ("labels", 0), ("base-samples", 0), ("base-labels", 0),
 
 
 def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_was_not(llama, tmp_path):
-    """SIGKILL in each stage, with a torn line or half a checkpoint on the disk; each time --resume goes on.
+    """The run gets SIGKILL in each stage, with half a line or half a checkpoint on the disk, and is resumed each time.
 
-    The result has to be the very same, and no item of work may be kept twice.
+    The result must be the same to the last bit, and no item of work may be kept twice.
     """
     arguments = [*llama["arguments"], "--rows", "16", "--steps", "4"]
     assert run_dust(*arguments, "--out", tmp_path / "whole") == 0
@@ -197,7 +197,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_was_not(llama, tmp
 
 
 def test_training_goes_on_from_the_checkpoint_and_not_from_the_start(llama, tmp_path, monkeypatch):
-    """Starting again gives the same result, for all is seeded; only the number of updates tells the two apart."""
+    """Training from the start gives the same result, because all is seeded. Only the number of updates is different."""
     arguments = [*llama["arguments"], "--out", str(tmp_path / "run"), "--resume", "--steps", "3"]
     assert run_and_die("step", 2, arguments) == -signal.SIGKILL
     real, made = dust.grpo.update, Counter()
@@ -250,7 +250,7 @@ def test_a_damaged_file_of_the_run_is_one_line(llama, tmp_path, capsys):
 
 
 def test_a_problem_file_that_was_edited_is_not_gone_on_with(llama, tmp_path, capsys):
-    """The journals hold answers to the old questions, and labels by the old tests."""
+    """The files of the run hold answers to the old questions, and labels from the old tests."""
     problems = tmp_path / "problems.jsonl"
     shutil.copy(llama["folder"] / "problems.jsonl", problems)
     arguments = [*llama["arguments"], "--train", problems, "--eval-only", "--eval", problems, "--out", tmp_path / "run"]
@@ -260,7 +260,7 @@ def test_a_problem_file_that_was_edited_is_not_gone_on_with(llama, tmp_path, cap
 
 
 def test_a_stage_of_hours_says_so_and_does_not_count_what_another_process_did(monkeypatch, capsys):
-    """99 of 100 answers were there; one that took a minute says 8 hours for the next 500, not five minutes."""
+    """99 answers are from an earlier process. One more takes a minute, so 500 more take 8 hours, not five minutes."""
     now = [1000.0]
     monkeypatch.setattr(runs.time, "time", lambda: now[0])
     for total, line in ((600, "samples: about 8 hours at this speed"), (150, "")):
@@ -332,7 +332,7 @@ def test_no_mixed_group_says_why_and_what_to_change(llama, tmp_path, capsys):
 
 
 def test_problems_too_long_for_the_context_are_counted_and_not_solved(llama, tmp_path, capsys):
-    """One long statement must not end a run of a thousand; nor may it leave the evaluation and raise its average."""
+    """One long statement must not end a run. In the evaluation it counts as wrong; else the average would rise."""
     tests = [{"input": "", "output": "1\n"}]
     problems = [{"id": f"p{i}", "question": "Write " * length, "tests": tests} for i, length in enumerate((3, 600, 5))]
     mixed, long = tmp_path / "mixed.jsonl", tmp_path / "long.jsonl"
@@ -347,7 +347,7 @@ def test_problems_too_long_for_the_context_are_counted_and_not_solved(llama, tmp
 
 
 def test_a_group_too_long_to_rank_is_left_out_and_counted(llama, tmp_path, capsys, monkeypatch):
-    """Found in the middle of training it would end the run, with settings that --resume may not change."""
+    """If it were found only in training, it would end the run, and --resume may not change the settings that help."""
     real, seen = dust.ranking_ids, []
     long = torch.zeros(1000, dtype=torch.long)  # the prompts of the first two groups, longer than any context
     monkeypatch.setattr(dust, "ranking_ids", lambda *a: (seen.append(a), long if len(seen) < 3 else real(*a))[1])
@@ -398,7 +398,7 @@ def problem(name: str) -> Problem:
 
 
 def candidates(name: str, pattern: str) -> list[Candidate]:
-    """One candidate a letter: r right, w wrong, - without a program."""
+    """Return a candidate for each letter: r is right, w is wrong, - has no program."""
     return [Candidate(name, f"{name}{i}", None if c == "-" else f"code {name}{i}", c == "r") for i, c in enumerate(pattern)]
 
 
@@ -438,7 +438,7 @@ def test_every_group_comes_once_in_each_pass():
 
 
 def test_the_groups_of_a_step_are_found_as_fast_for_a_large_run():
-    """A shuffle of all groups for each prompt took a second a step at the paper's 37,000 groups."""
+    """Once all groups were shuffled again for each prompt. With the paper's 37,000 groups a step lost a second."""
     groups, began = [Group(problem("a"), [])] * 37_000, time.process_time()
     dust.batch_at(groups, 300, dust.Args(batch=64))
     assert time.process_time() - began < 0.5

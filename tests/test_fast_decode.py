@@ -1,4 +1,4 @@
-"""plumbing/fast_decode.py: the fast decoder gives what the plain one of grpo.py gives. Tiny random models."""
+"""Test that the fast decoder gives the results of the plain decoder of grpo.py, on tiny random models."""
 import os
 import sys
 
@@ -18,7 +18,7 @@ SAMPLINGS = [Sampling(), Sampling(0.6, 0.9, 8), Sampling(0.0)]
 
 
 def compare(fast, plain):
-    """Rollouts of two decoders: the same tokens, and log-probs up to rounding."""
+    """Assert that the rollouts of two decoders have the same tokens, and the same log-probs up to rounding."""
     for a, b in zip(fast, plain):
         assert [x.tolist() for x in a.answers] == [x.tolist() for x in b.answers] and a.finished == b.finished
         torch.testing.assert_close(a.logps, b.logps, atol=2e-5, rtol=0)
@@ -27,10 +27,10 @@ def compare(fast, plain):
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("make", FAMILIES)
 def test_the_fast_decoder_draws_what_the_plain_one_draws(make, sampling):
-    """Prompts of unequal lengths beside, within and beyond a window; rows and whole prompts that drop out on the way;
-    and answers longer than the first buffer of their keys."""
+    """The cases: prompts shorter and longer than the window, rows and whole prompts that end early, and answers that
+    are longer than the first buffer of their keys."""
     prompts = ids(4, 19, 1, 11, 6)
-    # with this seed no draw lies so near the edge of a token that rounding decides between two neighbours
+    # with this seed no draw is so close to the border between two tokens that rounding decides
     how = dict(answers=4, seed=1, sampling=sampling, max_new_tokens=70, eos_ids=[EOS, 8])
     model = make()
     assert grpo.shares_prompts(model)  # else enable_sharing has found the bug, and the plain decoder would draw twice
@@ -41,7 +41,7 @@ def test_the_fast_decoder_draws_what_the_plain_one_draws(make, sampling):
 
 
 def test_each_decoder_is_the_one_that_the_test_above_means(monkeypatch):
-    """Two runs of one decoder would agree in any case."""
+    """If both runs used the same decoder, they would agree in any case, and the test above would show nothing."""
     fast, plain, made = qwen3(), unshared(qwen3()), []
     for name in ("SharedCache", "PlainCache"):
         monkeypatch.setattr(grpo, name, lambda *a, name=name, real=getattr(grpo, name): made.append(name) or real(*a))
@@ -51,7 +51,7 @@ def test_each_decoder_is_the_one_that_the_test_above_means(monkeypatch):
 
 
 def test_prompts_with_unequal_numbers_of_answers():
-    """Places beside a prompt then stay empty: what they hold must not reach a row."""
+    """Some places of a prompt then stay empty. The numbers in them must not reach the answer of any row."""
     model, prompts = qwen3(), ids(5, 3, 9)
     seeds = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     how = dict(max_new_tokens=30, eos_ids=[EOS, 8])
@@ -59,7 +59,7 @@ def test_prompts_with_unequal_numbers_of_answers():
 
 
 def test_the_prefill_in_parts_is_the_same(monkeypatch):
-    """The bound on one forward's tokens cuts a batch of prompts; the parts' keys have to come back in order."""
+    """A batch with too many prompt tokens for one forward pass is cut into parts. Their keys must stay in order."""
     model, prompts = gpt_oss(), ids(5, 3, 9, 4)
     whole = draw(model, prompts, max_new_tokens=12)
     monkeypatch.setattr(fast_decode, "PREFILL_TOKENS", 9)
@@ -67,7 +67,7 @@ def test_the_prefill_in_parts_is_the_same(monkeypatch):
 
 
 def test_a_prompts_keys_are_held_once_and_only_while_they_are_needed():
-    """A copy for each answer is what the cache saves, and what the memory of a rollout mostly is."""
+    """With a copy of the keys for each answer, these copies would take most of a rollout's memory."""
     model = qwen3()
     with torch.inference_mode():
         cache = SharedCache(model, ids(7, 5), [3, 2])

@@ -1,4 +1,4 @@
-"""grpo.py, each test named after the bug it guards. Tiny random models, unequal lengths, no two inputs alike."""
+"""Test grpo.py. Each test is named after the bug that it guards against. Inputs are random and of unequal lengths."""
 import copy
 import os
 import sys
@@ -30,7 +30,7 @@ EXPERTS = dict(num_experts_per_tok=2, experts_implementation="eager")
 
 
 def build(name, **settings):
-    """A tiny random model; norms and biases, which start as ones and zeros, are moved too."""
+    """Make a tiny random model. Norms and biases, which start as ones and zeros, become random too."""
     torch.manual_seed(3)
     model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SHAPE, **settings))
     for p in model.parameters():
@@ -41,7 +41,7 @@ def build(name, **settings):
 
 
 def qwen3(**changes):
-    """Grouped KV heads, QK-norm, the head tied to the embedding."""
+    """A model with grouped key heads, QK-norm, and the head tied to the embedding."""
     return build("Qwen3", **{**SIZE, "tie_word_embeddings": True, **changes})
 
 
@@ -58,24 +58,24 @@ def llama():
 
 
 def gpt_oss():
-    """Attention sinks, and a window shorter than the prompts in every other layer."""
+    """A model with attention sinks, and in every second layer a window that is shorter than the prompts."""
     return build("GptOss", **SIZE, **EXPERTS, num_local_experts=4, sliding_window=6)
 
 
 def mistral():
-    """A window in every layer, the last one included."""
+    """A model with a window in every layer, also in the last one."""
     return build("Mistral", **SIZE, sliding_window=6)
 
 
 def deepseek():
-    """Values narrower than queries and keys."""
+    """A model whose values are narrower than its queries and keys."""
     size = SIZE | dict(num_key_value_heads=4, q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=16,
                        qk_rope_head_dim=8, v_head_dim=12, first_k_dense_replace=2)
     return build("DeepseekV3", **{k: v for k, v in size.items() if k != "head_dim"})
 
 
 def gpt2():
-    """Learned positions and dropout."""
+    """A model with learned positions and dropout."""
     torch.manual_seed(4)
     config = transformers.GPT2Config(**SHAPE, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
     model = transformers.GPT2LMHeadModel(config)
@@ -84,32 +84,32 @@ def gpt2():
 
 
 def mamba():
-    """No attention at all."""
+    """A model without attention."""
     return build("Mamba", hidden_size=32, num_hidden_layers=2, initializer_range=0.2)
 
 
 def qwen3_next():
-    """Linear attention in three layers of four; so faint that its numbers alone would not tell."""
+    """A model with linear attention in three of four layers. With weights this small, the logits do not show it."""
     return build("Qwen3Next", **{**SIZE, "num_hidden_layers": 4, "initializer_range": 0.002}, **EXPERTS, num_experts=4)
 
 
 def gemma2(**changes):
-    """Capped logits, as faint."""
+    """A model with soft-capped logits. With weights this small, the logits do not show it."""
     return build("Gemma2", **{**SIZE, "initializer_range": 0.002, "attn_logit_softcapping": None, **changes})
 
 
 def gemma2_scores():
-    """Capped attention scores."""
+    """A model with soft-capped attention scores."""
     return gemma2(attn_logit_softcapping=50.0, final_logit_softcapping=None)
 
 
 def granite():
-    """A head that divides its logits."""
+    """A model whose logits are divided after the head."""
     return build("Granite", **{k: v for k, v in SIZE.items() if k != "head_dim"}, logits_scaling=3.0)
 
 
 def phi3(**changes):
-    """Rotary positions that change for the whole batch with its longest row."""
+    """A model whose rotary positions depend on the longest row of the batch."""
     scaling = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4, factor=4.0,
                    original_max_position_embeddings=16)
     size = {k: v for k, v in SIZE.items() if k != "head_dim"}
@@ -124,19 +124,19 @@ SHARING = [qwen3, qwen3_untied, qwen3_moe, llama, gpt_oss, mistral, deepseek, gp
 
 
 def ids(*lengths, seed=0):
-    """Token ids without special ones, one tensor a length."""
+    """Return a tensor of random token ids, without special ones, for each length."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(6, 37, (n,), generator=generator) for n in lengths]
 
 
 def unshared(model):
-    """The same model as one that enable_sharing has not switched."""
+    """Undo enable_sharing and return the model."""
     model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
     return model
 
 
 def draw(model, prompts, answers=3, seed=7, sampling=Sampling(), max_new_tokens=9, eos_ids=(EOS,), **more):
-    """`answers` answers to each prompt."""
+    """Return rollouts with `answers` answers to each prompt."""
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**62, (len(prompts), answers), generator=generator).tolist()
     more |= dict(sampling=sampling, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
@@ -144,7 +144,7 @@ def draw(model, prompts, answers=3, seed=7, sampling=Sampling(), max_new_tokens=
 
 
 def scored(model, rewards=((0.0, 1.0, 0.5), (2.0, -1.0, 0.0)), temperature=1.0):
-    """Rollouts of two prompts with rewards."""
+    """Return rollouts of two prompts with rewards."""
     rollouts = draw(model, ids(4, 11), sampling=Sampling(temperature), eos_ids=[EOS, 6, 7, 8])
     for r, values in zip(rollouts, rewards):
         r.rewards = torch.tensor(values)
@@ -152,7 +152,7 @@ def scored(model, rewards=((0.0, 1.0, 0.5), (2.0, -1.0, 0.0)), temperature=1.0):
 
 
 def settings(**changes):
-    """What update reads of dust.Args: a single step, without KL."""
+    """Return the settings that `update` reads of dust.Args: a single step, without KL."""
     args = dict(mode="rank", mini_batch=16, ppo_epochs=1, temperature=1.0, loss="sequence", clip=0.2, clip_high=0.0,
                 dual_clip=0.0, kl=0.0, micro_tokens=16384)
     return SimpleNamespace(**args | changes)
@@ -160,7 +160,7 @@ def settings(**changes):
 
 @pytest.fixture(autouse=True)
 def unclipped(monkeypatch):
-    """Gradients as they are, without a bound on their norm."""
+    """Switch off the bound on the norm of the gradients."""
     monkeypatch.setattr(grpo, "MAX_GRADIENT_NORM", float("inf"))
 
 
@@ -173,7 +173,7 @@ class Recorder(torch.optim.SGD):
 
 
 def gradients(model, rollouts, reference=None, **changes):
-    """The gradients that one update of a copy of the model sees."""
+    """Return the gradients and the metrics of one update of a copy of the model."""
     model = copy.deepcopy(model)
     optimizer = Recorder(model.parameters(), lr=0.0)
     metrics = grpo.update(model, optimizer, rollouts, settings(**changes), reference=reference)
@@ -181,13 +181,13 @@ def gradients(model, rollouts, reference=None, **changes):
 
 
 def distance(a, b):
-    """Relative L2 distance between two lists of tensors."""
+    """Return the relative L2 distance between two lists of tensors."""
     a, b = (torch.cat([t.double().flatten() for t in x]) for x in (a, b))
     return float((a - b).norm() / b.norm())
 
 
 def full_logps(model, prompt, answer, temperature):
-    """The log-probs of one answer from the model's own logits over the whole row: the definition."""
+    """Return the log-probs of one answer by their definition: from the model's logits over the whole row."""
     with grpo.plain_attention(model):
         logits = model(torch.cat([prompt, answer])[None], use_cache=False).logits[0]
     logps = (logits / temperature).log_softmax(-1)
@@ -200,7 +200,7 @@ def full_logps(model, prompt, answer, temperature):
 @pytest.mark.parametrize("switch", [lambda model: model, unshared], ids=["shared", "plain"])
 @pytest.mark.parametrize("make", [qwen3, gpt2])
 def test_a_prompt_is_not_moved_by_the_padding_beside_longer_ones(make, switch):
-    """Left padding shifts positions unless they are counted per row: rotary ones and learned ones alike."""
+    """Padding on the left shifts the positions, rotary and learned ones, unless they are counted for each row."""
     model, prompts = switch(make()), ids(3, 12, 7, 1)
     how = dict(answers=2, max_new_tokens=8, sampling=Sampling(temperature=0.0))
     together = draw(model, prompts, **how)
@@ -213,8 +213,8 @@ def test_a_prompt_is_not_moved_by_the_padding_beside_longer_ones(make, switch):
 
 @pytest.mark.parametrize("lengths, answers", [((4, 9, 6), 8), ((3, 5, 9, 2, 7, 8, 6, 4, 11, 10), 1)])
 def test_rows_that_leave_the_batch_do_not_change_what_the_others_draw(lengths, answers):
-    """Without an EOS no row leaves; cut at the first EOS, the same draws have to give the same answers. With one
-    answer each, prompts leave as well."""
+    """Without an EOS no row leaves the batch. With an EOS, the same draws must give the same answers up to the EOS. In
+    the case with one answer to each prompt, prompts leave as well."""
     model, prompts = qwen3(), ids(*lengths)
     some = draw(model, prompts, answers, seed=1, max_new_tokens=40, eos_ids=[EOS, 8])
     whole = draw(model, prompts, answers, seed=1, max_new_tokens=40, eos_ids=[])
@@ -227,7 +227,7 @@ def test_rows_that_leave_the_batch_do_not_change_what_the_others_draw(lengths, a
 
 
 def test_more_rows_than_fit_are_decoded_in_parts_and_draw_the_same():
-    """The bound has to hold within a group too, and must not change what is drawn, nor the order of what returns."""
+    """The bound must hold within a group too. It must change neither the draws nor the order of the answers."""
     model, prompts, sizes = qwen3(), ids(9, 2, 5, 3), []
     how = dict(answers=6, seed=1, max_new_tokens=6, eos_ids=[EOS, 8])
     whole = draw(model, prompts, **how)
@@ -242,12 +242,12 @@ def test_more_rows_than_fit_are_decoded_in_parts_and_draw_the_same():
 
 
 def test_no_prompts_are_an_empty_rollout():
-    """A rank without work calls it all the same, because gathering a sharded model takes all ranks."""
+    """A rank without prompts calls it too, because all ranks must take part in gathering a sharded model."""
     assert draw(qwen3(), []) == [] and draw(mamba(), []) == []
 
 
 def test_an_answer_ends_with_one_eos_and_a_truncated_one_has_none():
-    """The pad id is the EOS here and stands in a prompt as well: lengths must come from sampling, not from ids."""
+    """Here the pad id is the EOS, which also occurs in a prompt. So lengths must come from sampling, not from ids."""
     model = qwen3()
     prompts = [torch.tensor([7, EOS, 9, EOS]), ids(8)[0]]
     rollouts = draw(model, prompts, answers=8, seed=2, max_new_tokens=12, eos_ids=[EOS, 6])
@@ -261,7 +261,7 @@ def test_an_answer_ends_with_one_eos_and_a_truncated_one_has_none():
 
 @pytest.mark.parametrize("make", [*SHARING, mamba])
 def test_log_probs_at_sampling_are_those_of_training_at_the_same_temperature(make):
-    """Off by one position, or without the temperature, the ratio starts away from 1 and nothing else shows it."""
+    """If they are off by one position, or lack the temperature, only a ratio that does not start at 1 shows it."""
     model = make()
     for r in draw(model, ids(5, 13), max_new_tokens=10, sampling=Sampling(0.7)):
         trained = grpo.answer_logprobs(model, r.prompt, r.answers, temperature=0.7)
@@ -272,20 +272,20 @@ def test_log_probs_at_sampling_are_those_of_training_at_the_same_temperature(mak
 
 @pytest.mark.parametrize("make", [*SHARING, mamba])
 def test_what_a_rollout_returns_and_leaves_in_the_model_can_meet_a_backward_pass(make):
-    """Decoding runs in inference mode; a tensor made there raises wherever autograd would have to keep it, be it an
-    answer, a kept log-prob or something that the model's layers hold on to between calls."""
+    """Decoding runs in inference mode. Autograd cannot keep a tensor that was made there: an answer, a log-prob, or a
+    tensor that a layer of the model holds between calls."""
     model = make()
     r = draw(model, ids(5), max_new_tokens=10)[0]
     for answer, logp in zip(r.answers, r.logps):
-        embedded = model.get_input_embeddings()(answer)  # keeps the ids
-        (embedded.mean(-1) * logp).sum().backward()  # keeps the log-probs
+        embedded = model.get_input_embeddings()(answer)  # autograd keeps the ids
+        (embedded.mean(-1) * logp).sum().backward()  # autograd keeps the log-probs
     torch.cat(grpo.answer_logprobs(model, r.prompt, r.answers)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
 def test_bf16_logits_are_tempered_in_fp32_at_sampling_and_in_training():
-    """Divided in bf16 in one of the two, they are rounded once more there: a gap of 0.02 nats a token at the logits of
-    a larger model, which looks like a policy that has moved."""
+    """If one of the two divides in bf16, it rounds once more. With the logits of a larger model this makes a gap of
+    0.02 nats a token, which looks like a policy that has changed."""
     model = qwen3().bfloat16()
     hidden = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)).bfloat16() * 16
     logits = model.lm_head(hidden)
@@ -301,7 +301,7 @@ def test_bf16_logits_are_tempered_in_fp32_at_sampling_and_in_training():
 
 
 def test_a_forbidden_token_is_never_drawn():
-    """Probability 0 at either end of the cumulative sum, and draws at the very ends of [0, 1)."""
+    """The case: tokens of probability 0 at both ends of the cumulative sum, and draws at both ends of [0, 1)."""
     logits = torch.tensor([[-torch.inf, 2.0, -torch.inf, 1.0, -torch.inf]]).repeat(3, 1)
     tokens, logps = grpo.draw_token(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), Sampling())
     assert tokens.tolist() == [1, 1, 3]
@@ -328,8 +328,8 @@ def test_the_sampler_draws_each_token_as_often_as_it_should():
 
 @pytest.mark.parametrize("spread", [1.0, 3.0])
 def test_top_p_without_top_k_draws_as_from_a_full_sort(spread):
-    """Sorting a real vocabulary takes a second a step, so the likeliest few are tried first: rows of one token that has
-    all the mass, and rows of which hundreds are needed, in one batch."""
+    """Sorting a real vocabulary takes a second a step, so the likeliest few tokens are tried first. In this batch some
+    rows need one token, others need hundreds."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 5000, generator=generator) * torch.linspace(0.2, spread, 40)[:, None]
     logits[3, 7] += 30
@@ -344,7 +344,7 @@ def test_top_p_without_top_k_draws_as_from_a_full_sort(spread):
 
 
 def test_rows_that_are_drawn_in_parts_are_the_same(monkeypatch):
-    """Of a real vocabulary a few rows at a time are quicker than all at once."""
+    """With a real vocabulary, drawing a few rows at a time is faster than drawing all at once."""
     logits, uniform = torch.randn(7, 50), torch.rand(7)
     for sampling in (Sampling(), Sampling(0.6, 0.9, 20), Sampling(0.0)):
         whole = grpo.draw_token(logits, uniform, sampling)
@@ -358,7 +358,7 @@ def test_rows_that_are_drawn_in_parts_are_the_same(monkeypatch):
 
 
 def value_and_gradient(model, logprobs):
-    """Log-probs [N] and the gradient of a random sum of them, as one vector."""
+    """Return log-probs [N] and the gradient of a random weighted sum of them, a tensor for each parameter."""
     model.zero_grad()
     logp = logprobs()
     (logp * torch.randn(len(logp), generator=torch.Generator().manual_seed(5)).to(logp)).sum().backward()
@@ -367,14 +367,14 @@ def value_and_gradient(model, logprobs):
 
 
 def both_forms(model, prompt, answers):
-    """The shared form's and the plain one's log-probs and gradients, at T = 0.7."""
+    """Return log-probs and gradients of the shared form and of the plain form, at T = 0.7."""
     shared = value_and_gradient(model, lambda: torch.cat(grpo.answer_logprobs(model, prompt, answers, temperature=0.7)))
     return shared, value_and_gradient(model, lambda: grpo.plain_logprobs(model, prompt, answers, 0.7)[0])
 
 
 @pytest.mark.parametrize("make", SHARING)
 def test_prompt_gradient_is_not_lost_when_the_prompt_is_shared(make, monkeypatch):
-    """Answers of one token, more of them than share a call, and windows within and across blocks of the prompt."""
+    """The cases: an answer of one token, more answers than fit in one call, windows within and across prompt blocks."""
     monkeypatch.setattr(shared_prompt, "SHORT_ANSWERS", 16)
     monkeypatch.setattr(shared_prompt, "QUERY_BLOCK", 8)
     model = make()
@@ -388,7 +388,7 @@ def test_prompt_gradient_is_not_lost_when_the_prompt_is_shared(make, monkeypatch
 
 @pytest.mark.parametrize("make", [qwen3, qwen3_untied, llama, gpt_oss, gpt2])
 def test_in_double_precision_the_shared_form_is_the_plain_one(make):
-    """What fp32 noise could hide. transformers' norms compute in fp32 whatever the model's type: replaced here."""
+    """Rounding in fp32 could hide an error. transformers' norms always compute in fp32, so they are replaced here."""
     model = make()
     model.eval().double()
     for name, module in list(model.named_modules()):
@@ -403,7 +403,7 @@ def test_in_double_precision_the_shared_form_is_the_plain_one(make):
 
 
 def test_a_prompt_under_no_grad_passes_the_values_and_fails_the_gradients(monkeypatch):
-    """The control of the tests above: they would see a prompt whose keys carry no gradient."""
+    """The control of the tests above: without gradients in the prompt's keys, they would fail."""
     model, (prompt, *answers) = qwen3(), ids(19, 7, 12, 3)
     assert grpo.shares_prompts(model)
     attend = Packed.attend
@@ -419,7 +419,7 @@ def test_a_prompt_under_no_grad_passes_the_values_and_fails_the_gradients(monkey
 
 
 def test_a_prompt_is_read_once_for_its_answers():
-    """Exact and slow would pass every other test."""
+    """Reading the prompt again for each answer is exact too, so every other test would pass. It is only slower."""
     model, seen = qwen3(), []
     model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
     rollouts = draw(model, ids(4, 11), max_new_tokens=5, eos_ids=[])
@@ -437,7 +437,7 @@ def test_a_prompt_is_read_once_for_its_answers():
     (phi3, "depend on the longest row"), (dynamic, "depend on the longest row"),
 ])
 def test_a_model_that_cannot_share_falls_back_and_says_why(make, reason):
-    """Shared attention would be wrong for it, or its head's logits would; then the definition's numbers."""
+    """Sharing would be wrong for these models. They use the plain form, which must give the definition's numbers."""
     model = make()
     assert reason in grpo.enable_sharing(model) and not grpo.shares_prompts(model)
     rollouts = draw(model, ids(4, 9), max_new_tokens=6, eos_ids=[EOS, 8], sampling=Sampling(0.7))
@@ -458,8 +458,8 @@ def test_a_model_that_cannot_share_falls_back_and_says_why(make, reason):
 
 @pytest.mark.parametrize("error", [BdbQuit, torch.OutOfMemoryError])
 def test_leaving_a_debugger_inside_the_self_check_is_not_a_finding_about_the_model(monkeypatch, error):
-    """`q` at a breakpoint in there was taken for a model that cannot share, and the run went on in the slow form. Nor
-    is a full GPU one."""
+    """After `q` at a breakpoint in the self-check, the run took the model for one that cannot share, and was slow. A
+    full GPU must not have this effect either."""
     def quit_here(model):
         raise error
 
@@ -473,7 +473,7 @@ def test_leaving_a_debugger_inside_the_self_check_is_not_a_finding_about_the_mod
 
 
 def test_a_model_that_shares_prompts_is_copied_and_saved_as_an_ordinary_one(tmp_path):
-    """The reference is a copy; a saved model must load in any other program."""
+    """The reference is a copy of the model. A saved model must load in any other program."""
     model = qwen3()
     assert grpo.shares_prompts(copy.deepcopy(model))
     model.save_pretrained(tmp_path)
@@ -488,7 +488,7 @@ def test_a_model_that_shares_prompts_is_copied_and_saved_as_an_ordinary_one(tmp_
 
 
 def test_the_check_of_a_model_sees_a_padded_prompt(monkeypatch):
-    """Its two prompts had one length where there was no window: whatever padding did, it would have passed."""
+    """For models without a window, the check used two prompts of equal length. It could not see wrong padding."""
     model = qwen3()
     assert grpo.find_difference(model) == ""
     monkeypatch.setattr(SharedCache, "prompt_mask", lambda self, window: None)
@@ -496,7 +496,7 @@ def test_the_check_of_a_model_sees_a_padded_prompt(monkeypatch):
 
 
 def test_a_rollout_that_is_interrupted_leaves_the_model_as_it_was(monkeypatch):
-    """Code that catches the exception would generate without the model's own settings from then on."""
+    """Otherwise code that catches the exception would generate without the model's settings from then on."""
     model = mamba()
     before = model.generation_config
 
@@ -512,7 +512,7 @@ def test_a_rollout_that_is_interrupted_leaves_the_model_as_it_was(monkeypatch):
 
 @pytest.mark.parametrize("make", [qwen3, granite, mamba])
 def test_the_plain_form_asks_for_logits_of_answers_only(make):
-    """Logits of 8 whole rows, prompts included, are what fills the memory first."""
+    """The logits of 8 whole rows with their prompts are the first tensors to fill the memory."""
     model, (prompt, *answers), rows = make(), ids(19, 7, 12, 3), []
     model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:2]))
     logp, _ = grpo.plain_logprobs(model, prompt, answers, 0.7)
@@ -522,7 +522,7 @@ def test_the_plain_form_asks_for_logits_of_answers_only(make):
 
 
 def test_the_plain_form_scores_what_it_sampled_a_block_at_a_time(monkeypatch):
-    """Eight long answers at once are [8, R, V] logits: 20 GB at 8,192 tokens and a vocabulary of 150,000."""
+    """Eight long answers at once need logits [8, R, V]: 20 GB at 8,192 tokens and a vocabulary of 150,000."""
     model, rows = mamba(), []
     monkeypatch.setattr(grpo, "HEAD_LOGITS", 20 * 37)
     score = grpo.plain_logprobs
@@ -540,7 +540,7 @@ def test_the_plain_form_scores_what_it_sampled_a_block_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("make", [qwen3, gpt_oss])
 def test_the_last_layer_does_not_attend_where_nobody_reads(make, monkeypatch):
-    """What it made of a long prompt's other tokens was thrown away: up to a sixth of six layers' attention."""
+    """Only its output at the prompt's end is used. In six layers, up to a sixth of the attention was wasted."""
     model, (prompt, *answers), rows = make(), ids(11, 4, 6), []
     assert grpo.shares_prompts(model)
     real = shared_prompt.fused_attention
@@ -555,7 +555,7 @@ def test_the_last_layer_does_not_attend_where_nobody_reads(make, monkeypatch):
 
 @pytest.mark.parametrize("make", [qwen3, gpt_oss])
 def test_no_mask_of_a_long_answer_is_answer_by_row(make, monkeypatch):
-    """[R, L + R] numbers, for each answer of another length, and with sinks in each layer: 16 GB for 32,000 tokens."""
+    """There was a mask [R, L + R] for each answer's length, with sinks for each layer too: 16 GB at 32,000 tokens."""
     monkeypatch.setattr(shared_prompt, "QUERY_BLOCK", 8)
     monkeypatch.setattr(shared_prompt, "SHORT_ANSWERS", 4)
     model, (prompt, *answers), masks = make(), ids(11, 7, 48, 3, 9, 2, 33), {}
@@ -572,7 +572,7 @@ def test_no_mask_of_a_long_answer_is_answer_by_row(make, monkeypatch):
     (logp, gradient), (expected, expected_gradient) = both_forms(model, prompt, answers)
     torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
     assert distance(gradient, expected_gradient) < 1e-5
-    whole, windowed = 8 * (1 + 11 + 48), 8 * (1 + 6 + 8)  # one of all blocks; one of those a window away from the start
+    whole, windowed = 8 * (1 + 11 + 48), 8 * (1 + 6 + 8)  # a mask for all blocks, and one for blocks behind a window
     short = 4 * (1 + 11 + 4)
     assert max(masks.values()) <= whole and sum(masks.values()) <= whole + 2 * windowed + 4 * short
 
@@ -582,7 +582,7 @@ def test_no_mask_of_a_long_answer_is_answer_by_row(make, monkeypatch):
     {"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, {"rope_parameters": {"rope_type": "dynamic_ntk"}},
 ])
 def test_positions_that_depend_on_the_longest_row_are_found_wherever_a_config_says_so(names):
-    """A dictionary for each type of layer, or older names; on two short prompts the numbers would agree."""
+    """A config may have a dictionary for each type of layer, or older names. Two short prompts show no difference."""
     model = qwen3()
     assert grpo.find_difference(model) == ""
     del model.config.rope_parameters
@@ -591,7 +591,7 @@ def test_positions_that_depend_on_the_longest_row_are_found_wherever_a_config_sa
 
 
 def test_checkpointed_layers_run_again_with_the_same_attention(monkeypatch):
-    """Attending in another way the second time, only the gradients would show it."""
+    """If the layers attended in another way the second time, only the gradients would show it."""
     model, checkpointed = qwen3(), qwen3()
     checkpoint_layers(checkpointed)
     rollouts, calls = scored(model), []
@@ -603,21 +603,21 @@ def test_checkpointed_layers_run_again_with_the_same_attention(monkeypatch):
 
 
 def test_the_head_sees_answer_positions_only_and_in_blocks(monkeypatch):
-    """Logits of a whole row, or of all answers at once, are what fills the memory first."""
+    """The logits of a whole row, or of all answers at once, are the first tensors to fill the memory."""
     model, (prompt, *answers) = qwen3(), ids(19, 7, 12, 3)
     whole = value_and_gradient(model, lambda: torch.cat(grpo.answer_logprobs(model, prompt, answers)))
     monkeypatch.setattr(grpo, "HEAD_LOGITS", 5 * 37)
     rows = []
     model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     logp, gradient = value_and_gradient(model, lambda: torch.cat(grpo.answer_logprobs(model, prompt, answers)))
-    assert rows[:5] == [5, 5, 5, 5, 2] and sorted(rows[5:]) == [2, 5, 5, 5, 5]  # forwards, and again backwards
+    assert rows[:5] == [5, 5, 5, 5, 2] and sorted(rows[5:]) == [2, 5, 5, 5, 5]  # forward, then in the backward pass
     torch.testing.assert_close(logp, whole[0])
     assert distance(gradient, whole[1]) < 1e-6
 
 
 @pytest.mark.parametrize("form", [grpo.packed_logprobs, lambda m, g, t: grpo.plain_logprobs(m, *g[0], t)])
 def test_an_answer_is_not_moved_by_a_longer_sibling(form):
-    """Padding of 50 tokens beside it, in the plain form; 50 tokens more in its row, in the shared one."""
+    """A longer sibling adds 50 tokens of padding in the plain form, and 50 tokens to the row in the shared form."""
     model, (prompt, answer, other) = qwen3(), ids(9, 6, 56)
 
     def first(answers):
@@ -675,7 +675,7 @@ def test_the_reference_pulls_from_both_sides_and_not_where_it_agrees():
 
 
 def definition_gradients(model, rollouts, loss, temperature):
-    """The policy gradient of one mini-batch written out row by row from the model's full logits."""
+    """Return the policy gradient of one mini-batch by its definition, row by row from the model's full logits."""
     model = copy.deepcopy(model)
     terms = []  # per-token -A * logp of every answer; at ratio 1 its gradient is the surrogate's
     for r in rollouts:
@@ -696,7 +696,7 @@ def test_the_weights_of_tokens_are_means_over_the_whole_mini_batch():
 @pytest.mark.parametrize("loss", ["sequence", "token"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_padding_and_micro_batches_leave_the_gradient_alone(loss, tied):
-    """One denominator for the whole mini-batch, whatever its cut: all rows at once, a few, or one at a time."""
+    """The whole mini-batch has one denominator, however it is cut: all rows at once, a few, or one at a time."""
     model = qwen3(tie_word_embeddings=tied)
     rollouts = scored(model, temperature=0.7)
     assert len({len(a) for r in rollouts for a in r.answers}) > 1
@@ -709,7 +709,7 @@ def test_padding_and_micro_batches_leave_the_gradient_alone(loss, tied):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_no_forward_holds_more_than_micro_tokens(shared):
-    """A group larger than the bound has to be cut too, or one long prompt's answers fill the memory."""
+    """A group larger than the bound must be cut too. Otherwise the answers to one long prompt fill the memory."""
     model, sizes = qwen3(), []
     rollouts = scored(model)
     model = model if shared else unshared(model)
@@ -733,7 +733,7 @@ def test_a_group_of_equal_rewards_costs_nothing_and_counts_in_the_denominator():
 
 
 def test_no_step_is_made_when_no_group_has_a_gradient():
-    """Momentum and weight decay move weights on a zero gradient too."""
+    """Momentum and weight decay change the weights even if the gradient is zero."""
     model = qwen3()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     assert grpo.update(model, optimizer, scored(model), settings())["stepped"] == 1
@@ -745,7 +745,7 @@ def test_no_step_is_made_when_no_group_has_a_gradient():
 
 
 def ppo_by_hand(model, rollouts, order, lr):
-    """Plain SGD on the clipped surrogate, whose old policy is the one before the first step."""
+    """Do plain SGD on the clipped surrogate. The old policy is the one before the first step."""
     examples = {i: list(zip(r.answers, grpo.group_advantages(r.rewards))) for i, r in enumerate(rollouts)}
     frozen = copy.deepcopy(model)
     for chosen in order:
@@ -764,8 +764,8 @@ def ppo_by_hand(model, rollouts, order, lr):
 
 @pytest.mark.parametrize("mini_batch", [1, 2, 16])
 def test_later_steps_compare_with_the_policy_before_the_first(mini_batch, recwarn):
-    """With the current policy as the old one the ratio is always 1 and clipping never acts. Epochs are steps too, when
-    all prompts fit into one mini-batch; the gap to the rollout, measured against the moved policy, then warned."""
+    """If the current policy is taken for the old one, the ratio is always 1 and nothing is clipped. A second epoch is a
+    later step too. There the gap to the rollout was measured against the changed policy, and gave a false warning."""
     model = qwen3()
     rollouts = scored(model)
     frozen, by_hand = copy.deepcopy(model), copy.deepcopy(model)
@@ -793,7 +793,7 @@ def test_the_reference_pulls_in_later_steps():
 
 
 def test_a_reference_in_training_mode_is_read_without_dropout():
-    """The same weights were 0.27 nats away from themselves."""
+    """With dropout, the KL between a model and a copy of it was 0.27 nats."""
     model = gpt2()
     rollouts, reference = scored(model), copy.deepcopy(model).train()
     _, metrics = gradients(model, rollouts, reference=reference, kl=0.1)
@@ -819,7 +819,7 @@ def test_the_norm_of_the_gradient_is_bounded_and_reported_as_it_was(monkeypatch)
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_reward_that_is_not_finite_does_not_reach_the_weights(bad):
-    """One NaN and every weight is NaN, and the checkpoint after it; momentum would keep it too."""
+    """One NaN would make every weight NaN, then the checkpoint. Momentum would keep it as well."""
     model = qwen3()
     rollouts = scored(model, rewards=((0.0, bad, 0.5), (2.0, -1.0, 0.0)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -836,7 +836,7 @@ def test_a_reward_that_is_not_finite_does_not_reach_the_weights(bad):
 
 
 def cross_entropy_by_hand(model, rollouts, loss):
-    """Its value and gradients, from torch's own cross-entropy on the model's full logits."""
+    """Return value and gradients of torch's cross-entropy on the model's full logits."""
     model.zero_grad()
     terms = []
     for r in rollouts:
@@ -851,8 +851,8 @@ def cross_entropy_by_hand(model, rollouts, loss):
 
 @pytest.mark.parametrize("loss", ["sequence", "token"])
 def test_supervised_learning_is_cross_entropy(loss):
-    """Two steps: with an old policy of before the first, the second step's gradient would be scaled and clipped. A
-    prompt without answers counts nowhere, and neither rewards nor log-probs have to be there."""
+    """If the second step used the old policy, its gradient would be scaled and clipped. A prompt without answers must
+    not count, and neither rewards nor log-probs are needed."""
     model, (a, b, c, *answers) = qwen3(), ids(4, 11, 6, 7, 1, 12, 3)
     rollouts = [grpo.Rollout(a, answers[:1], [], []), grpo.Rollout(b, answers[1:], [], []), grpo.Rollout(c, [], [], [])]
     by_hand, optimizer = copy.deepcopy(model), Recorder(model.parameters(), lr=0.3)
@@ -869,7 +869,7 @@ def test_supervised_learning_is_cross_entropy(loss):
 
 
 def test_supervised_epochs_go_on_from_the_policy_as_it_is():
-    """Four steps in one call are four calls of a step; equal rewards leave nothing out."""
+    """Four steps in one call must equal four calls with one step each. Equal rewards leave nothing out."""
     model = qwen3()
     rollouts = scored(model, rewards=((0.3, 0.3, 0.3), (2.0, -1.0, 0.0)))
     apart, sgd = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=0.3)
@@ -881,8 +881,8 @@ def test_supervised_epochs_go_on_from_the_policy_as_it_is():
 
 
 def test_dropout_does_not_part_training_from_sampling():
-    """GPT-2 in training mode: with dropout on, the same weights disagree with themselves. Loading sets it to 0; here it
-    is on, and only layers with gradient checkpointing are in training mode, their dropout modules not."""
+    """With dropout, training and sampling give a token different log-probs. Loading sets dropout to 0; here it is on.
+    Only layers with gradient checkpointing may be in training mode, but not the dropout modules inside them."""
     model = gpt2()
     rollouts = scored(model)
     for checkpointing in (False, True):
@@ -904,7 +904,7 @@ def test_a_rollout_from_other_weights_is_reported():
 
 
 def test_a_token_that_cannot_be_drawn_leaves_the_entropy_a_number():
-    """0 * -inf is none. Some heads rule out their padding that way."""
+    """0 * -inf is not a number. Some heads give their padding tokens a logit of -inf."""
     logits = torch.tensor([[0.0, -torch.inf, 1.0, 3.0], [2.0, -1e9, 2.0, -torch.inf]])
     _, entropy = grpo.token_logprobs(lambda x: x, logits, torch.tensor([0, 2]), 0.7)
     torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits / 0.7).entropy())

@@ -1,7 +1,7 @@
 """Imports point one way: data -> dust -> grpo, rank_prompt, sandbox -> plumbing. Imports inside functions count too.
 
-A reader of the paper finds the whole method in the four files at the top level. An import that points back would make
-every file depend on all others again: the sandbox once imported the micro-lab, and torch with it.
+A reader of the paper finds the whole method in the four files at the top level. An import in the other direction would
+make all files depend on each other again. Once the sandbox imported the micro-lab, and with it torch.
 """
 import ast
 import subprocess
@@ -23,7 +23,7 @@ WITHOUT_TORCH = {"rank_prompt", "sandbox"}
 
 
 def offences(root: Path) -> set[str]:
-    """Return "FILE imports NAME" for each forbidden import, and "FILE" for each file that is no part of the layout."""
+    """Return "FILE imports NAME" for each forbidden import, and "FILE" for each file that is not in MAY_IMPORT."""
     found = set()
     for path in [*root.glob("*.py"), *root.glob("plumbing/*.py"), *root.glob("data/*.py")]:
         file = path.relative_to(root)
@@ -53,7 +53,7 @@ def test_no_import_points_back():
     ("rank_prompt.py", "import plumbing.models as models", "plumbing"),
 ])
 def test_an_import_that_points_back_is_found(file, line, name, tmp_path):
-    """Without this, no offence could also mean that nothing was read."""
+    """The test above would also pass if `offences` read no files at all."""
     (tmp_path / "plumbing").mkdir()
     (tmp_path / "plumbing" / "problems.py").write_text("from . import ranks\nfrom plumbing import models")
     assert offences(tmp_path) == set()
@@ -63,7 +63,7 @@ def test_an_import_that_points_back_is_found(file, line, name, tmp_path):
 
 
 def test_prompts_sandbox_and_problems_load_without_torch():
-    """Importing torch takes seconds. A reader who tries a prompt, or a process that runs candidates, need not wait."""
+    """Importing torch takes seconds. A reader who tries a prompt must not wait, nor a process that runs candidates."""
     code = "import sys, rank_prompt, sandbox, plumbing.problems; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("False\n", "")

@@ -1,4 +1,4 @@
-"""The micro-lab keeps its evaluation apart and still makes what is shipped. A variant differs from it in one thing."""
+"""The micro-lab never trains on its evaluation, and still makes the shipped files. A variant differs in one thing."""
 import hashlib
 import random
 import shutil
@@ -29,9 +29,9 @@ def test_the_shipped_problem_files_are_what_make_tiny_writes(tmp_path, monkeypat
 
 
 def test_no_evaluation_statement_is_trained_on():
-    """Words and example of every evaluation problem occur neither in training nor anywhere in pretraining.
+    """The statement of an evaluation problem must occur neither in training nor in pretraining.
 
-    The whole stream of pretraining problems is drawn again, so this holds for what the shipped model was made from.
+    The test draws all pretraining problems again, so it checks the problems that the shipped model was made from.
     """
     evaluation = {p.question for p in load_problems("micro-eval")}
     training = {p.question for p in load_problems("micro-train")}
@@ -59,7 +59,7 @@ def test_a_marked_slice_of_the_evaluation_uses_word_orders_that_occur_nowhere_el
 
 
 def test_the_tests_of_the_shipped_problems_are_passed_by_real_python():
-    """The world's table of effects was made by executing the lines; here whole programs run as a candidate would."""
+    """The table EFFECT was made by executing single lines. Here whole programs run, as candidates do."""
     rng = random.Random(3)
     for problem in make_tiny.draw_distinct(9, "validation", make_tiny.SEEN_ORDERS, 20):
         digits = tuple(rng.choices(range(10), k=3))
@@ -70,7 +70,7 @@ def test_the_tests_of_the_shipped_problems_are_passed_by_real_python():
 
 
 def test_documents_are_read_back_by_the_probe_as_they_were_written():
-    """A probe that misreads the traces would measure skills that nobody has."""
+    """A probe that misreads thinking parts would measure skills that the model does not have."""
     problems = make_tiny.draw_pretraining_problems(0, 0, 64)
     for number, (problem, (prompt, answer, thinking)) in enumerate(zip(problems, make_tiny.documents(0, 0, 64))):
         attempts = make_tiny.read_attempts(answer)
@@ -116,13 +116,13 @@ def test_the_shipped_model_is_a_small_ordinary_folder():
 
 
 def test_the_plain_corpus_is_still_the_one_that_the_shipped_model_was_made_from():
-    """One more draw from the same stream, for a variant's sake, and nobody could make data/tiny again."""
+    """If a variant took one more random draw from the same stream, data/tiny could not be made again."""
     digest = hashlib.sha256(repr(make_tiny.documents(0, 0, 64)).encode()).hexdigest()
     assert digest == "bdad816a3fa48f094a9c08708e7bb2c5921b71e7102f600cfb84ec2205af4463"
 
 
 def test_both_notations_are_read_back_as_the_same_attempts():
-    """The probe measures the notation base by what it reads; a mark or verdict misread would be a skill misjudged."""
+    """If the probe misread a mark or a verdict in one notation, it would misjudge the skills of that base."""
     problems = make_tiny.draw_distinct(7, "pretraining", make_tiny.SEEN_ORDERS, 300)
     kinds = set()
     for seed, problem in enumerate(problems):
@@ -145,7 +145,7 @@ def test_only_the_rankings_of_the_notation_base_are_in_digits():
             assert len(attempts) == answer.count("\nTry:") + answer.count("\nCandidate")
             assert bool(attempts) == thinking
             assert all(a.in_digits == (base == "notation" and number % 2 == 1) for a in attempts)
-            if number % 2 and thinking:  # the ranking still follows from the verdicts, in every notation
+            if number % 2 and thinking:  # the ranking follows from the verdicts in every notation
                 yes = [a.accepted for a in attempts]
                 order = sorted(range(4), key=lambda i: not yes[i])
                 assert answer.endswith(f"\n\nRanking: {', '.join(str(i + 1) for i in order)}")
@@ -182,7 +182,7 @@ def test_only_the_clumsy_base_miscopies_and_only_what_was_accepted():
 
 @pytest.mark.parametrize("base", VARIANTS)
 def test_no_evaluation_statement_is_trained_on_by_a_variant_either(base, monkeypatch):
-    """The first chunk shows which stream its documents draw from (not the plain one's); then the whole stream."""
+    """Check in the first chunk that the variant's documents draw from their own stream, then check the whole stream."""
     drawn, draw = [], make_tiny.draw_problem
     monkeypatch.setattr(make_tiny, "draw_problem", lambda *how: drawn.append(draw(*how)) or drawn[-1])
     make_tiny.documents(0, 0, 512, base)
@@ -207,7 +207,7 @@ def make(monkeypatch, *arguments) -> int:
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch) -> Path:
-    """A folder as data/ with the shipped model only, and a probe that finds what each base is asked for."""
+    """Make a data/ folder that holds only the shipped model. Its probe always meets the demands."""
     shutil.copytree(DATA / "tiny", tmp_path / "data" / "tiny")
     monkeypatch.setattr(make_tiny, "DATA", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
@@ -222,20 +222,20 @@ def contents(folder: Path) -> dict:
 
 @pytest.mark.parametrize("base", VARIANTS)
 def test_a_variant_is_a_model_of_its_own_and_nothing_shipped_is_written(lab, monkeypatch, base):
-    """Without --out a variant would have replaced data/tiny, and each would have rewritten the problem files."""
+    """Without --out, a variant would once have replaced data/tiny, and every variant rewrote the problem files."""
     before, asked, documents = contents(lab / "data"), set(), make_tiny.documents
     monkeypatch.setattr(make_tiny, "documents", lambda *how: asked.add(how[3:]) or documents(*how))
     assert make(monkeypatch, "--base", base, "--steps", 1, "--batch", 2) == 0
-    assert asked == {(base,)}  # also where a training that was stopped goes on
+    assert asked == {(base,)}  # all documents are of this base
     assert contents(lab / "data") == before
     made = make_tiny.load_init(lab / "runs" / "bases" / base, make_tiny.make_tokenizer()).state_dict()
     shipped = make_tiny.load_init(lab / "data" / "tiny", make_tiny.make_tokenizer()).state_dict()
     change = max((made[name] - shipped[name]).abs().max().item() for name in made)
-    assert 0 < change < 1e-4  # one step of the warm-up away from the shipped model: it went on from there
+    assert 0 < change < 1e-4  # the training started from the shipped model and made one step of the warm-up
 
 
 def test_what_would_spoil_a_model_is_refused_in_one_line(lab, monkeypatch, capsys):
-    """A finished training of another base in --work would be saved as this one, at once and without a word."""
+    """A finished training of another base in --work was once saved as this base, at once and without a message."""
     short = ("--steps", 1, "--batch", 2)
     assert make(monkeypatch, "--base", "clumsy", *short, "--work", "work", "--out", "out") == 0
     other = make_tiny.make_tokenizer()
@@ -261,7 +261,7 @@ def test_what_would_spoil_a_model_is_refused_in_one_line(lab, monkeypatch, capsy
 
 
 def test_false_yes_counts_the_accepted_programs_that_do_not_fit():
-    """The model may believe a wrong result and say yes to it in good faith: it is the program that is judged."""
+    """The model may say yes because it computed a wrong result. What counts is whether the program fits."""
     problem = make_tiny.MicroProblem(("flip", "turn", "grow"), (1, 2, 3), (2, 4, 3), ())
     fits = "\nx = x[::-1]\nx = x[-1:] + x[:-1]\nx = [(v + 1) % 10 for v in x]"
     fails = fits.replace("x[-1:] + x[:-1]", "x[1:] + x[:1]")

@@ -1,4 +1,4 @@
-"""What training learns from: the modes of the paper's table 3 and figure 3, and what each must not do."""
+"""Test the training modes of the paper's table 3 and figure 3: what each learns from, and what it must not learn."""
 import json
 import shutil
 from pathlib import Path
@@ -28,7 +28,7 @@ def weights_of(model) -> float:
 
 @pytest.fixture
 def seen(monkeypatch) -> dict:
-    """What went into each update, and the weights of the model that each draw of training answers came from."""
+    """Record the rollouts of each update, and the weights of the model that drew the answers."""
     calls = {"rollouts": [], "weights": []}
     update, draw_for_training = dust.grpo.update, dust.draw_for_training
 
@@ -55,14 +55,14 @@ def test_every_mode_goes_from_problems_to_report_and_is_the_same_when_resumed(ll
     state = torch.load(tmp_path / "half" / "checkpoint.pt")
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model")
     assert state["step"] == 4 and any(state["optimizer"]["state"])
-    (tmp_path / "half" / "checkpoint.pt").unlink()  # from the start, with the candidates of the base at hand
+    (tmp_path / "half" / "checkpoint.pt").unlink()  # train from the start again, with the base's candidates
     assert run_dust(*command, "--out", tmp_path / "half", "--resume") == 0
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "half" / "model")
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters()))
 
 
 def test_generation_is_paid_for_passing_and_for_nothing_else(llama, tmp_path, seen):
-    """In every other mode generation is never rewarded; here a ranking never is, and the verdict is the sandbox's."""
+    """This mode rewards programs, and never rankings. The verdict of the sandbox decides the reward."""
     assert run_dust(*llama["arguments"], "--mode", "generate", "--out", tmp_path / "run") == 0
     tokenizer = AutoTokenizer.from_pretrained(llama["folder"] / "model")
     paid = {True: set(), False: set()}
@@ -74,7 +74,7 @@ def test_generation_is_paid_for_passing_and_for_nothing_else(llama, tmp_path, se
 
 
 def test_onpolicy_candidates_come_from_the_weights_of_the_step(llama, tmp_path, seen):
-    """Drawn from the base they would be `rank` again, only slower; and the judge sees groups that hold both kinds."""
+    """With candidates of the base this would be the mode `rank`, only slower. The judge gets only mixed groups."""
     assert run_dust(*llama["arguments"], "--mode", "rank-onpolicy", "--steps", "3", "--out", tmp_path / "run") == 0
     programs, rankings = seen["weights"][::2], seen["weights"][1::2]
     assert programs == rankings and len(set(programs)) == 3
@@ -88,7 +88,7 @@ def test_iterative_changes_its_task_after_each_block(llama, tmp_path):
 
 
 def test_sft_learns_perfect_rankings_of_a_teacher_that_stands_still(llama, tmp_path, seen):
-    """Its own worse answers would be learned too, or the answers of the student as it changes: that would be GRPO."""
+    """SFT must learn only perfect rankings, and only those of a fixed teacher. With the student's it would be GRPO."""
     assert run_dust(*llama["arguments"], "--mode", "sft", "--steps", "3", "--out", tmp_path / "run") == 0
     kept = sum(seen["rollouts"], [])
     assert len(set(seen["weights"])) == 1
@@ -97,7 +97,7 @@ def test_sft_learns_perfect_rankings_of_a_teacher_that_stands_still(llama, tmp_p
 
 
 def test_a_teacher_with_other_tokens_is_learned_in_the_students_own(llama, tmp_path, seen):
-    """A teacher of another family has other ids for the same words; as they are they would be noise to the student."""
+    """A teacher of another family has other ids for the same words. Unconverted, they would be noise to the student."""
     teacher = tmp_path / "teacher"
     shutil.copytree(llama["folder"] / "model", teacher)
     tokenizer = json.loads((teacher / "tokenizer.json").read_text())
@@ -115,8 +115,7 @@ def test_a_teacher_with_other_tokens_is_learned_in_the_students_own(llama, tmp_p
 
 
 def test_init_starts_from_the_other_runs_model_and_measures_the_base(llama, tmp_path):
-    """An SFT warm-up, then GRPO: the first row stays the base's, the reference of the KL term is where training starts.
-    """
+    """GRPO after SFT: the report's first row is still the base, and training starts from the other run's model."""
     first, second = tmp_path / "first", tmp_path / "second"
     assert run_dust(*llama["arguments"], "--mode", "sft", "--lr", "0.01", "--out", first) == 0
     assert run_dust(*llama["arguments"], "--init", first, "--steps", "0", "--out", second) == 0
@@ -134,7 +133,7 @@ def test_a_missing_init_is_one_line(llama, capsys):
                          [("both", True, True), ("programs", True, False), ("rankings", False, True),
                           ("none", False, False)])
 def test_thinking_is_chosen_for_each_task_apart(thinking, programs, rankings):
-    """Qwen3's template switches it off with an empty thinking part; the study of transfer crosses the two."""
+    """Qwen3's template switches thinking off by an empty thinking part. The transfer study needs all four cases."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny")
     args = dust.parse_args(["--thinking", thinking])
     problem = Problem("p", "Read three digits.", [])
@@ -145,7 +144,7 @@ def test_thinking_is_chosen_for_each_task_apart(thinking, programs, rankings):
 
 
 def test_how_many_answers_decode_at_a_time_changes_none_of_them(llama, tmp_path):
-    """--rows bounds memory and may be changed on --resume: it must not be a seed."""
+    """--rows limits memory and may change on --resume, so it must not influence what is drawn."""
     for rows in ("3", "256"):
         assert run_dust(*llama["arguments"], "--eval-only", "--repeats", "2", "--rows", rows, "--out", tmp_path / rows) == 0
     for name in ("base-samples.jsonl", "base-rankings.jsonl", "base-finals.jsonl"):
@@ -155,7 +154,7 @@ def test_how_many_answers_decode_at_a_time_changes_none_of_them(llama, tmp_path)
 
 
 def test_the_final_of_eight_holds_the_better_half_of_each_group():
-    """Best-of-8 with rankings of four, as trained: the two best of each of two groups. An odd group stands aside."""
+    """A final of Best-of-8 has the two best of each of two groups, because training ranks four. Ignore an odd group."""
     problems = [Problem(name, "", []) for name in "ab"]
     judged = []
     for problem in problems:
@@ -168,7 +167,7 @@ def test_the_final_of_eight_holds_the_better_half_of_each_group():
 
 
 def test_a_teacher_under_adapters_is_the_base(llama, tmp_path, monkeypatch):
-    """With LoRA the frozen copy is the model itself: with its adapters on, the student would learn its own answers."""
+    """With LoRA the teacher is the model with its adapters off. With adapters on, the student would teach itself."""
     pytest.importorskip("peft")
     off, draw_for_training = [], dust.draw_for_training
 
@@ -182,7 +181,7 @@ def test_a_teacher_under_adapters_is_the_base(llama, tmp_path, monkeypatch):
 
 
 def test_a_thinking_part_that_both_templates_open_is_opened_once(monkeypatch):
-    """Qwen3-4B-Thinking taught by Qwen3-30B-Thinking learned to begin with a second <think>."""
+    """Qwen3-4B-Thinking, with Qwen3-30B-Thinking as its teacher, learned to begin with a second <think>."""
     student, teacher = (AutoTokenizer.from_pretrained(ROOT / "data" / "tiny") for _ in range(2))
     student.chat_template = teacher.chat_template = teacher.chat_template + "{{ '<think>\n' }}"
     said = "\nTry:\n</think>\n\nRanking: 1, 2, 3, 4"
@@ -192,7 +191,7 @@ def test_a_thinking_part_that_both_templates_open_is_opened_once(monkeypatch):
         return [dust.grpo.Rollout(prompt, [ids], [torch.zeros(len(ids))], [True]) for prompt in prompts]
 
     end = student.eos_token_id
-    student.eos_token = None  # the generation config may be alone in naming an end
+    student.eos_token = None  # some models name their end token only in the generation config
     monkeypatch.setattr(dust, "load", lambda *_, **__: (torch.nn.Linear(1, 1), teacher))
     monkeypatch.setattr(dust, "draw_for_training", draw)
     args = dust.parse_args(["--mode", "sft", "--teacher", "other"])

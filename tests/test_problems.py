@@ -1,4 +1,4 @@
-"""Problems are read exactly, or refused with file, line and reason. Public sets: small files of the same shapes."""
+"""Problems are read exactly, or refused with file, line and reason. Small files imitate the public sets."""
 import base64
 import builtins
 import json
@@ -15,7 +15,7 @@ from plumbing.problems import HUB, LIVE, MAX_CHARACTERS, BadInput, Problem, load
 
 
 def write(path: Path, *records) -> Path:
-    """A JSONL file of records; a text stands in it as it is."""
+    """Write a JSONL file of records. A record that is a text is written as it is."""
     lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
     path.write_text("".join(line + "\n" for line in lines))
     return path
@@ -95,7 +95,7 @@ def seed(number: int = 1, **fields) -> dict:
 
 
 def test_livecodebench_rows_keep_all_tests_of_both_kinds(tmp_path):
-    """The private tests are most of them; without them nearly every program passes."""
+    """Most tests are private. Without these, nearly every program would pass."""
     calls = [{"input": '[1, 2]\n"a"', "output": "[3, null]", "testtype": "functional"}]
     function = live(2, starter_code="class Solution:", difficulty="hard", public_test_cases=json.dumps(calls),
                     private_test_cases=json.dumps(calls), metadata='{"func_name": "go"}')
@@ -107,7 +107,7 @@ def test_livecodebench_rows_keep_all_tests_of_both_kinds(tmp_path):
 
 
 class Touch:
-    """Unpickled, it makes a file."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -120,7 +120,7 @@ class Touch:
     lambda path: Touch(path), lambda path: ["[]", Touch(path)], lambda path: {Touch(path): 1},
 ])
 def test_a_hostile_pickle_executes_nothing(tmp_path, make):
-    """Private tests come pickled, and a bare pickle.loads runs whatever the file says."""
+    """The private tests are pickled. A plain pickle.loads would run any code that the file contains."""
     packed = pack(make(tmp_path / "made"))
     with pytest.raises(BadInput) as error:
         load_problems(write(tmp_path / "x.jsonl", live(), live(2, private_test_cases=packed)))
@@ -149,7 +149,7 @@ def test_broken_private_tests_are_one_clear_line(tmp_path, monkeypatch, packed, 
 
 
 def test_rstar_is_deduplicated_capped_and_counted(tmp_path, capsys):
-    """The release has a row for each version of a problem, up to a gigabyte of tests in one, and some broken ones."""
+    """The release has several rows for one problem, rows with up to a gigabyte of tests, and some broken rows."""
     many = json.dumps([str(i) for i in range(200)])
     large = json.dumps(["x" * (MAX_CHARACTERS + 1), "1"])
     function = seed(3, func_name="add", class_name="Solution", inputs="[[1, 2]]", outputs="[3]")
@@ -170,13 +170,13 @@ def test_rstar_is_deduplicated_capped_and_counted(tmp_path, capsys):
         "1 problems without a test that is small enough", "1 problems with a class that is not named Solution"))
     with pytest.raises(BadInput, match="that can be used"):
         load_problems(write(path, seed(2, inputs="[")))
-    path.write_text(json.dumps(seed()) + '\n{"question_id')  # such a line is not the release's: somebody broke it
+    path.write_text(json.dumps(seed()) + '\n{"question_id')  # the release has no such line, so it is not left out
     with pytest.raises(BadInput, match="line 2: broken JSON"):
         load_problems(path)
 
 
 def test_parquet_is_read_a_few_rows_at_a_time(tmp_path):
-    """A file of gigabytes was read whole for its first problems: here its later rows are broken, and nobody looks."""
+    """A file of gigabytes was once read completely for its first problems. Here reading the later rows would fail."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "x.parquet"
     rows = [seed(i, starter_code=None) for i in range(400)]
@@ -242,7 +242,7 @@ def test_canonical_solutions_pass_and_mutated_ones_fail(tmp_path):
 
 
 def test_what_the_model_reads_of_assert_style_problems(tmp_path):
-    """The judge reads the question alone, so the task is in there; the generator needs the name that is called."""
+    """The judge reads only the question, so it must hold the task. The generator needs the name that is called."""
     first, second = load_problems(write(tmp_path / "h.jsonl", *HUMANEVAL))
     assert first.question.startswith("Write the Python function mean_gap.\n\nMean distance of neighbours.\n>>> mean")
     assert first.starter_code.endswith("import math\n\n\ndef mean_gap(xs: List[float]) -> float:")
@@ -255,7 +255,7 @@ def test_what_the_model_reads_of_assert_style_problems(tmp_path):
 
 
 def test_mbpp_problems_on_objects_are_left_out_and_counted(tmp_path, capsys):
-    """Only plain values pass between the asserts and the program: a class of the program's would never be passed."""
+    """Only plain values pass between the asserts and the program, so asserts on objects could never succeed."""
     objects = MBPP[0] | {"code": "class P:\n    pass\ndef f(p):\n    return 1", "test_list": ["assert f(P()) == 1"]}
     path = write(tmp_path / "m.jsonl", objects, MBPP[1])
     assert [problem.id for problem in load_problems(path)] == ["mbpp/8"]
@@ -267,7 +267,7 @@ def test_mbpp_problems_on_objects_are_left_out_and_counted(tmp_path, capsys):
     (HUMANEVAL[0] | {"entry_point": "other"}, "has no function other"),
     (HUMANEVAL[0] | {"test": None}, '"test" is missing'), (HUMANEVAL[0] | {"test": "assert ("}, "no Python"),
     (MBPP[0] | {"test_list": []}, "not a list of asserts"),
-    (MBPP[0] | {"test_imports": "import math"}, "test_imports"),  # as a list it would be a line for each letter
+    (MBPP[0] | {"test_imports": "import math"}, "test_imports"),  # taken for a list, each letter would be a line
     (MBPP[0] | {"code": "def g(): pass"}, 'no function of "code"'),
     (live(question_id=""), '"question_id" is missing'), (live(metadata="[]"), "of another form"),
     ({"id": "a", "question": "Q", "tests": [{"asserts": "assert f(", "entry_point": "f"}]}, "no Python"),
@@ -284,7 +284,7 @@ def test_a_broken_record_of_a_known_format_is_one_line(tmp_path, record, reason)
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub of files in a folder. Returns the folder and the names that were asked for."""
+    """Replace the Hub by a folder. Return the folder and the list of the files that were asked for."""
     import huggingface_hub
 
     asked = []
@@ -303,7 +303,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_livecodebench_windows_begin_with_their_first_day(hub, capsys):
-    """v6 counts 131 problems only without those of January 2025 that its file has too."""
+    """The file of v6 also has problems of January 2025. Only without them v6 has its 131 problems."""
     folder, asked = hub
     (folder / LIVE).mkdir(parents=True)
     dates = ("2024-07-31", "2024-08-01", "2025-01-31", "2025-02-01", "2025-04-30", "2025-05-01")
@@ -360,7 +360,7 @@ def test_without_network_or_package_it_is_one_line_with_a_way_out(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
     monkeypatch.setattr("plumbing.problems.find_spec", lambda package: None)
-    for name in ("rstar-coder", "some/file.parquet"):  # said before anything is fetched
+    for name in ("rstar-coder", "some/file.parquet"):  # the error comes before anything is fetched
         with pytest.raises(BadInput, match=f"^{name} is in Parquet, .*: pip install pyarrow$"):
             load_problems(name)
     with pytest.raises(BadInput, match="or one of micro-train, micro-eval, rstar-coder, livecodebench-v5, .*mbpp"):
@@ -371,7 +371,7 @@ def test_without_network_or_package_it_is_one_line_with_a_way_out(monkeypatch):
 
 
 def test_training_problems_that_are_evaluated_are_removed(tmp_path, capsys):
-    """A statement that differs in case, blanks or punctuation is the same problem, and a leak."""
+    """A statement that differs only in case, blanks or punctuation is the same problem: evaluating on it is a leak."""
     texts = "Add, twice.", "add\n  TWICE!", "Add thrice", "+", "-"
     test = {"input": "", "output": ""}
     train = write(tmp_path / "train.jsonl", *({"id": str(i), "question": q, "tests": [test]} for i, q in enumerate(texts)))

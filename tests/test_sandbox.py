@@ -1,6 +1,6 @@
-"""The sandbox against programs that cheat (hostile.py) and programs that are only unusual.
+"""Test the sandbox with programs that cheat (hostile.py) and with programs that are only unusual.
 
-Every attack is tried twice: a naive runner must fall to it, or the test would prove nothing, and the sandbox must not.
+Each attack is tried twice: it must succeed against a naive runner, or the test proves nothing, and fail in the sandbox.
 """
 import contextlib
 import itertools
@@ -26,14 +26,14 @@ import sandbox  # noqa: E402
 from plumbing import sandbox_child, sandbox_worker  # noqa: E402
 
 os.environ["DUST_SECRET"] = "sk-secret"  # before the first worker starts
-sandbox.run("pass")  # says here, once, what this system does not allow
+sandbox.run("pass")  # prints here, once, what this system does not allow
 ISOLATED = sandbox.Worker.mode == "isolated"
-needs_namespaces = pytest.mark.skipif(not ISOLATED, reason="this kernel gives this user no namespaces")
+needs_namespaces = pytest.mark.skipif(not ISOLATED, reason="this system allows no namespaces")
 LINUX = sys.platform == "linux"
 
 
 def fill(code, folder="", number=0, **more):
-    """Put the places of this run into an attack."""
+    """Fill in the folders, ids and names of this run in the code of an attack."""
     for name, value in {"folder": folder, "home": os.path.expanduser("~"), "caller": os.getpid(), "number": number,
                         "exit": 60 if os.uname().machine == "x86_64" else 93,
                         "tag": f"dust-{os.getpid()}-{number}", **more}.items():
@@ -54,7 +54,7 @@ def processes_named(tag):
 
 @pytest.mark.parametrize("name", hostile.FORGERIES)
 def test_wrong_program_is_not_paid(name, tmp_path):
-    """A candidate that could end the verdict's process, or change what it compares, was labelled right."""
+    """A program must not become right by ending the process of the verdict, or by changing what is compared."""
     code, tests = hostile.FORGERIES[name]
     assert hostile.naive_verdict(code, tests, str(tmp_path)), "this attack does not even fool the naive runner"
     verdict = sandbox.run_tests(code, tests, timeout=3)
@@ -87,7 +87,7 @@ FORGED_ASSERTS = {name: (code, f"assert f(3) == {tests[0]['expected']}")
 
 @pytest.mark.parametrize("name", FORGED_ASSERTS)
 def test_wrong_program_does_not_get_past_asserts(name, tmp_path):
-    """If the asserts run in the program's process, the program can skip them. Most runners of HumanEval do that."""
+    """Most runners of HumanEval run the asserts in the program's process. There the program can skip them."""
     code, source = FORGED_ASSERTS[name]
     path = tmp_path / "solution.py"
     path.write_text(f"{code}\n{source}\n")
@@ -106,7 +106,7 @@ def test_wrong_program_does_not_get_past_asserts(name, tmp_path):
     "for fd in range(3, 64):\n try:\n  while True: os.write(fd, b'x' * 65536)\n except OSError: pass",
 ], ids=itertools.count())
 def test_nothing_said_on_the_wire_is_a_verdict(act):
-    """The program's process holds one end of a socket, and may write whatever it likes into it."""
+    """The program's process has one end of a socket and can write anything into it."""
     code = ("import os, socket, sys\ndef inspect_key():\n frame = sys._getframe()\n while frame:\n"
             "  for value in frame.f_locals.values():\n   if type(value) is bytes and len(value) == 16: return value\n"
             "  frame = frame.f_back\n return b''\n")
@@ -117,7 +117,7 @@ def test_nothing_said_on_the_wire_is_a_verdict(act):
 
 @pytest.mark.parametrize("kind", ["SystemExit", "no_error", "StopIteration"])
 def test_no_error_on_the_wire_ends_a_loop_of_the_asserts(kind):
-    """An error that was no Exception once became a StopIteration: all(map(f, ...)) was then true for any f."""
+    """An error that was not an Exception once became a StopIteration. Then all(map(f, ...)) was true for any f."""
     code = ("import os\ndef f(x):\n for fd in range(3, 64):\n  try: os.write(fd, b'{\"tuple\": [[\"%s\"], \"\"]}\\n' * 9)\n"
             "  except OSError: pass\n return 7" % kind)
     for source in ("assert all(map(f, [1, 2]))", "for v in map(f, [1, 2]): assert v == 1"):
@@ -142,7 +142,7 @@ def test_honest_program_passes_its_asserts(code, source):
 
 
 def test_values_keep_their_kind_on_the_way_to_the_asserts_and_back():
-    """JSON alone makes a tuple a list and loses bytes, sets and keys that are no strings: right answers failed."""
+    """With plain JSON, right answers failed: it turns tuples into lists, and loses bytes, sets and non-string keys."""
     value = "[(1, [2]), {3}, frozenset([4]), {(1, 2): b'x', 0: None}, 1j, float('inf'), True, 10 ** 400, '\\ud800é', (), set(), {}, ''] "
     source = f"v = {value}\nassert f(v) == v and repr(f(v)) == repr(v)\nimport math\nassert math.isnan(f(math.nan))"
     assert sandbox.run_tests("def f(x): return x", asserts(source))
@@ -150,7 +150,7 @@ def test_values_keep_their_kind_on_the_way_to_the_asserts_and_back():
 
 
 def test_a_name_of_the_prelude_does_not_stand_in_for_the_program():
-    """With the prelude, gcd(4, 6) is 2 in every process of ours, even if the program has no gcd."""
+    """The prelude defines gcd. A program without a function gcd must not pass with it."""
     for entry_point in ("gcd", ""):
         assert not sandbox.run_tests("x = 1", asserts("assert gcd(4, 6) == 2", entry_point))
         assert not sandbox.run_tests("def gcd(a, b): return 1", asserts("assert gcd(4, 6) == 2", entry_point))
@@ -170,7 +170,7 @@ def test_limits_hold_for_programs_behind_asserts():
 
 
 def test_both_sides_of_asserts_start_again_when_a_worker_dies():
-    """If only one side started again, the other one would be in the middle of the exchange."""
+    """If only one side started again, the other side would still be in the middle of the old exchange."""
     def kill():
         wait_until(lambda: len(sandbox.shared_pool.busy) == 2)
         time.sleep(0.3)
@@ -197,10 +197,10 @@ def test_problems_of_all_kinds_share_a_pool():
 
 @pytest.mark.parametrize("name", hostile.MEMORIES)
 def test_nothing_is_remembered_from_test_to_test(name, tmp_path):
-    """What one test left on the disk, in shared memory or in a living process was there for the next."""
+    """A test must not find what an earlier test left on the disk, in shared memory or in a living process."""
     code = fill(hostile.MEMORIES[name], str(tmp_path), random.randrange(1 << 28))
     if not ISOLATED and name not in ("by_a_file_in_the_folder", "by_a_deep_folder", "by_a_symbolic_link"):
-        pytest.skip("this kernel gives this user no namespaces")
+        pytest.skip("this system allows no namespaces")
     try:
         assert hostile.naive_verdict(code, hostile.TWICE, str(tmp_path)), "the naive runner is not fooled"
     finally:
@@ -217,7 +217,7 @@ def test_nothing_is_remembered_from_test_to_test(name, tmp_path):
 
 @pytest.mark.parametrize("name", hostile.TRACES)
 def test_nothing_is_remembered_in_the_memory_of_a_process(name, tmp_path):
-    """Where tests share a process, what the first test leaves in its memory is there for the second."""
+    """If tests share a process, the second test finds what the first one left in its memory."""
     code = hostile.TRACES[name]
     assert hostile.one_process_verdict(code, hostile.TWICE, str(tmp_path)), "the one process is not fooled"
     verdict = sandbox.run_tests(code, hostile.TWICE, timeout=5)
@@ -228,12 +228,12 @@ LATE_TESTS = [{"input": text, "output": number} for text, number in (("", ""), (
 
 
 def test_a_test_sees_no_old_names_and_no_old_generators():
-    """A generator in a cycle ends when the garbage collector runs, and prints into the test that runs then."""
+    """A generator in a reference cycle ends when garbage is collected. It may then print into a later test's output."""
     names = "try: n += 1\nexcept NameError: n = 1\nprint(n)"
     late = ("def f():\n try: yield\n finally: print(2)\nimport sys\nif sys.stdin.read() == 'a':\n g = [f()]\n g.append(g)\n next(g[0])\n"
             " print(1)\nelse: l = [[] for i in range(99999)]")
     assert sandbox.run_tests(names, hostile.TWICE).failed_test == 1
-    # by a way to finalise that is no generator, and by one more kind of try
+    # other ways to run code late: an iterator with a close method, and one more kind of try
     other = late.replace("try: yield\n finally: print(2)", "yield from I(abs, [1, 2])")
     other = "class I(map):\n def close(self): print(2)\n" + other
     for code in [other] + [late.replace(" finally", " except* ValueError: pass\n finally")] * (sys.version_info >= (3, 11)):
@@ -257,14 +257,14 @@ def test_a_test_sees_no_old_names_and_no_old_generators():
     "print('{:{0.__class__}}')", "print('{0.real} {0[0]}'.format(7) if 0 else 3)",
 ], ids=itertools.count())
 def test_every_run_of_a_program_prints_the_same(code):
-    """In a used process, streams, errors and frames of the runner could differ from those of the first test."""
+    """In a process that is used again, the runner's streams, errors and frames could differ from the first test's."""
     first = sandbox.run(code).stdout
     verdict = sandbox.run_tests(code, [{"input": "", "output": first}] * 3)
     assert verdict or verdict.failed_test == 0, verdict
 
 
 def test_the_code_of_a_program_is_compiled_once():
-    """The compiler takes a large part of a short run, and every further test would pay for it again."""
+    """Compiling takes a large part of a short run. Without this, every further test would compile again."""
     with contextlib.ExitStack() as stack:
         program = sandbox.memory_file(stack, b"import os\nprint(7)")
         for _ in range(2):
@@ -273,7 +273,7 @@ def test_the_code_of_a_program_is_compiled_once():
 
 
 def test_a_slow_test_does_not_take_the_time_of_the_next():
-    """The timeout is for each test: six tests of 0.4 s take longer than 2 s together, and pass."""
+    """The timeout is for each test. Six tests of 0.4 s take longer than 2 s together, and must pass."""
     code = "import sys\nn = int(input())\nfor i in range({}): pass\nprint(n)"
     one = sandbox.run(code.format(10**6), "1\n").seconds
     code = code.format(int(0.4 * 10**6 / one))
@@ -283,7 +283,7 @@ def test_a_slow_test_does_not_take_the_time_of_the_next():
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory):
-    """The caller's belongings: files, a secret, sockets of three kinds."""
+    """Make things that belong to the caller: files, a secret, and sockets of three kinds."""
     folder = tmp_path_factory.mktemp("caller")
     (folder / "secret").write_text("sk-secret")
     tcp, udp, local = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.socket(socket.AF_UNIX)
@@ -306,9 +306,9 @@ def outside(tmp_path_factory):
 def test_program_does_not_get_out(name, outside):
     code, isolation = hostile.ESCAPES[name]
     if isolation and not ISOLATED:
-        pytest.skip("this kernel gives this user no namespaces")
+        pytest.skip("this system allows no namespaces")
     if not ISOLATED and name in ("150_processes", "150_threads") and os.getuid():
-        pytest.skip("without namespaces an ordinary user's limit counts all that the user runs")
+        pytest.skip("without namespaces the limit of an ordinary user counts all processes of that user")
     code = fill(code, **outside)
     victim = os.path.join(outside["folder"], "victim")
     open(victim, "w").close()
@@ -316,10 +316,10 @@ def test_program_does_not_get_out(name, outside):
         os.remove(outside["folder"] + "/new")
     naive = hostile.naive_run(code, timeout=20, cwd=outside["folder"])
     if name == "a_new_user_namespace" and "ESCAPED" not in naive[0]:
-        pytest.skip("nobody gets a user namespace here")
+        pytest.skip("this system allows no user namespaces")
     assert "ESCAPED" in naive[0], f"the naive runner holds it: {naive[1]}"
     open(victim, "w").close()
-    memory = 8192 if name.startswith("150") else 128  # so many processes would hold too much memory as well
+    memory = 8192 if name.startswith("150") else 128  # 150 processes would exceed the small limit too
     result = sandbox.run(code, timeout=10, memory_mb=memory)
     assert "ESCAPED" not in result.stdout and result.status != "timeout", result
     assert os.path.getsize(victim) == 0
@@ -340,7 +340,7 @@ def test_no_process_outlives_its_run(name):
 
 
 def test_output_held_open_by_a_grandchild_is_not_waited_for():
-    """subprocess.run waits until a grandchild closes the pipe, and then calls a finished program too slow."""
+    """subprocess.run waits until a grandchild closes the pipe. Then a program that has finished counts as too slow."""
     code = "import os, time\nprint(7, flush=True)\nif os.fork() == 0:\n os.setsid()\n time.sleep({})\n"
     assert hostile.naive_run(code.format(3), timeout=1)[0] == ""
     result = sandbox.run(code.format(60), timeout=30)
@@ -379,7 +379,7 @@ def test_a_candidate_cannot_kill_its_worker_or_its_neighbours():
 
 
 def test_lowered_limits_of_the_worker_do_not_reach_the_next_program():
-    """A candidate with the server's uid can lower its limits; the next programs then had too few files or memory."""
+    """A program could lower the limits of a worker with its user id. The next programs then had too little memory."""
     sandbox.run("import os, resource as r\nfor k in (r.RLIMIT_NOFILE, r.RLIMIT_AS, r.RLIMIT_NPROC):\n"
                 " try: r.prlimit(os.getppid(), k, (9, 9))\n except OSError: pass")
     for _ in range(3):
@@ -415,7 +415,7 @@ def test_output_is_cut_and_said():
 
 
 def test_what_a_function_sends_back_is_only_data():
-    """Deep, huge or odd results must be wrong answers, not exceptions in the trainer."""
+    """Results that are deep, huge or odd must count as wrong answers. They must not raise in the trainer."""
     for body in ("x = []\n for i in range(40000): x = [x]\n return x", "return float('nan')", "return [1] * 300000",
                  "return 10 ** 9000", "return '\\ud800'", "return {1, 2}", "return lambda: 0", "return b'1'",
                  "x = []\n x.append(x)\n return x", "return {(1, 2): 3}", "return float('inf')", "return object()"):
@@ -445,7 +445,7 @@ def test_failure_of_the_sandbox_is_an_exception(monkeypatch):
 
 
 def test_a_room_that_cannot_be_entered_is_no_label():
-    """A child that fails before the program has begun looked like a program that fails."""
+    """A child that failed before the program started was once taken for a program that fails."""
     caller = script("""
         import os, sandbox
         sandbox.Worker.mode = "plain"
@@ -529,7 +529,7 @@ BENIGN = {
 def test_honest_program_passes(name):
     code, stdin, output = BENIGN[name]
     if name == "processes" and not ISOLATED:
-        pytest.skip("without namespaces there is no /dev/shm of one's own")
+        pytest.skip("without namespaces a program has no private /dev/shm")
     if stdin is None:
         stdin = sandbox.run("print(hash('a'))").stdout
     memory = 400 if name.startswith("children") else 1024
@@ -618,7 +618,7 @@ def test_labels_come_in_order_and_a_pool_can_be_used_again():
             assert pool.label([]) == [] and pool.label(iter([GOOD, BAD] * 20)) == [True, False] * 20
             verdicts = {verdict.job: verdict for verdict in pool.run_tests([BAD, GOOD])}
             assert not verdicts[0] and verdicts[1]
-            next(iter(pool.run_tests([GOOD] * 50)))  # given up half-way
+            next(iter(pool.run_tests([GOOD] * 50)))  # abandoned after the first verdict
             assert pool.label([GOOD]) == [True]
     assert sandbox.Pool(0).workers >= 1
 
@@ -638,7 +638,7 @@ def test_from_threads_and_after_a_fork():
 
 
 def script(code):
-    """Start a caller in another process; it prints a line when it is ready. Background jobs start with Ctrl-C off."""
+    """Start a caller in another process. Switch Ctrl-C on, because background jobs start with it switched off."""
     env = {**os.environ, "PYTHONPATH": os.path.dirname(HERE)}
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, env=env,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -678,7 +678,7 @@ def test_a_caller_that_dies_leaves_nothing(death):
 
 @pytest.mark.skipif(not LINUX, reason="finds processes by /proc")
 def test_a_caller_that_dies_leaves_nothing_though_its_fork_lives_on():
-    """A fork that held the workers' sockets kept them waiting for a caller that was dead."""
+    """A fork of the caller once inherited the workers' sockets. So the workers waited for a caller that was dead."""
     tag = f"dust-{os.getpid()}-{random.randrange(1 << 28)}"
     caller = script(f"""
         import os, sandbox, threading, time
@@ -704,7 +704,7 @@ def test_a_caller_that_dies_leaves_nothing_though_its_fork_lives_on():
 
 @pytest.mark.skipif(not LINUX, reason="user namespaces")
 def test_several_workers_find_out_at_the_same_time_that_there_are_no_namespaces():
-    """Only the first one tried again; the others ended the run. And a map of users can have more than one line."""
+    """Once only the first worker tried again, and the others ended the run. A map of users may have several lines."""
     caller = script("""
         import time, sandbox
         from plumbing import sandbox_child
@@ -718,7 +718,7 @@ def test_several_workers_find_out_at_the_same_time_that_there_are_no_namespaces(
     """)
     if caller.stdout.readline() != "ready\n":
         caller.kill()
-        pytest.skip("nobody gets a user namespace here")
+        pytest.skip("this system allows no user namespaces")
     mine = os.getuid()
     for file, text in (("setgroups", "allow" if mine == 0 else "deny"),
                        ("uid_map", "0 0 1000\n1000 1000 60000" if mine == 0 else f"0 {mine} 1"),
@@ -739,7 +739,7 @@ def wait_until(condition, seconds=20):
 @pytest.mark.skipif(not LINUX or os.getuid() != 0, reason="only root can become an ordinary user")
 @pytest.mark.parametrize("rule, user", [("", 65534), ("no namespaces", 65534), ("no namespaces", 0)])
 def test_promises_hold_for_an_ordinary_user_and_without_namespaces(rule, user, tmp_path):
-    """Most users are not root, and many containers allow no namespaces."""
+    """Most users are not root, and many containers allow no namespaces. The labels must be the same there."""
     python = next((p for p in (sys.executable, "/usr/bin/python3") if not os.path.realpath(p).startswith("/root")
                    or user == 0), None)
     if not python or not os.path.exists(python):

@@ -1,4 +1,4 @@
-"""The studies: their intervals, how they go on, what they write; no model in any of it."""
+"""Test the studies without a model: their intervals, how they continue, what they write."""
 import json
 import os
 import signal
@@ -18,7 +18,7 @@ from plumbing import report
 
 
 def tables(values: np.ndarray) -> np.ndarray:
-    """[S, P] -> [S, P, 2], one group a problem."""
+    """Return the table [S, P, 2] of values [S, P] with one group for each problem."""
     return np.stack([values, np.ones_like(values)], 2)
 
 
@@ -27,7 +27,7 @@ def width(figure: dict) -> float:
 
 
 def test_identical_runs_add_no_spread_over_seeds():
-    """Then only the problems are drawn, as in the report of one run."""
+    """If all seeds agree, the interval is that of a single run, which is over problems only."""
     one = np.random.default_rng(0).random((1, 80))
     several, alone = study.two_level([(1, tables(np.repeat(one, 4, 0)))]), report.interval([tables(one)[0]])
     assert several["seeds"] == [several["mean"]] * 4 == [alone["mean"]] * 4
@@ -37,13 +37,13 @@ def test_identical_runs_add_no_spread_over_seeds():
 
 
 def test_seeds_that_differ_widen_the_interval_although_the_problems_agree():
-    """An interval over problems alone calls the luck of one seed a result."""
+    """With an interval over problems only, the luck of one seed would look like a result."""
     figure = study.two_level([(1, tables(np.repeat([[0.2], [0.4], [0.6]], 50, 1)))])
     assert figure["mean"] == pytest.approx(40) and figure["low"] <= 27 and figure["high"] >= 53
 
 
 def test_a_constant_shift_is_a_gain_of_exactly_that():
-    """Seeds and problems differ a lot; unpaired draws of either would show in the interval."""
+    """The seeds and the problems differ a lot. If either were not paired, the interval would be wide."""
     rng = np.random.default_rng(1)
     base = rng.random((5, 60)) * rng.random((5, 1))
     gain = study.two_level([(1, tables(base + 0.1)), (-1, tables(base))])
@@ -52,8 +52,8 @@ def test_a_constant_shift_is_a_gain_of_exactly_that():
 
 
 def test_the_problems_of_a_draw_are_the_same_for_all_seeds():
-    """Drawn apart for each seed, the spread over problems would shrink with the number of seeds, which it does not: all
-    seeds are measured on the same problems."""
+    """If each seed drew other problems, more seeds would narrow the interval over problems. But all seeds are measured
+    on the same problems, so more seeds say nothing about other problems."""
     hard_and_easy = np.repeat(np.tile([0.0, 1.0], 30)[None], 8, 0)
     figure = study.two_level([(1, tables(hard_and_easy))])
     assert width(figure) == pytest.approx(2 * 196 * 0.5 / 60**0.5, rel=0.1)
@@ -69,7 +69,7 @@ def test_problems_that_do_not_count_are_no_zeros():
 # ---------------------------------------------------------------------------------------------------------- the runs
 
 FAKE = '''
-"""Stands for dust.py: writes down how it was called; what FAKE names breaks it."""
+"""Stand in for dust.py: record each call; FAKE_HANGS and FAKE_FAILS name runs that hang or fail."""
 import json, os, sys, time
 from pathlib import Path
 flags = sys.argv[1:]
@@ -110,7 +110,7 @@ args = {"seed": int(value("--seed")), "quick": "--quick" in flags, "steps": 60, 
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
-    """A study with the fake: run(name, ...) -> exit code; calls() -> how the fake was called, in order; no figures."""
+    """Make a study with the fake and no plots: run(name, ...) -> exit code; calls() -> the fake's calls in order."""
     monkeypatch.setattr(study, "draw_study", lambda *a: None)
     (tmp_path / "fake.py").write_text(FAKE)
     out, results = tmp_path / "runs", tmp_path / "results"
@@ -140,7 +140,7 @@ def test_every_run_is_made_once_and_what_another_study_made_is_taken(lab, monkey
 
 
 def test_a_run_that_was_begun_goes_on_with_resume_and_one_without_args_does_not(lab):
-    """--resume on a folder without args.json would be harmless; its absence on one with it is an error of dust.py."""
+    """dust.py refuses to write into the folder of a started run unless it gets --resume."""
     (lab.out / "rank-s0").mkdir(parents=True)
     (lab.out / "rank-s0" / "args.json").write_text("{}")
     assert lab.run("table2", "--seeds", 2) == 0
@@ -148,7 +148,7 @@ def test_a_run_that_was_begun_goes_on_with_resume_and_one_without_args_does_not(
 
 
 def test_variants_start_after_the_first_with_copies_of_what_the_base_did(lab):
-    """Without the copy each variant samples and labels the same programs again, half of its time."""
+    """Without the copy each variant samples and labels the same programs again, which takes half of its time."""
     assert lab.run("table3", "--seeds", 1, "--parallel", 4) == 0
     calls = lab.calls()
     assert calls[0]["run"] == "rank-s0" and calls[0]["journals"] == []
@@ -168,10 +168,10 @@ def test_what_a_begun_run_wrote_into_its_journals_is_not_copied_over(lab):
 
 
 def test_a_cell_shares_only_what_its_modes_leave_the_same(lab, monkeypatch):
-    """Rankings of a judge that does not think, taken for those of one that does, would be no error, only wrong."""
+    """If a run took the rankings of a judge that does not think for those of one that thinks, no error would show."""
     base = ["--model", "--preset"]
     monkeypatch.setattr(study, "NOT_QUICK", {"notation", "clumsy"})
-    monkeypatch.setattr(study, "probe_all", lambda *a: {})  # which would want the models
+    monkeypatch.setattr(study, "probe_all", lambda *a: {})  # it would need the models
     assert lab.run("transfer", "figure3", "--quick", "--seeds", 1) == 0
     copied = {}
     for call in lab.calls():
@@ -183,7 +183,7 @@ def test_a_cell_shares_only_what_its_modes_leave_the_same(lab, monkeypatch):
     assert copied.pop("programs-s0") == dict.fromkeys(generator, "rank-s0")
     assert copied.pop("none-s0") == dict.fromkeys(generator, "rankings-s0")
     assert copied == dict.fromkeys(["sft-s0", "sft-then-rank-s0"], dict.fromkeys(generator + judge, "rank-s0"))
-    for name, variant in study.VARIANTS.items():  # what is declared is what follows from how a base answers
+    for name, variant in study.VARIANTS.items():  # `like` must agree with `thinking` and `base`
         if variant.like:
             like = study.VARIANTS[variant.like]
             programs = [v.thinking in ("both", "programs") for v in (variant, like)]
@@ -208,12 +208,12 @@ def test_a_run_that_fails_is_one_line_and_the_others_go_on(lab, monkeypatch, cap
     assert "Missing, because they are not finished: sft-s1, sft-then-rank-s1." in (lab.results / "figure3.md").read_text()
     assert json.loads((lab.results / "figure3.json").read_text())["variants"]["sft"]["seeds"] == [0]
     monkeypatch.delenv("FAKE_FAILS")
-    assert lab.run("figure3", "--seeds", 2) == 0  # the same command goes on
+    assert lab.run("figure3", "--seeds", 2) == 0  # the same command continues
     assert "--resume" in next(call["flags"] for call in reversed(lab.calls()) if call["run"] == "sft-s1")
 
 
 def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(lab, tmp_path):
-    """The runs have sessions of their own; forgotten, they would go on writing into the folders."""
+    """The runs are in other sessions, so Ctrl-C does not reach them. Left alone, they would keep writing files."""
     code = ("import signal; from pathlib import Path; from data import study\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without it\n"
             f"raise SystemExit(study.main(['table2', '--seeds', '1', '--out', '{lab.out}'], dust='{lab.fake}', "
@@ -251,7 +251,7 @@ def test_table_2_holds_every_figure_of_every_seed(lab):
     assert own["rows"]["trained"]["best_of_8"]["mean"] == own["rows"]["trained"]["oracle_of_8"]["mean"] == 100
     assert own["rows"]["trained"]["best_of_2"]["mean"] == pytest.approx(100 * 5 / 6, abs=1e-3)
     assert own["malformed"] == [{"base": 2, "trained_judge": 0, "trained": 0}] * 3
-    assert "/somewhere" not in json.dumps(result["settings"])  # what is committed names no machine
+    assert "/somewhere" not in json.dumps(result["settings"])  # results are committed, so they hold no local paths
     for part in ("Seeds, of 3,", "pass@1 3, NDCG 3, NDCG mixed 3, Best-of-4 3", "N = 8", " | 2, 2, 2 |", "## Reading",
                  "| Qwen3-30B-Thinking | 65.4 / 70.1 / 68.7 | 65.4 / 73.7 / 70.4 | 68.5 / 76.3 / 72.6 |"):
         assert part in text, part
@@ -283,7 +283,7 @@ def test_the_bar_counts_seeds_by_each_ones_own_interval(lab):
 
 
 def test_a_paragraph_written_by_hand_does_not_outlive_its_numbers(lab):
-    """The tables are generated anew, and the words below them would go on stating what an earlier run had."""
+    """The tables are made again after new runs. The text below them would still state the numbers of old runs."""
     for name in study.STUDIES:
         reading = study.written_by_hand(name)["Reading"]
         result = json.loads((study.HERE / "results" / f"{name}.json").read_text())
@@ -298,14 +298,14 @@ def test_a_paragraph_written_by_hand_does_not_outlive_its_numbers(lab):
 
 
 def test_nobody_can_change_what_all_intervals_are_drawn_with():
-    """They are cached: one in-place operation would change every later interval of the process."""
+    """The draws are cached, so one in-place operation would change every later interval of the process."""
     for array in study.draw(2, 3, 5):
         with pytest.raises(ValueError, match="read-only"):
             array += 1
 
 
 def test_transfer_prints_its_prediction_before_the_result(lab, monkeypatch):
-    """A prediction read off the result afterwards is none: it is written by hand, and stands first in the file."""
+    """A prediction that is written after the result is worthless. It is written by hand and comes first in the file."""
     skills = {f"{task}/{name}": 0.5 if task == "gen" else 0.25 for task in ("gen", "rank")
               for name in ("step", "jump", "careful", "yes_same", "yes_off")}
     skills |= {"copy": float("nan"), "pass1": 0.4, "ndcg_mixed": 0.8, "ndcg_random": 0.725}
@@ -317,13 +317,13 @@ def test_transfer_prints_its_prediction_before_the_result(lab, monkeypatch):
     assert places == sorted(places)
     assert "|  | off-policy ranking, PairAcc (the method) | thinking generator, direct judge |" in text
     assert "| `rank/yes_same` | 0.250 -> 0.250 | 0.250 -> 0.250 |" in text and "(a random order: 0.725)" in text
-    assert "| `copy` | - -> - |" in text  # nothing could be counted, which is no zero and no nan
-    assert "with thinking switched on for both tasks" in text  # or its pass1 is read as the study's
+    assert "| `copy` | - -> - |" in text  # nothing could be counted: neither 0 nor nan
+    assert "with thinking switched on for both tasks" in text  # otherwise its pass1 is taken for the study's pass@1
     assert "notation" not in " ".join(call["run"] for call in lab.calls())
 
 
 def test_bases_are_made_first_and_their_runs_take_the_laptops_settings(lab, monkeypatch):
-    """Any model but the shipped one gets the paper's settings, 64 candidates and all, unless it is told otherwise."""
+    """By default any model except the shipped one gets the paper's settings, such as 64 candidates: far too slow."""
     begun = []
     monkeypatch.setattr(study, "run_side_by_side", lambda commands, parallel: begun.append(commands) or 0)
     args = study.parse_args(["transfer", "--seeds", "1", "--out", str(lab.out)])
@@ -337,7 +337,7 @@ def test_bases_are_made_first_and_their_runs_take_the_laptops_settings(lab, monk
 
 
 def test_a_result_is_rendered_again_without_its_runs(lab):
-    """The runs are not kept for ever; a word in the Markdown can be changed when they are gone."""
+    """The runs are not kept for ever. The text of a result must be editable after they are deleted."""
     assert lab.run("table2", "--seeds", 1) == 0
     text = (lab.results / "table2.md").read_text()
     for path in [*lab.out.rglob("judged.jsonl"), lab.results / "table2.md"]:
