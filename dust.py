@@ -11,7 +11,6 @@
 Read `run` first, near the end of this file, then from `sample` on. Each stage makes one list from the one before.
 
     python dust.py                      # the whole method on the shipped model, a few minutes on a laptop
-    python dust.py --quick              # the same in about a minute
     python dust.py --model Qwen3-4B     # a real model on real problems, with the paper's settings
 """
 import copy
@@ -30,9 +29,7 @@ import sandbox
 from plumbing.problems import BadInput, Problem, load_train_and_eval, seed_for
 from plumbing.settings import arg, check_settings, read_options
 
-HERE = Path(__file__).resolve().parent
 BEST_OF = 4  # N of Best-of-N: programs in an evaluation group (paper 2.1)
-PROGRAMS_AT_A_TIME = 128  # after so many programs their labels are written to the file
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -45,8 +42,8 @@ class Args:
     A field that is True by default becomes --no-NAME, and its text says what that option does.
     """
 
-    model: str = arg(str(HERE / "data" / "tiny"), "model folder, name on the Hub, or a short name such as Qwen3-4B",
-                     section="what to run")
+    model: str = arg(str(Path(__file__).resolve().parent / "data" / "tiny"), section="what to run",
+                     text="model folder, name on the Hub, or a short name such as Qwen3-4B")
     train: str = arg("micro-train", "training problems: a file or a known set [rstar-coder]")
     eval: str = arg("micro-eval", "evaluation problems: a file or a known set [livecodebench-v6]")
     out: str = arg("", "folder of the run; without it a new folder in runs/ (with --resume: the newest one there)")
@@ -209,8 +206,8 @@ class RankedGroup:
 
 def load(name: str, args: Args, option: str = "--model"):
     """Return the (model, tokenizer) of a name or folder, ready for rollouts and updates. option: names it in errors."""
-    settings = dict(optimizer=args.optimizer, shard=args.shard, device=args.device, effort=args.reasoning_effort)
-    model, tokenizer = models.load_model(name, **settings, option=option)
+    model, tokenizer = models.load_model(name, optimizer=args.optimizer, shard=args.shard, device=args.device,
+                                         effort=args.reasoning_effort if option == "--model" else "", option=option)
     if not end_ids(model, tokenizer):
         raise BadInput(f"{option} {name}: nothing names an end-of-text token")
     if reason := grpo.enable_sharing(model):
@@ -313,7 +310,8 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, file
         def run_programs(chunk: list[tuple[str, str]]) -> list[int]:
             return [int(passed) for passed in pool.label([(code, tests[problem_id]) for problem_id, code in chunk])]
 
-        labels = runs.resumable(file, work, run_programs, size=PROGRAMS_AT_A_TIME)
+        size = 32 * min(ranks.gather(workers)) if file else max(len(work), 1)  # so few labels can be lost
+        labels = runs.resumable(file, work, run_programs, size)
     labels = dict(zip(work.values(), labels.values()))  # (problem id, code) -> y
     for candidate in candidates:
         candidate.correct = bool(labels.get((candidate.problem_id, candidate.code), 0))
@@ -681,9 +679,11 @@ def main(argv: list[str] | None = None) -> int:
         ranks.stop()
         return 0
     except KeyboardInterrupt:
-        print("\ndust: stopped; the same command with --resume goes on from here", file=sys.stderr)
+        ranks.print_once("\ndust: stopped; the same command with --resume goes on from here")
         return 130
-    except (BadInput, sandbox.SandboxError) as error:
+    except BadInput as error:  # every rank raises it
+        ranks.print_once(f"dust: {error}")
+    except sandbox.SandboxError as error:
         print(f"dust: {error}", file=sys.stderr)
     except (OSError, RuntimeError, SafetensorError) as error:  # of the system, torch and safetensors
         if not (advice := runs.what_to_do(error)):

@@ -333,23 +333,26 @@ def generate(model, prompts: list[Tensor], seeds: list[list[int]], sampling: Sam
     tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(n, max_new_tokens, device=device)
     length = torch.full((n,), max_new_tokens, device=device)
-    live = torch.arange(n, device=device)  # the answers that have not ended; the cache has a row for each
+    live = torch.arange(n, device=device)  # the answers of the cache's rows
+    going = torch.ones(n, dtype=torch.bool, device=device)  # those of them that have not ended
     for t in range(max_new_tokens):
         if t % DRAWS_AHEAD == 0:
             draws = torch.stack([torch.rand(DRAWS_AHEAD, generator=generators[i]) for i in live.tolist()]).to(device)
         token, logp = draw_token(cache.logits, draws[:, t % DRAWS_AHEAD], sampling)  # [live] each
         tokens[live, t], logps[live, t] = token, logp
-        ended = torch.isin(token, eos)
+        ended = torch.isin(token, eos) & going
         if ended.any():
             length[live[ended]] = t + 1
-            rows = (~ended).nonzero().squeeze(-1)
-            live, token, draws = live[rows], token[rows], draws[rows]
-            if len(live) == 0:
+            going &= ~ended
+            rows = going.nonzero().squeeze(-1)
+            if len(rows) == 0:
                 break
-            cache.keep(rows)
+            if len(rows) <= 0.9 * len(live):  # dropping rows copies their keys, so not for every single one
+                live, token, draws, going = live[rows], token[rows], draws[rows], going[rows]
+                cache.keep(rows)
         if t + 1 < max_new_tokens:
             cache.step(token)
-    unfinished = set(live.tolist())
+    unfinished = set(live[going].tolist())
     return [(tokens[i, :r].cpu(), logps[i, :r].cpu(), i not in unfinished) for i, r in enumerate(length.tolist())]
 
 

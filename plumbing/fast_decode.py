@@ -66,7 +66,7 @@ class SharedCache:
 
     def step(self, tokens: Tensor) -> None:
         """Run the model on one token of each row, [n], and set the logits of the next token."""
-        self.masks = {}
+        self.masks = {window: mask for window, mask in self.masks.items() if not window}  # a window moves on
         positions = (self.length[self.prompt_of_row] + self.steps)[:, None]  # [n, 1]
         self.logits = self.model.get_output_embeddings()(body(self.model, self, tokens[:, None], positions)[:, 0])
         self.steps += 1

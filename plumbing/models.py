@@ -1,5 +1,6 @@
 """Hugging Face models: loading, chat templates, memory, LoRA, optimisers for bf16 weights, checkpoints and saving."""
 import contextlib
+import json
 import os
 import pickle
 from pathlib import Path
@@ -36,6 +37,15 @@ def full_name(name: str) -> str:
     return name if Path(name).is_dir() else known.get(name.lower(), name)
 
 
+def is_whole(folder: Path) -> bool:
+    """Return whether a downloaded folder holds all of the weights that its index lists, and a tokenizer."""
+    kind = "safetensors" if any(folder.glob("*.safetensors")) else "bin"
+    indices = [json.loads(path.read_text()) for path in folder.glob(f"*.{kind}.index.json")]
+    listed = {file for index in indices for file in index["weight_map"].values()} or {f"*.{kind}"}
+    words = any(any(folder.glob(pattern)) for pattern in ("*token*", "*vocab*", "*.model"))
+    return words and all(any(folder.glob(file)) for file in listed)
+
+
 def find_model(name: str, option: str = "--model") -> str:
     """Return the folder of a model: name itself, the model of a run's folder, or the download of a name on the Hub.
 
@@ -49,7 +59,7 @@ def find_model(name: str, option: str = "--model") -> str:
     try:
         with contextlib.suppress(errors.LocalEntryNotFoundError):
             folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True, **FILES))
-            if [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:  # or else its download was stopped
+            if is_whole(folder):  # otherwise its download was stopped
                 return str(folder)
         tqdm.write(f"{name} is not on this machine: downloading it")
         return huggingface_hub.snapshot_download(name, **FILES)

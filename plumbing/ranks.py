@@ -45,6 +45,12 @@ def start() -> None:
         sys.stdout = open(os.devnull, "w")
 
 
+def print_once(text: str) -> None:
+    """Print an error that every rank meets, on stderr, once for each machine."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+        print(text, file=sys.stderr)
+
+
 def stop() -> None:
     """Leave the other ranks at the end of a run."""
     if dist.is_initialized():
@@ -74,8 +80,16 @@ def spread(work: list, do) -> list:
 
 
 def on_first(do):
-    """Call do() on rank 0 only, because it reads or writes files; return its result on every rank."""
-    return gather(do() if rank() == 0 else None)[0]
+    """Call do() on rank 0 only, because it reads or writes files; return its result, or raise its error, everywhere."""
+    result = error = None
+    try:
+        result = do() if rank() == 0 else None
+    except Exception as problem:
+        error = problem
+    result, error = gather((result, error))[0]
+    if error:
+        raise error
+    return result
 
 
 @torch.no_grad()

@@ -121,6 +121,8 @@ def find_run(args) -> tuple[Path, dict]:
 def open_run(out: Path, before: dict, args, problems: list[Problem], held_out: list[Problem]) -> None:
     """Make the run's folder and its args.json. Raises BadInput where `before`, the one there, has other settings."""
     settings = {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
+    if older := before.keys() - asdict(args).keys() - {"digests"}:
+        raise BadInput(f"{out} is of an older version of the code ({', '.join(sorted(older))}): choose another --out")
     before = before and asdict(type(args)()) | before  # an older version of the code may have had fewer settings
     changed = [f"{name} was {before[name]!r}" for name, value in settings.items() if before and before[name] != value]
     if changed:
@@ -148,9 +150,12 @@ def choose_device(name: str) -> str:
             torch.cuda.set_device(number)
             device = f"cuda:{number}"
         torch.zeros(1, device=device).item()
-        return device
+        failed = ""
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
-        raise BadInput(f"--device {name} does not work here: {first_line(error)}") from None
+        failed = first_line(error)
+    if failed := next(filter(None, ranks.gather(failed)), ""):  # of any rank: all of them have to end
+        raise BadInput(f"--device {name} does not work here: {failed}")
+    return device
 
 
 def show_plan(args, problems: list[Problem], held_out: list[Problem], best_of: int, memory: str) -> None:
@@ -193,7 +198,7 @@ def what_to_do(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory: lower --rows (sampling) or --micro-tokens (training)"
     if isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower():  # gloo has no exception class
-        return "another process of this run has ended"
+        return "another process of this run has ended, see what it said"
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or text}: put that right"
     return ""

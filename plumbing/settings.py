@@ -59,7 +59,7 @@ def check_settings(args) -> None:
         "--teacher works only with --mode sft": args.teacher and args.mode != "sft",
         "--lora needs the package peft: pip install peft": args.lora and not find_spec("peft"),
         "--shard spreads all weights over torchrun's processes: start it with torchrun, without --lora":
-            args.shard and (args.lora or "WORLD_SIZE" not in os.environ),
+            args.shard and (args.lora or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()),
     }
     for message, applies in wrong.items():
         if applies:

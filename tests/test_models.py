@@ -245,7 +245,8 @@ def test_a_name_that_the_hub_does_not_know_and_a_download_that_breaks_are_one_li
 
 def test_what_is_on_this_machine_is_not_asked_for_again(tmp_path, hub):
     """A run on a machine without network goes on; and a new version on the Hub does not change a resumed run."""
-    (tmp_path / "model.safetensors").touch()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).touch()
     calls = hub(tmp_path, OSError("no network"))
     assert find_model("some/model") == str(tmp_path) and calls == ["here"]
 
@@ -313,6 +314,12 @@ def test_a_download_that_was_stopped_goes_on(tmp_path, hub):
     (stopped / "config.json").touch()
     calls = hub(stopped, whole)
     assert find_model("some/model") == str(whole) and calls == ["here", "online"]
+    shards = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (stopped / "model.safetensors.index.json").write_text(json.dumps(shards))
+    for name, expected in (("model-2.safetensors", whole), ("tokenizer.json", whole), ("model-1.safetensors", stopped)):
+        (stopped / name).touch()  # the last shard can be here first, and the tokenizer last
+        hub(stopped, whole)
+        assert find_model("some/model") == str(expected)
     calls = hub(errors.LocalEntryNotFoundError("half of it"), whole)
     assert find_model("some/model") == str(whole) and calls == ["here", "online"]
 

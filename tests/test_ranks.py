@@ -227,11 +227,12 @@ def test_ranks_on_unlike_machines_cut_the_labels_alike(tmp_path, monkeypatch):
         return dict.fromkeys(work, 1)
 
     monkeypatch.setattr(dust.runs, "resumable", resumable)
+    monkeypatch.setattr(ranks, "gather", lambda workers: [workers, 1])  # the other rank has one
     candidates = [dust.Candidate("p", "", f"print({i})") for i in range(100)]
     for workers in (1, 7):
         problems = [Problem("p", "?", [{"input": "", "output": "1"}])]
         dust.label(problems, candidates, dust.Args(workers=workers), tmp_path / "labels.jsonl")
-    assert len(sizes) == 2 and sizes[0] == sizes[1]
+    assert sizes == [32, 32]
 
 
 # ---------------------------------------------------------------------------------------------------- the whole run
@@ -265,10 +266,18 @@ def test_two_ranks_do_what_one_does_also_sharded(llama, tmp_path):
         assert (tmp_path / f"{name}-said" / "1").read_text() == ""  # rank 0 alone shows anything
 
 
-def test_bad_input_is_one_line_of_each_rank(llama, tmp_path):
-    arguments = [*llama["arguments"], "--model", "./nowhere", "--out", tmp_path / "run"]
+@pytest.mark.parametrize("wrong, line", [
+    (["--model", "./nowhere"], "--model ./nowhere"), (["--repeats", "0"], "--repeats is 0"),
+    (["--device", "abacus"], "--device abacus does not work"), (["--out", "DONE"], "already holds a run"),
+])
+def test_bad_input_is_said_once(llama, tmp_path, wrong, line):
+    """Also where only rank 0 meets it, as with a folder that holds a run: the other rank then blamed its neighbour."""
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "args.json").write_text("{}")
+    wrong = [str(tmp_path / "done") if word == "DONE" else word for word in wrong]
+    arguments = [*llama["arguments"], "--out", tmp_path / "run", *wrong]
     assert run_ranks(arguments, tmp_path / "said") == [2, 2]
-    assert len(said(tmp_path / "said")) == 2 and all("--model ./nowhere" in line for line in said(tmp_path / "said"))
+    assert len(said(tmp_path / "said")) == 1 and line in said(tmp_path / "said")[0]
 
 
 @pytest.mark.parametrize("then, more", [(1, ["--shard"]), (1, []), (2, [])])
