@@ -14,7 +14,6 @@ Read `run` first, near the end of this file, then from `sample` on. Each stage m
     python dust.py --model Qwen3-4B     # a real model on real problems, with the paper's settings
 """
 import copy
-import json
 import os
 import random
 import sys
@@ -310,7 +309,8 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, file
         def run_programs(chunk: list[tuple[str, str]]) -> list[int]:
             return [int(passed) for passed in pool.label([(code, tests[problem_id]) for problem_id, code in chunk])]
 
-        size = 32 * min(ranks.gather(workers)) if file else max(len(work), 1)  # so few labels can be lost
+        # the same size on every rank; a kill loses at most one chunk of labels
+        size = 32 * min(ranks.gather(workers)) if file else max(len(work), 1)
         labels = runs.resumable(file, work, run_programs, size)
     labels = dict(zip(work.values(), labels.values()))  # (problem id, code) -> y
     for candidate in candidates:
