@@ -11,7 +11,7 @@
 Read `run` first, near the end of this file, then from `sample` on. Each stage makes one list from the one before.
 
     python dust.py                      # the whole method on the shipped model, a few minutes on a laptop
-    python dust.py --model Qwen3-4B     # a real model on real problems, with the paper's settings
+    python dust.py --model Qwen3-4B     # a real model on real problems, on one GPU
 """
 import copy
 import os
@@ -20,7 +20,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
-from math import comb
+from math import ceil, comb
 from pathlib import Path
 
 import rank_prompt
@@ -46,9 +46,9 @@ class Args:
     train: str = arg("micro-train", "training problems: a file or a known set [rstar-coder]")
     eval: str = arg("micro-eval", "evaluation problems: a file or a known set [livecodebench-v6]")
     out: str = arg("", "folder of the run; without it a new folder in runs/ (with --resume: the newest one there)")
-    preset: str = arg("", "laptop: the default for the shipped model; paper: the paper's settings, the default for\n"
-                      "all others; release: the settings of the authors' code; quick: a real model on one 24 GB GPU",
-                      choices=["laptop", "paper", "release", "quick"])
+    preset: str = arg("", "laptop: for the shipped model; quick: for another one, on one GPU or a CPU; paper: the paper's\n"
+                      "settings, for several GPUs; release: those of the authors' code; default: the one that fits",
+                      choices=["laptop", "quick", "paper", "release"])
     quick: bool = arg(False, "a run of about a minute: fewer problems, candidates and steps")
     eval_only: bool = arg(False, "measure the model as it is, without training")
     resume: bool = arg(False, "go on with the run in --out where it was stopped")
@@ -70,6 +70,7 @@ class Args:
     eval_limit: int = arg(0, "number of evaluation problems to use, evenly spread over the file; 0: all", least=0)
     candidates: int = arg(16, "M, programs sampled for each training problem [64]", least=1)
     group_size: int = arg(4, "K, candidates in a ranking group [4]", least=2)
+    until_enough: bool = arg(False, "sample problems only until there are as many mixed groups as the steps use")
     timeout: float = arg(10.0, "longest time of a program for one test, in seconds", above=0)
     memory_mb: int = arg(1024, "most memory of a program, in megabytes", least=1)
 
@@ -114,6 +115,7 @@ class Args:
 
 PAPER = dict(  # section 3.1, appendix B, table 4; the paper's other values are the defaults of Args
     candidates=64, batch=64, ppo_epochs=3, steps=180, lr=1e-6, max_new_tokens=32768, repeats=10, save_every=10,
+    until_enough=True,
 )
 RELEASE = PAPER | dict(  # where the authors' code differs from the paper
     clip_high=0.28, dual_clip=10.0, loss="token", kl=0.0, weight_decay=0.1, warmup=10, shuffle=False, repeats=6,
@@ -121,9 +123,15 @@ RELEASE = PAPER | dict(  # where the authors' code differs from the paper
 )
 QUICK_REAL = dict(  # a real model on one GPU of 24 GB: adapters, which need a larger learning rate
     limit=500, candidates=16, batch=16, steps=60, lr=2e-5, lora=16, max_new_tokens=8192, repeats=2, save_every=5,
-    rows=8, optimizer="kahan",
+    rows=8, optimizer="kahan", until_enough=True,
 )
 PRESETS = {"laptop": {}, "paper": PAPER, "release": RELEASE, "quick": QUICK_REAL}
+PURPOSES = {  # of the presets, for the first line of a run
+    "laptop": "for the shipped model",
+    "quick": "for another model on one GPU or a CPU (--preset paper: the paper's settings, for several GPUs)",
+    "paper": "the paper's settings, for several GPUs (--preset quick: for one)",
+    "release": "the settings of the authors' code, for several GPUs",
+}
 REAL_PROBLEMS = dict(train="rstar-coder", eval="livecodebench-v6")  # the paper's, for every model but the shipped one
 QUICK = dict(limit=60, eval_limit=60, candidates=8, steps=10, repeats=1)  # --quick, on top of any preset
 
@@ -132,7 +140,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Return the settings of a command line; options win over --quick, --quick over the preset. Raises BadInput."""
     given = read_options(Args, argv, __doc__.split("\n\n")[0])
     shipped = Path(given.get("model", Args.model)).resolve() == Path(Args.model).resolve()
-    preset = given.get("preset") or ("laptop" if shipped else "paper")
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # processes of torchrun, each with a GPU
+    preset = given.get("preset") or ("laptop" if shipped else "paper" if several else "quick")
     problems = {} if shipped or preset == "laptop" else REAL_PROBLEMS
     quick = QUICK if given.get("quick") else {}
     args = Args(**problems | PRESETS[preset] | quick | given | {"preset": preset})
@@ -334,6 +343,29 @@ def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) ->
         drawn = by_problem[problem.id]
         groups += [Group(problem, drawn[i : i + k]) for i in range(0, len(drawn) - k + 1, k)]
     return [group for group in groups if is_mixed(group.labels)]
+
+
+def training_groups(model, tokenizer, problems: list[Problem], args: Args, out: Path) -> list[Group]:
+    """Sample, label and group (paper 2.2). Returns the mixed groups whose ranking prompts fit the context.
+
+    With --until-enough it begins with the first problems, as many as would do if all of their groups were mixed, and
+    takes more until the steps have a group for each place of their batches. Raises BadInput if no group is left.
+    """
+    enough, count = args.steps * args.batch, len(problems)
+    if args.until_enough:
+        count = min(count, max(1, ceil(enough / (args.candidates // args.group_size))))
+    while True:
+        candidates = sample(model, tokenizer, problems[:count], args, out / "samples.jsonl")
+        label(problems, candidates, args, out / "labels.jsonl")
+        mixed = make_groups(problems, candidates, args.group_size)
+        groups = [group for group in mixed if fits(model, ranking_ids(tokenizer, group, args), args)]
+        if len(groups) >= enough or count == len(problems):
+            break
+        missing = ceil(count * enough / max(len(groups), 1)) - count  # if the others have as many mixed groups
+        count = min(len(problems), count + min(missing, count))
+    runs.write_lines(out / "candidates.jsonl", [asdict(candidate) for candidate in candidates])
+    runs.check_groups(candidates, mixed, groups, args.group_size)
+    return groups
 
 
 # --------------------------------------------------------------------------------- sections 2.3 and 2.4: the training
@@ -628,6 +660,7 @@ METRICS = {  # functions of a group's labels, best-ranked first; a group with th
 
 def run(args: Args) -> None:
     """Run the method, stage by stage. Each stage writes its results to out/, so --resume goes on where it stopped."""
+    print(f"--preset {args.preset}: {PURPOSES[args.preset]}", flush=True)
     args = replace(args, device=runs.choose_device(args.device))
     out, before = ranks.on_first(lambda: runs.find_run(args))
     optimizer, memory = models.choose_optimizer(args, args.optimizer or before.get("optimizer", ""))
@@ -643,12 +676,7 @@ def run(args: Args) -> None:
 
     groups = []
     if args.mode in ("rank", "sft") and not args.eval_only:  # the other modes draw their candidates step by step
-        candidates = sample(model, tokenizer, problems, args, out / "samples.jsonl")
-        label(problems, candidates, args, out / "labels.jsonl")
-        runs.write_lines(out / "candidates.jsonl", [asdict(candidate) for candidate in candidates])
-        mixed = make_groups(problems, candidates, args.group_size)
-        groups = [group for group in mixed if fits(model, ranking_ids(tokenizer, group, args), args)]
-        runs.check_groups(candidates, mixed, groups, args.group_size)
+        groups = training_groups(model, tokenizer, problems, args, out)
     elif not args.eval_only:
         problems, _ = fitting_problems(model, tokenizer, problems, args)
 

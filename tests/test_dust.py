@@ -386,10 +386,11 @@ def test_help_reads_well(capsys):
 
 
 def test_the_paper_preset_is_the_papers_table_4_and_what_is_given_wins():
-    paper = dust.parse_args(["--model", "some/model"])
+    paper = dust.parse_args(["--model", "some/model", "--preset", "paper"])
     assert (paper.candidates, paper.batch, paper.ppo_epochs, paper.lr, paper.kl) == (64, 64, 3, 1e-6, 0.001)
     assert (paper.group_size, paper.answers, paper.mini_batch, paper.clip) == (4, 8, 16, 0.2)
-    assert dust.parse_args([]).lr == dust.Args.lr and dust.parse_args(["--model", "some/model", "--lr", "1"]).lr == 1
+    assert dust.parse_args([]).lr == dust.Args.lr
+    assert dust.parse_args(["--model", "some/model", "--preset", "paper", "--lr", "1"]).lr == 1
     assert dust.parse_args(["--quick", "--steps", "7"]).steps == 7 and dust.parse_args(["--quick"]).steps < dust.Args.steps
 
 
@@ -417,6 +418,43 @@ def test_groups_are_mixed_of_one_problem_and_without_failed_extractions():
     assert max(used.values()) == 1
     ordered = dust.make_groups(problems, candidates("a", "rw-wwrrrrww") + candidates("b", "wwwwr"), 4)
     assert [g.labels for g in ordered] == [[1, 0, 0, 0]]  # a: rwww | rrrr | ww dropped; b: wwww, r dropped
+
+
+@pytest.mark.parametrize("problems_there, mixed_share, sampled", [
+    (200, 1.0, [20]),  # every group is mixed: the fewest problems will do
+    (200, 0.5, [20, 40]),
+    (200, 0.25, [20, 40, 80]),  # never more than twice as many: the first few may be unlike the rest
+    (200, 0.0, [20, 40, 80, 160, 200]),
+    (30, 0.25, [20, 30]),  # there are no more
+])
+def test_sampling_goes_on_until_the_steps_have_enough_mixed_groups(
+        tmp_path, monkeypatch, problems_there, mixed_share, sampled):
+    """Half a year of a GPU would go into candidates that no step uses."""
+    monkeypatch.setattr(dust, "ranking_ids", lambda *_: [])
+    monkeypatch.setattr(dust, "fits", lambda *_: True)
+    monkeypatch.setattr(dust, "label", lambda *_: None)
+    counts = []
+
+    def sample(model, tokenizer, problems, args, file):
+        counts.append(len(problems))
+        mixed = [mixed_share and i % round(1 / mixed_share) == 0 for i in range(len(problems))]
+        patterns = ["rrrw" * 4 if one else "wwww" * 4 for one in mixed]
+        return [c for p, pattern in zip(problems, patterns) for c in candidates(p.id, pattern)]
+
+    monkeypatch.setattr(dust, "sample", sample)
+    args = dust.Args(until_enough=True, steps=8, batch=10, candidates=16, group_size=4)  # 80 groups, 4 a problem
+    problems = [problem(f"p{i}") for i in range(problems_there)]
+    if mixed_share:
+        groups = dust.training_groups(None, None, problems, args, tmp_path)
+        assert len(groups) >= 80 or counts[-1] == problems_there
+    else:
+        with pytest.raises(dust.BadInput):
+            dust.training_groups(None, None, problems, args, tmp_path)
+    assert counts == sampled
+    counts.clear()
+    if mixed_share:
+        dust.training_groups(None, None, problems, dust.replace(args, until_enough=False), tmp_path)
+        assert counts == [problems_there]
 
 
 def test_a_shuffle_keeps_labels_with_their_candidates_and_depends_on_the_seed():

