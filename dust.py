@@ -105,7 +105,8 @@ class Args:
     lora: int = arg(0, "train adapters of this rank instead of all weights (package peft); 0: all weights", least=0)
     shard: bool = arg(False, "spread weights, gradients and optimiser over torchrun's processes (FSDP2)")
     save_every: int = arg(1, "steps between checkpoints", least=1)
-    rows: int = arg(256, "answers that are decoded at a time: changes memory and speed, not the result", least=1)
+    rows: int = arg(0, "answers that are decoded at a time: changes memory and speed, not the result; 0: as many as\n"
+                    "fit the memory of a GPU, 256 elsewhere", least=0)
 
     repeats: int = arg(2, "R, evaluation groups drawn for each problem [10]", least=1, section="evaluation (paper 3.1)")
     eval_temperature: float = arg(0.6, "temperature of programs and rankings in the evaluation [0.6]", least=0)
@@ -123,7 +124,7 @@ RELEASE = PAPER | dict(  # where the authors' code differs from the paper
 )
 QUICK_REAL = dict(  # a real model on one GPU of 24 GB: adapters, which need a larger learning rate
     limit=500, candidates=16, batch=16, steps=60, lr=2e-5, lora=16, max_new_tokens=8192, repeats=2, save_every=5,
-    rows=8, optimizer="kahan", until_enough=True,
+    optimizer="kahan", until_enough=True,
 )
 PRESETS = {"laptop": {}, "paper": PAPER, "release": RELEASE, "quick": QUICK_REAL}
 PURPOSES = {  # of the presets, for the first line of a run
@@ -162,7 +163,7 @@ from tqdm import tqdm  # noqa: E402
 
 import grpo  # noqa: E402
 from grpo import Rollout, Sampling  # noqa: E402
-from plumbing import models, ranks, report, runs  # noqa: E402
+from plumbing import batches, models, ranks, report, runs  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ what flows through
 
@@ -248,10 +249,21 @@ def fits(model, prompt: torch.Tensor, args: Args) -> bool:
     return not context or len(prompt) + args.max_new_tokens <= context
 
 
-def draw(model, tokenizer, prompts: list[torch.Tensor], seeds: list[list[int]], args: Args, sampling: Sampling):
+def draw(model, tokenizer, prompts: list[torch.Tensor], seeds: list[list[int]], args: Args, sampling: Sampling,
+         rows: int) -> list[Rollout]:
     """Draw an answer to each prompt [L] for each of its seeds, as one Rollout a prompt. All answers are drawn here."""
     return grpo.rollout(model, prompts, seeds, sampling=sampling, max_new_tokens=args.max_new_tokens,
-                        eos_ids=end_ids(model, tokenizer), max_rows=args.rows)
+                        eos_ids=end_ids(model, tokenizer), max_rows=rows)
+
+
+def rows_at_a_time(model, prompts: list[torch.Tensor], args: Args) -> int:
+    """Return how many answers to decode at a time: --rows, or as many as fit the memory that a GPU has free now.
+
+    Every rank calls this at the start of a stage, because all of them take part in a sharded model's forward.
+    """
+    if args.rows or model.device.type != "cuda" or not prompts:
+        return args.rows or 256
+    return batches.rows_that_fit(model, max(map(len, prompts)), args.max_new_tokens, models.room(args.device))
 
 
 # -------------------------------------------------------------------------------- section 2.2: sample, label, group
@@ -272,10 +284,11 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, file: Path, ev
 
     def answer(chunk: list[Problem]) -> list[list]:  # [[text, whether the answer ended by itself], ...] a problem
         seeds = [[seed_for(seed, problem.id, i) for i in range(count // copies)] for problem in chunk]
-        rollouts = draw(model, tokenizer, [prompts[problem.id] for problem in chunk], seeds, args, sampling)
+        rollouts = draw(model, tokenizer, [prompts[problem.id] for problem in chunk], seeds, args, sampling, rows)
         return [[[text, ended] for text, ended in zip(texts_of(tokenizer, r), r.finished)] * copies for r in rollouts]
 
-    answers = runs.resumable(file, {problem.id: problem for problem in problems}, answer, max(1, args.rows // count))
+    rows = rows_at_a_time(model, list(prompts.values()), args)
+    answers = runs.resumable(file, {problem.id: problem for problem in problems}, answer, max(1, rows // count))
     candidates = [Candidate(problem_id, text, rank_prompt.extract_code(text))
                   for problem_id, drawn in answers.items() for text, _ in drawn]
     without = sum(candidate.code is None for candidate in candidates)
@@ -480,10 +493,11 @@ def batch_at(items: list, step: int, args: Args) -> list:
 def draw_for_training(model, tokenizer, prompts: list, count: int, args: Args, generator) -> list[Rollout]:
     """Draw `count` answers to each prompt [L] at --temperature, without top-p and top-k (paper 2.4)."""
     seeds = torch.randint(2**62, (len(prompts), count), generator=generator).tolist()
+    rows = rows_at_a_time(model, prompts, args)
 
     def answer(chunk: list[tuple]) -> list[Rollout]:
         its_prompts, its_seeds = [prompt for prompt, _ in chunk], [drawn for _, drawn in chunk]
-        return draw(model, tokenizer, its_prompts, its_seeds, args, Sampling(args.temperature))
+        return draw(model, tokenizer, its_prompts, its_seeds, args, Sampling(args.temperature), rows)
 
     return ranks.spread(list(zip(prompts, seeds)), answer)
 
@@ -590,10 +604,11 @@ def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Pat
     def answer(chunk: list[str]) -> list[str]:
         seeds = [[seed_for(args.seed, "judge", key)] for key in chunk]
         sampling = Sampling(args.eval_temperature, args.top_p, args.top_k)
-        rollouts = draw(model, tokenizer, [prompts[key] for key in chunk], seeds, args, sampling)
+        rollouts = draw(model, tokenizer, [prompts[key] for key in chunk], seeds, args, sampling, rows)
         return [texts_of(tokenizer, rollout)[0] for rollout in rollouts]
 
-    answers = runs.resumable(file, {key: key for key in prompts}, answer, size=args.rows)
+    rows = rows_at_a_time(model, list(prompts.values()), args)
+    answers = runs.resumable(file, {key: key for key in prompts}, answer, size=rows)
     ranked = []
     for i, (group, seen) in enumerate(zip(groups, shown)):
         words, k = answers.get(str(i), ""), len(seen.candidates)

@@ -34,7 +34,7 @@ from plumbing import ranks
 from plumbing.batches import my_micro_batches, split_by_size
 from plumbing.fast_decode import SharedCache
 from plumbing.models import lora_disabled
-from plumbing.shared_prompt import (SHARED_ATTENTION, Packed, body, has_key_cache, plain_attention,
+from plumbing.shared_prompt import (SHARED_ATTENTION, Packed, body, cache_argument, has_key_cache, plain_attention,
                                     positions_follow_longest_row, shares_prompts, takes)
 
 MAX_GRADIENT_NORM = 1.0
@@ -302,13 +302,11 @@ def rollout(model, prompts: list[Tensor], seeds: list[list[int]], *, sampling: S
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     parts = [(i, seeds[i][at : at + max_rows]) for i in order for at in range(0, len(seeds[i]), max_rows)]
-    draw = generate if has_key_cache(model) else generate_with_transformers
     rollouts = [Rollout(prompt, [], [], []) for prompt in prompts]
     with ranks.unsharded(model):
         for batch in split_by_size([len(part_seeds) for _, part_seeds in parts], max_rows):
-            batch_prompts = [prompts[i].cpu() for i, _ in parts[batch]]
-            batch_seeds = [part_seeds for _, part_seeds in parts[batch]]
-            answers = draw(model, batch_prompts, batch_seeds, sampling, max_new_tokens, list(eos_ids))
+            answers = generate_or_halve(model, [(prompts[i].cpu(), part_seeds) for i, part_seeds in parts[batch]],
+                                        sampling, max_new_tokens, list(eos_ids))
             owners = [i for i, part_seeds in parts[batch] for _ in part_seeds]
             for i, (tokens, logps, finished) in zip(owners, answers):
                 # clone: tensors made in inference mode cannot enter a backward pass
@@ -316,6 +314,31 @@ def rollout(model, prompts: list[Tensor], seeds: list[list[int]], *, sampling: S
                 rollouts[i].logps.append(logps.clone())
                 rollouts[i].finished.append(finished)
     return rollouts
+
+
+def generate_or_halve(model, parts: list[tuple[Tensor, list[int]]], *how) -> list[tuple[Tensor, Tensor, bool]]:
+    """Call generate for pairs (prompt [L], its seeds). If the memory runs out, do the answers in two halves.
+
+    This does not change the answers, because each has its seed. how: generate's sampling, max_new_tokens and eos_ids.
+    """
+    draw = generate if has_key_cache(model) else generate_with_transformers
+    prompts, seeds = map(list, zip(*parts))
+    try:
+        return draw(model, prompts, seeds, *how)
+    except torch.OutOfMemoryError:
+        rows = sum(map(len, seeds))
+        if rows == 1:
+            raise
+    # behind the except block, in which the failed call's tensors are still held
+    torch.cuda.empty_cache()
+    warnings.warn(f"out of memory with {rows} answers at a time: going on with {rows // 2}", stacklevel=2)
+    first, second, left = [], [], rows // 2
+    for prompt, its_seeds in parts:
+        cut = min(left, len(its_seeds))
+        first += [(prompt, its_seeds[:cut])] * (cut > 0)
+        second += [(prompt, its_seeds[cut:])] * (cut < len(its_seeds))
+        left -= cut
+    return generate_or_halve(model, first, *how) + generate_or_halve(model, second, *how)
 
 
 @torch.inference_mode()  # a tenth faster than no_grad
@@ -405,8 +428,7 @@ class PlainCache:
 
     def __init__(self, model, prompts: list[Tensor], counts: list[int]):
         self.model, self.cache = model, DynamicCache(config=model.config)
-        cache_name = "cache" if takes(model, "cache") else "past_key_values"  # the first since transformers 5.24
-        self.arguments = {"use_cache": True, cache_name: self.cache}
+        self.arguments = {"use_cache": True, cache_argument(model): self.cache}
         if takes(model, "logits_to_keep"):  # else the logits of all positions are computed
             self.arguments["logits_to_keep"] = 1
         longest = max(map(len, prompts))

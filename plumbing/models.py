@@ -328,7 +328,8 @@ def make_optimizer(model, kind: str, lr: float, weight_decay: float = 0.0) -> to
 def room(device: str) -> float:
     """Return the bytes this rank may use: the free memory of its GPU, or its part of the machine's memory."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch
+        return torch.cuda.mem_get_info(device)[0] + unused
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.local_world()
 
 

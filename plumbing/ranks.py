@@ -150,6 +150,11 @@ def unsharded(model):
             part.set_reshard_after_forward(part is not model, recurse=False)
 
 
+def gathered_bytes(model) -> int:
+    """Return the bytes of the bf16 weights that `unsharded` adds to this rank; 0 for a model that is not sharded."""
+    return sum(2 * p.numel() for p in model.parameters() if isinstance(p, DTensor))
+
+
 def full_state(state):
     """Return the same nested dicts, with every sharded tensor in full on the CPU. Collective."""
     if isinstance(state, dict):

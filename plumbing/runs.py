@@ -26,7 +26,8 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
     does at a time. Several processes share each chunk. Without a file nothing is kept or shown. Returns key -> result
     of all the work. Chunks do not depend on what is done, so that a resumed run repeats the very same computations.
     """
-    done, keys, size = ranks.on_first(lambda: read_lines(file) if file else {}), list(work), size * ranks.world()
+    done, keys = ranks.on_first(lambda: read_lines(file) if file else {}), list(work)
+    size = min(ranks.gather(size)) * ranks.world()  # the ranks may have unlike memory
     chunks = [keys[i : i + size] for i in range(0, len(keys), size)]
     chunks = [chunk for chunk in chunks if not all(key in done for key in chunk)]
     with progress_bar(file and file.stem, len(keys), len(keys) - sum(map(len, chunks))) as bar:

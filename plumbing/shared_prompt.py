@@ -42,6 +42,11 @@ def takes(model, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
+def cache_argument(model) -> str:
+    """Return the name under which the model's forward takes a cache: a new one since transformers 5.24."""
+    return "cache" if takes(model, "cache") else "past_key_values"
+
+
 def has_key_cache(model) -> bool:
     """Return whether grpo.generate can decode with this model: it keeps only keys and values, and takes positions.
 
