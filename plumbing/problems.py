@@ -28,7 +28,7 @@ from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 NAMES = {"micro-train": DATA / "train.jsonl", "micro-eval": DATA / "eval.jsonl"}  # the shipped micro-lab
@@ -128,13 +128,14 @@ def normalised(statement: str) -> str:
 
 def read_records(name: str) -> Iterator[tuple[str, str, Any]]:
     """Yield (file, place such as "line 3", record) for each record of a file, or of a set that is given by name."""
-    hub_set, path = HUB.get(name), str(NAMES.get(name, name))
-    if (hub_set.files[0] if hub_set else path).endswith(".parquet") and not find_spec("pyarrow"):
+    repository, files = HUB.get(name, ("", [str(NAMES.get(name, name))]))
+    if files[0].endswith(".parquet") and not find_spec("pyarrow"):
         raise BadInput(f"{name} is in Parquet, which takes another package: pip install pyarrow")
-    for path in download(name, hub_set) if hub_set else [path]:
+    since, before = WINDOWS.get(name, ("", ""))
+    for path in download(name, repository, files) if repository else files:
         read_file = read_parquet if path.endswith(".parquet") else read_jsonl
         for where, record in read_file(path):
-            if not hub_set or hub_set.since <= record.get("contest_date", "") < hub_set.before:
+            if not since or since <= record.get("contest_date", "") < before:
                 yield path, where, record
 
 
@@ -146,14 +147,13 @@ def read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"line {number}", json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path} line {number}: broken JSON: {error.msg} at column {error.colno}") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", "it is not UTF-8 text")
         names = ", ".join([*NAMES, *HUB])
         raise BadInput(f"cannot read {path}: {reason} (a JSONL or Parquet file, or one of {names})") from None
-    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or brackets nested too deep
-        raise BadInput(f"{path} line {number}: {error}") from None
+    except (ValueError, RecursionError) as error:  # JSON counts the lines of its text, and this text is one line
+        reason = str(error).replace("line 1 column", "column")
+        raise BadInput(f"{path} line {number}: broken JSON: {reason}") from None
 
 
 def read_parquet(path: str) -> Iterator[tuple[str, dict]]:
@@ -266,8 +266,8 @@ def from_rstar(record: dict) -> dict:
         raise LeftOut("with a class that is not named Solution")
     tests, characters = [], 0
     try:
-        inputs, outputs = json.loads(text_of(record, "inputs")), json.loads(text_of(record, "outputs"))
-        for given, expected in zip(inputs + [], outputs + [], strict=True):  # + []: TypeError unless both are lists
+        inputs, outputs = (json.loads(text_of(record, name)) + [] for name in ("inputs", "outputs"))  # + []: two lists
+        for given, expected in zip(inputs, outputs, strict=True):
             test, more = make_test(given, expected, function), len(str(given)) + len(str(expected))
             check_test(test, "")
             if len(tests) < MAX_TESTS and characters + more <= MAX_CHARACTERS:
@@ -301,11 +301,10 @@ def from_humaneval(record: dict) -> dict:
 
 def from_mbpp(record: dict) -> dict:
     """Convert an MBPP record. The question is the task and its first assert, as is usual for this set."""
-    asserts, imports = record.get("test_list"), record.get("test_imports") or []
-    if not isinstance(asserts, list) or not asserts or not all(isinstance(line, str) for line in asserts):
-        raise ValueError('"test_list" is not a list of asserts')
-    if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports):
-        raise ValueError('"test_imports" is not a list of lines')
+    asserts, imports = record["test_list"] or None, record.get("test_imports") or []  # None: no test is refused too
+    for name, lines in (("test_list", asserts), ("test_imports", imports)):
+        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+            raise ValueError(f'"{name}" is not a list of asserts or imports')
     code = ast.parse(text_of(record, "code"))
     given = [ast.unparse(node) for node in code.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     given += [*imports, text_of(record, "test_setup_code", "")]
@@ -346,39 +345,30 @@ def make_test(given: Any, expected: Any, function: str) -> dict:
 # ------------------------------------------------------------------------------------------------------------ the Hub
 
 
-class HubSet(NamedTuple):
-    """The place of a set on the Hub, and the part of it that is used."""
-
-    repository: str
-    files: tuple[str, ...]
-    since: str = ""  # the first contest date that is included
-    before: str = "9999"  # the first contest date that is too late
-
-
-# test6.jsonl holds the problems that LiveCodeBench v6 adds (until April 2025), test5.jsonl those of v5 (until January
-# 2025). Both may hold earlier ones. No offline test can check this, so load_problems compares with PAPER_COUNTS.
 LIVE = "livecodebench/code_generation_lite"
-HUB = {
-    "rstar-coder": HubSet("microsoft/rStar-Coder", ("seed_testcase/*.parquet",)),
-    "livecodebench-v5": HubSet(LIVE, ("test3.jsonl", "test4.jsonl", "test5.jsonl"), "2024-08-01", "2025-02-01"),
-    "livecodebench-v6": HubSet(LIVE, ("test6.jsonl",), "2025-02-01", "2025-05-01"),
-    "humaneval": HubSet("openai/openai_humaneval", ("openai_humaneval/test-*.parquet",)),
-    "mbpp": HubSet("google-research-datasets/mbpp", ("full/test-*.parquet",)),
+HUB = {  # each set's repository and files
+    "rstar-coder": ("microsoft/rStar-Coder", ["seed_testcase/*.parquet"]),
+    "livecodebench-v5": (LIVE, ["test3.jsonl", "test4.jsonl", "test5.jsonl"]),
+    "livecodebench-v6": (LIVE, ["test6.jsonl"]),
+    "humaneval": ("openai/openai_humaneval", ["openai_humaneval/test-*.parquet"]),
+    "mbpp": ("google-research-datasets/mbpp", ["full/test-*.parquet"]),
 }
+# The first contest date that is in the set, and the first that is too late. test6.jsonl holds the problems that v6 adds,
+# test5.jsonl those of v5, and both may hold earlier ones. No offline test can check this, so load_problems compares with
+# PAPER_COUNTS.
+WINDOWS = {"livecodebench-v5": ("2024-08-01", "2025-02-01"), "livecodebench-v6": ("2025-02-01", "2025-05-01")}
 PAPER_COUNTS = {"livecodebench-v6": {"easy": 31, "medium": 39, "hard": 61}}  # section 3.1: 131 problems
 
 
-def download(name: str, hub_set: HubSet) -> Iterator[str]:
+def download(name: str, repository: str, files: list[str]) -> Iterator[str]:
     """Yield the local path of each file of a set. Fetch a file only when it is asked for. Raise BadInput on failure."""
-    files = hub_set.files
     try:
         from huggingface_hub import HfApi, hf_hub_download
 
         if "*" in files[0]:
-            listed = sorted(HfApi().list_repo_files(hub_set.repository, repo_type="dataset"))
-            files = fnmatch.filter(listed, files[0])
+            files = fnmatch.filter(sorted(HfApi().list_repo_files(repository, repo_type="dataset")), files[0])
         for file in files:
-            yield hf_hub_download(hub_set.repository, file, repo_type="dataset")
+            yield hf_hub_download(repository, file, repo_type="dataset")
     except Exception as error:  # no network, no such file, a full disk: the Hub raises another exception for each
         raise BadInput(f'cannot load {name} from the Hub ({first_line(error)}); or bring your own: a JSONL file whose '
                        'lines have "id", "question" and "tests"') from None

@@ -336,7 +336,7 @@ def test_sets_in_parquet_come_file_after_file(hub, name, file, rows):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     folder, asked = hub
     for number, row in enumerate(rows):
-        path = folder / HUB[name].repository / file.format(number)
+        path = folder / HUB[name][0] / file.format(number)
         path.parent.mkdir(parents=True, exist_ok=True)
         parquet.write_table(pyarrow.Table.from_pylist([row]), path)
         write(path.parent.parent / "README.md")
