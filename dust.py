@@ -233,7 +233,7 @@ def end_ids(model, tokenizer) -> list[int]:
 
 def program_ids(tokenizer, problem: Problem, args: Args) -> torch.Tensor:
     """The prompt that asks for a program, as token ids [L]."""
-    prompt = rank_prompt.generation_prompt(problem.question, problem.starter_code)
+    prompt = rank_prompt.generation_prompt(problem.question, problem.starter_code, problem.tests)
     return models.encode(tokenizer, prompt, args.thinking in ("both", "programs"), args.reasoning_effort)
 
 

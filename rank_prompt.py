@@ -19,20 +19,26 @@ FORMAT_PENALTY = -1.0  # R_fmt in paper 2.3: an index is wrong, repeated or miss
 # ---------------------------------------------------------------------------------------------------- the two prompts
 
 
-def generation_prompt(question: str, starter_code: str = "") -> str:
+def generation_prompt(question: str, starter_code: str = "", tests: list[dict] | None = None) -> str:
     """Return the user message that asks for a program (paper 2.2).
 
-    starter_code: code that the program has to complete; without it the program reads stdin and prints.
+    starter_code: code that the program has to complete. Without it, the tests say what the program has to do: define
+    the functions that they call, or read stdin and print. Without tests it reads stdin, too.
     """
-    if starter_code:
+    if starter_code.strip():
         return (
             f"{question}\n\nComplete this Python code and put the whole program in one ```python block:\n"
             f"```python\n{starter_code.strip()}\n```"
         )
-    return (
-        f"{question}\n\nWrite a Python program that reads from standard input and prints the answer. "
-        "Put it in one ```python block."
-    )
+    tasks = " and ".join(dict.fromkeys(task_of(test) for test in tests or [{}]))
+    return f"{question}\n\nWrite a Python program that {tasks}. Put it in one ```python block."
+
+
+def task_of(test: dict) -> str:
+    """Return what a program has to do for a test, in words that follow "a program that"."""
+    if "fn_name" in test or "asserts" in test:
+        return f"defines the function {test.get('fn_name') or test.get('entry_point') or 'that is asked for'}"
+    return "reads from standard input and prints the answer"
 
 
 def ranking_prompt(question: str, codes: list[str]) -> str:

@@ -10,6 +10,10 @@ A test has one of three forms:
     {"fn_name", "args", "expected"}  a function is called; it may be a method of class Solution
     {"asserts", "entry_point"}       Python code calls the program's functions; entry_point names the main one
 
+Parquet files have the same fields. A field that is null counts as left out, because a table has every field in every
+row; only the "expected" null of a function is a value. A column has one type and changes values to fit it (1 becomes
+1.0), so "tests" or "args" may be a JSON text. If "args" is one, a text in "expected" is JSON too.
+
 Public sets are read by their name (HUB below), or from a JSONL or Parquet file in the format of that set. Their records
 are converted to the project's own format first, so one function checks everything. No code from a data set runs here:
 tests run in sandbox.py, and a pickle is parsed, never loaded.
@@ -19,6 +23,7 @@ import base64
 import fnmatch
 import inspect
 import json
+import marshal
 import os
 import pickletools
 import re
@@ -28,14 +33,18 @@ from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator
+
+from plumbing.sandbox_child import OUTPUT_CAP, encode
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 NAMES = {"micro-train": DATA / "train.jsonl", "micro-eval": DATA / "eval.jsonl"}  # the shipped micro-lab
 
 MAX_TESTS = 50  # tests to keep of an rStar-Coder problem, as in the authors' release
-MAX_CHARACTERS = 1 << 20  # in the kept tests of an rStar-Coder problem; some generated inputs have a gigabyte
+MAX_BYTES = 1 << 20  # of the kept tests of an rStar-Coder problem; some generated inputs have a gigabyte
 MAX_UNPACKED = 1 << 30  # bytes of private tests after unpacking; zlib can turn one byte into a thousand
+MAX_DIGITS = 100_000  # of an integer in a file; reading one takes a tenth of a second
+MAX_DEPTH = 100  # of lists and objects in an expected value; the comparison recurses, and Python allows 1,000 calls
 
 
 class BadInput(Exception):
@@ -67,8 +76,9 @@ def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
     name = str(path_or_name)
     problems, place, statements, left_out = [], {}, set(), Counter()
     for path, where, record in read_records(name):
-        convert = format_of(record)
         try:
+            record = clean(record)
+            convert = format_of(record)
             problem = read_problem(convert(record))
             statement = normalised(problem.question) if convert is from_rstar else ""  # rStar-Coder repeats problems
             if statement and (statement in statements or problem.id in place):
@@ -76,8 +86,8 @@ def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
         except LeftOut as reason:
             left_out[str(reason)] += 1
             continue
-        except (ValueError, SyntaxError, RecursionError) as error:
-            raise BadInput(f"{path} {where}: {error}") from None
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:  # MemoryError: from Python's parser
+            raise BadInput(f"{path} {where}: {first_line(error)}") from None
         if problem.id in place:
             raise BadInput(f'{path} {where}: id "{problem.id}" stands in {place[problem.id]} already')
         place[problem.id] = where
@@ -128,13 +138,14 @@ def normalised(statement: str) -> str:
 
 def read_records(name: str) -> Iterator[tuple[str, str, Any]]:
     """Yield (file, place such as "line 3", record) for each record of a file, or of a set that is given by name."""
-    hub_set, path = HUB.get(name), str(NAMES.get(name, name))
-    if (hub_set.files[0] if hub_set else path).endswith(".parquet") and not find_spec("pyarrow"):
+    repository, files = HUB.get(name, ("", [str(NAMES.get(name, name))]))
+    if files[0].endswith(".parquet") and not find_spec("pyarrow"):
         raise BadInput(f"{name} is in Parquet, which takes another package: pip install pyarrow")
-    for path in download(name, hub_set) if hub_set else [path]:
+    since, before = WINDOWS.get(name, ("", ""))
+    for path in download(name, repository, files) if repository else files:
         read_file = read_parquet if path.endswith(".parquet") else read_jsonl
         for where, record in read_file(path):
-            if not hub_set or hub_set.since <= record.get("contest_date", "") < hub_set.before:
+            if not since or since <= str(record.get("contest_date")) < before:
                 yield path, where, record
 
 
@@ -142,22 +153,20 @@ def read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
     """Yield ("line 3", the parsed line) for each line that is not blank. Raise BadInput at a broken line."""
     number = 0
     try:
-        with open(path, encoding="utf-8", newline="\n") as file:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield f"line {number}", json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path} line {number}: broken JSON: {error.msg} at column {error.colno}") from None
+                    yield f"line {number}", from_json(line)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", "it is not UTF-8 text")
         names = ", ".join([*NAMES, *HUB])
         raise BadInput(f"cannot read {path}: {reason} (a JSONL or Parquet file, or one of {names})") from None
-    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or brackets nested too deep
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} line {number}: {error}") from None
 
 
 def read_parquet(path: str) -> Iterator[tuple[str, dict]]:
-    """Yield ("row 3", the row without its empty fields). Read 16 rows at a time, because a file can have gigabytes."""
+    """Yield ("row 3", the row). Read 16 rows at a time, because a file can have gigabytes."""
     from pyarrow.parquet import ParquetFile
 
     number = 0
@@ -165,9 +174,58 @@ def read_parquet(path: str) -> Iterator[tuple[str, dict]]:
         with ParquetFile(path, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=16):
                 for number, row in enumerate(batch.to_pylist(), number + 1):
-                    yield f"row {number}", {name: value for name, value in row.items() if value is not None}
+                    if null_inside(row.get("tests")):  # it may stand for nothing, and every program would be wrong
+                        raise BadInput(f'{path} row {number}: "tests" has a null in an object in "args" or "expected", '
+                                       'where Parquet also writes null for a missing key: write a JSON text instead')
+                    yield f"row {number}", row
     except (OSError, ValueError) as error:  # each of pyarrow's exceptions is one of these
         raise BadInput(f"cannot read {path} after row {number}: {first_line(error)}") from None
+
+
+def null_inside(value: Any, inside: bool = False) -> bool:
+    """Return whether an object inside of a test has a null field. The fields of the test itself may be null."""
+    if isinstance(value, dict):
+        return inside and None in value.values() or any(null_inside(part, True) for part in value.values())
+    return isinstance(value, list) and any(null_inside(part, inside) for part in value)
+
+
+def from_json(value: Any) -> Any:
+    """Parse a JSON text; raise ValueError if it is broken. Return any other value as it is: it is parsed already."""
+    try:
+        return json.loads(value, parse_int=read_int) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON: {error.msg} at column {error.colno}") from None
+
+
+def read_int(digits: str) -> int:
+    """Return an integer. Raise ValueError if it has more than MAX_DIGITS.
+
+    int() refuses more than 4,300 digits: its time grows with the square of their number, so a small file could stop a
+    run. Here large ones are read by halves, which is faster, and MAX_DIGITS bounds the time: a second for each MB.
+    """
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer has more than {MAX_DIGITS:,} digits")
+    if len(digits) <= 640:  # as many as int() takes in every configuration of Python
+        return int(digits)
+    middle, sign = len(digits) // 2, "-" * digits.startswith("-")
+    return read_int(digits[:middle]) * 10 ** (len(digits) - middle) + read_int(sign + digits[middle:])
+
+
+def clean(fields: Any) -> Any:
+    """Return a record, or a test, without its empty fields: tables have null or NaN where there is nothing.
+
+    What is inside of a field stays: None can be an argument. Bytes become text, because some writers of Parquet do not
+    mark text as such. "tests" may be a JSON text, or an object of lists, as the package `datasets` writes it.
+    """
+    if not isinstance(fields, dict):
+        return fields
+    fields = {name: value.decode() if isinstance(value, bytes) else value for name, value in fields.items()}
+    fields = {name: value for name, value in fields.items() if value is not None and value == value}  # NaN != NaN
+    if tests := clean(from_json(fields.get("tests") or None)):
+        if isinstance(tests, dict):
+            tests = [dict(zip(tests, values)) for values in zip(*tests.values(), strict=True)]
+        fields["tests"] = tests
+    return fields
 
 
 # ------------------------------------------------------------------------------------------------ the project's format
@@ -177,7 +235,7 @@ def read_problem(record: Any) -> Problem:
     """Check one record in the project's format and return it as a Problem. Raise ValueError with the reason."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    if "id" not in record:
+    if record.get("id") in (None, ""):
         raise ValueError('"id" is missing')
     question = record.get("question")
     if not isinstance(question, str) or not question.strip():
@@ -187,29 +245,55 @@ def read_problem(record: Any) -> Problem:
     tests = record.get("tests")
     if not isinstance(tests, list) or not tests:
         raise ValueError('"tests" is missing or empty; every problem needs at least one test')
-    for index, test in enumerate(tests):
-        check_test(test, f"tests[{index}]")
+    tests = [read_test(test, f"tests[{index}]") for index, test in enumerate(tests)]
     for name in ("starter_code", "difficulty"):
         if not isinstance(record.get(name, ""), str):
             raise ValueError(f'"{name}" is not a string')
     return Problem(str(record["id"]), question, tests, record.get("starter_code", ""), record.get("difficulty", ""))
 
 
-def check_test(test: Any, where: str) -> None:
-    """Raise ValueError, whose message begins with `where`, unless the test has one of the three forms."""
-    if isinstance(test, dict) and "asserts" in test:
-        if not isinstance(test["asserts"], str) or not isinstance(test.get("entry_point", ""), str):
-            raise ValueError(f'{where} needs "asserts" (Python) and "entry_point" (a function\'s name, or empty)')
-        try:
-            compile(test["asserts"].encode(), "asserts", "exec")
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(f'{where}: "asserts" is no Python: {error}') from None
-    elif isinstance(test, dict) and "fn_name" in test:
-        if not isinstance(test["fn_name"], str) or not isinstance(test.get("args"), list) or "expected" not in test:
-            raise ValueError(f'{where} needs "fn_name" (a string), "args" (a list) and "expected"')
-    elif not isinstance(test, dict) or not all(isinstance(test.get(name), str) for name in ("input", "output")):
-        others = '"fn_name", "args" and "expected", or "asserts"'
-        raise ValueError(f'{where} needs "input" and "output" (strings), or {others}')
+def read_test(test: Any, where: str) -> dict:
+    """Return the fields of a test's form. Raise ValueError unless sandbox.py can run it and compare what comes back."""
+    try:
+        match clean(test):  # an empty "asserts" or "fn_name" decides nothing: some tables have "" instead of null
+            case {"asserts": code, **others} if code:
+                name = others.get("entry_point", "")
+                if isinstance(code, str) and isinstance(name, str):
+                    compile(code.encode(), "asserts", "exec")
+                    return {"asserts": code, "entry_point": name}
+            case {"fn_name": name, **others} if name:
+                args = from_json(others.get("args"))
+                expected = others.get("expected", test.get("expected"))  # null is a value here
+                if isinstance(others.get("args"), str):
+                    expected = from_json(expected)
+                if isinstance(name, str) and isinstance(args, list) and "expected" in test:
+                    marshal.dumps(args)
+                    check_expected(expected)
+                    return {"fn_name": name, "args": args, "expected": expected}
+            case {"input": str(given), "output": str(expected)}:
+                (given + expected).encode()
+                return {"input": given, "output": expected}
+    except SyntaxError as error:
+        raise ValueError(f'{where}: "asserts" is no Python: {error}') from None
+    except (ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{where} cannot be used: {first_line(error)}") from None
+    raise ValueError(f'{where} needs "input" and "output" (strings), or it needs "fn_name" (a string), "args" (a list) '
+                     'and "expected", or it needs "asserts" (Python) and "entry_point" (a name, or empty)')
+
+
+def check_expected(value: Any) -> None:
+    """Raise ValueError or TypeError if sandbox.py cannot compare this value, or if no answer can ever equal it."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level = [part for parts in inner for part in parts]
+    if level:
+        raise ValueError(f'"expected" is nested more than {MAX_DEPTH} deep')
+    answer = json.dumps(encode(value), separators=(",", ":"))
+    if len(answer) >= OUTPUT_CAP:
+        raise ValueError(f'"expected" is longer than the {OUTPUT_CAP >> 20} MB that a program may return')
+    if value != value:
+        raise ValueError('"expected" is NaN, which nothing equals')
 
 
 # ------------------------------------------------------------------------------------------------- the public formats
@@ -217,7 +301,7 @@ def check_test(test: Any, where: str) -> None:
 
 def format_of(record: Any) -> Callable[[Any], Any]:
     """Return the function that converts a record to the project's format. The names of its fields decide."""
-    formats = [(["question_content"], from_livecodebench), (["inputs", "outputs"], from_rstar),
+    formats = [(["question_content"], from_livecodebench), (["question_id", "question"], from_rstar),
                (["prompt", "entry_point"], from_humaneval), (["test_list"], from_mbpp)]
     fitting = (convert for fields, convert in formats if isinstance(record, dict) and record.keys() >= set(fields))
     return next(fitting, lambda own: own)
@@ -225,13 +309,13 @@ def format_of(record: Any) -> Callable[[Any], Any]:
 
 def from_livecodebench(record: dict) -> dict:
     """Convert a LiveCodeBench record, with its public and its private tests. Raise ValueError if it is broken."""
-    private = text_of(record, "private_test_cases", "[]")
-    if not private.lstrip().startswith("["):
+    private = record.get("private_test_cases") or []
+    if isinstance(private, str) and not private.lstrip().startswith("["):
         private = unpickle_text(private)
     try:
-        cases = json.loads(text_of(record, "public_test_cases")) + json.loads(private)
+        cases = from_json(record.get("public_test_cases")) + from_json(private)
         cases = [(case["input"], case["output"]) for case in cases]
-        function = json.loads(text_of(record, "metadata", "{}")).get("func_name") or ""
+        function = from_json(record.get("metadata") or {}).get("func_name") or ""
     except (LookupError, TypeError, AttributeError):
         raise ValueError('"public_test_cases", "private_test_cases" or "metadata" is of another form') from None
     return {"id": text_of(record, "question_id"), "question": text_of(record, "question_content"),
@@ -248,39 +332,34 @@ def unpickle_text(packed: str) -> str:
         raise ValueError(f'"private_test_cases" is neither JSON nor packed JSON: {error}') from None
     if unpack.unconsumed_tail:
         raise ValueError(f'"private_test_cases" unpacks to more than {MAX_UNPACKED >> 20} MB')
-    texts = []
-    for opcode, argument, _ in pickletools.genops(data):  # raises ValueError
-        if "UNICODE" in opcode.name:
-            texts.append(argument)
-        elif opcode.name not in ("PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP"):
-            raise ValueError(f'"private_test_cases" holds a pickle that is no plain text (opcode {opcode.name})')
-    if len(texts) != 1:
-        raise ValueError('"private_test_cases" holds a pickle that is not one text')
+    arguments = {opcode.name: argument for opcode, argument, _ in pickletools.genops(data)}  # raises ValueError
+    texts = [argument for name, argument in arguments.items() if "UNICODE" in name]
+    frame = {"PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP"}
+    if len(texts) != 1 or len(arguments.keys() - frame) != 1:
+        raise ValueError('"private_test_cases" holds a pickle that is no plain text, or not one text')
     return texts[0]
 
 
 def from_rstar(record: dict) -> dict:
     """Convert a row of rStar-Coder's seed_testcase, with its first tests. Raise LeftOut if the row is unusable."""
-    function, starter = (text_of(record, name, "") for name in ("func_name", "starter_code"))
+    function = text_of(record, "func_name", "")
     if function and record.get("class_name", "Solution") not in ("", "Solution"):
         raise LeftOut("with a class that is not named Solution")
-    tests, characters = [], 0
+    tests, size = [], 0
     try:
-        inputs, outputs = json.loads(text_of(record, "inputs")), json.loads(text_of(record, "outputs"))
-        for given, expected in zip(inputs + [], outputs + [], strict=True):  # + []: TypeError unless both are lists
-            test, more = make_test(given, expected, function), len(str(given)) + len(str(expected))
-            check_test(test, "")
-            if len(tests) < MAX_TESTS and characters + more <= MAX_CHARACTERS:
+        inputs, outputs = (from_json(record[name]) + [] for name in ("inputs", "outputs"))  # + []: both are lists
+        for given, expected in zip(inputs, outputs, strict=True):
+            test = read_test(make_test(given, expected, function), "")
+            more = len(marshal.dumps(test))
+            if len(tests) < MAX_TESTS and size + more <= MAX_BYTES:
                 tests.append(test)
-                characters += more
-    except (ValueError, TypeError, AttributeError, RecursionError):
+                size += more
+    except (ValueError, TypeError, LookupError, RecursionError):
         raise LeftOut("with broken tests") from None
     if not tests:
         raise LeftOut("without a test that is small enough")
-    if function and not starter:  # without starter code the prompt would ask for a program that reads stdin
-        starter = f"class Solution:\n    def {function}(self, ...):"
-    return {"id": text_of(record, "question_id"), "question": text_of(record, "question"), "starter_code": starter,
-            "tests": tests}
+    return {"id": text_of(record, "question_id"), "question": text_of(record, "question"),
+            "starter_code": text_of(record, "starter_code", ""), "tests": tests}
 
 
 def from_humaneval(record: dict) -> dict:
@@ -301,11 +380,10 @@ def from_humaneval(record: dict) -> dict:
 
 def from_mbpp(record: dict) -> dict:
     """Convert an MBPP record. The question is the task and its first assert, as is usual for this set."""
-    asserts, imports = record.get("test_list"), record.get("test_imports") or []
-    if not isinstance(asserts, list) or not asserts or not all(isinstance(line, str) for line in asserts):
-        raise ValueError('"test_list" is not a list of asserts')
-    if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports):
-        raise ValueError('"test_imports" is not a list of lines')
+    asserts, imports = record["test_list"] or None, record.get("test_imports") or []  # None: no test is refused too
+    for name, lines in (("test_list", asserts), ("test_imports", imports)):
+        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+            raise ValueError(f'"{name}" is not a list of asserts or imports')
     code = ast.parse(text_of(record, "code"))
     given = [ast.unparse(node) for node in code.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     given += [*imports, text_of(record, "test_setup_code", "")]
@@ -318,7 +396,8 @@ def from_mbpp(record: dict) -> dict:
     if function is None:
         raise ValueError('no function of "code" stands in "test_list"')
     task = record.get("text") or text_of(record, "prompt")  # the sanitized form of the set has "prompt"
-    return {"id": f"mbpp/{record.get('task_id')}", "question": f"{task}\nFor example: {asserts[0]}",
+    number = f"mbpp/{record['task_id']}" if "task_id" in record else None
+    return {"id": number, "question": f"{task}\nFor example: {asserts[0]}",
             "starter_code": f"def {function.name}({ast.unparse(function.args)}):",
             "tests": [{"asserts": tests, "entry_point": function.name}]}
 
@@ -332,53 +411,48 @@ def text_of(record: dict, name: str, default: str | None = None) -> str:
 
 
 def make_test(given: Any, expected: Any, function: str) -> dict:
-    """Return a test that calls the function of this name, or a stdin test if the name is empty. Raise ValueError."""
+    """Return a test that calls the function of this name, or a stdin test if the name is empty. Raise ValueError.
+
+    LiveCodeBench writes a call as two texts: the arguments, one JSON value a line, and the result, as JSON. For rows of
+    rStar-Coder that name a function we assume either this, or a list of arguments and the result itself. There the text
+    "12" is not the number 12.
+    """
     if not isinstance(given, (str, list)):
         raise ValueError("a test's input is neither a text nor a list")
     if not function:
         return {"input": given, "output": expected}
-    # Arguments are a list or, as in LiveCodeBench, a text with one JSON value a line.
-    args = given if isinstance(given, list) else [json.loads(line) for line in given.split("\n") if line.strip()]
-    expected = json.loads(expected) if isinstance(expected, str) else expected
-    return {"fn_name": function, "args": args, "expected": expected}
+    if isinstance(given, str):
+        given, expected = [from_json(line) for line in given.split("\n") if line.strip()], from_json(expected)
+    return {"fn_name": function, "args": given, "expected": expected}
 
 
 # ------------------------------------------------------------------------------------------------------------ the Hub
 
 
-class HubSet(NamedTuple):
-    """The place of a set on the Hub, and the part of it that is used."""
-
-    repository: str
-    files: tuple[str, ...]
-    since: str = ""  # the first contest date that is included
-    before: str = "9999"  # the first contest date that is too late
-
-
-# test6.jsonl holds the problems that LiveCodeBench v6 adds (until April 2025), test5.jsonl those of v5 (until January
-# 2025). Both may hold earlier ones. No offline test can check this, so load_problems compares with PAPER_COUNTS.
 LIVE = "livecodebench/code_generation_lite"
-HUB = {
-    "rstar-coder": HubSet("microsoft/rStar-Coder", ("seed_testcase/*.parquet",)),
-    "livecodebench-v5": HubSet(LIVE, ("test3.jsonl", "test4.jsonl", "test5.jsonl"), "2024-08-01", "2025-02-01"),
-    "livecodebench-v6": HubSet(LIVE, ("test6.jsonl",), "2025-02-01", "2025-05-01"),
-    "humaneval": HubSet("openai/openai_humaneval", ("openai_humaneval/test-*.parquet",)),
-    "mbpp": HubSet("google-research-datasets/mbpp", ("full/test-*.parquet",)),
+HUB = {  # each set's repository and files
+    "rstar-coder": ("microsoft/rStar-Coder", ["seed_testcase/*.parquet"]),
+    "livecodebench-v5": (LIVE, ["test3.jsonl", "test4.jsonl", "test5.jsonl"]),
+    "livecodebench-v6": (LIVE, ["test6.jsonl"]),
+    "humaneval": ("openai/openai_humaneval", ["openai_humaneval/test-*.parquet"]),
+    "mbpp": ("google-research-datasets/mbpp", ["full/test-*.parquet"]),
 }
+# The first contest date that is in the set, and the first that is too late. test6.jsonl holds the problems that v6
+# adds, test5.jsonl those of v5, and both may hold earlier ones. No offline test can check this, so load_problems
+# compares with PAPER_COUNTS.
+WINDOWS = {"livecodebench-v5": ("2024-08-01", "2025-02-01"), "livecodebench-v6": ("2025-02-01", "2025-05-01")}
 PAPER_COUNTS = {"livecodebench-v6": {"easy": 31, "medium": 39, "hard": 61}}  # section 3.1: 131 problems
 
 
-def download(name: str, hub_set: HubSet) -> Iterator[str]:
+def download(name: str, repository: str, files: list[str]) -> Iterator[str]:
     """Yield the local path of each file of a set. Fetch a file only when it is asked for. Raise BadInput on failure."""
-    files = hub_set.files
     try:
         from huggingface_hub import HfApi, hf_hub_download
 
         if "*" in files[0]:
-            listed = sorted(HfApi().list_repo_files(hub_set.repository, repo_type="dataset"))
-            files = fnmatch.filter(listed, files[0])
+            files = fnmatch.filter(sorted(HfApi().list_repo_files(repository, repo_type="dataset")), files[0])
         for file in files:
-            yield hf_hub_download(hub_set.repository, file, repo_type="dataset")
+            yield hf_hub_download(repository, file, repo_type="dataset")
     except Exception as error:  # no network, no such file, a full disk: the Hub raises another exception for each
         raise BadInput(f'cannot load {name} from the Hub ({first_line(error)}); or bring your own: a JSONL file whose '
                        'lines have "id", "question" and "tests"') from None

@@ -1,6 +1,8 @@
 """Problems are read exactly, or refused with file, line and reason. Small files imitate the public sets."""
 import base64
 import builtins
+import datetime
+import decimal
 import json
 import os
 import pickle
@@ -11,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import sandbox
-from plumbing.problems import HUB, LIVE, MAX_CHARACTERS, BadInput, Problem, load_problems, load_train_and_eval
+from plumbing.problems import HUB, LIVE, MAX_BYTES, BadInput, Problem, load_problems, load_train_and_eval
 
 
 def write(path: Path, *records) -> Path:
@@ -67,6 +69,186 @@ def test_a_missing_empty_or_binary_file_is_one_line(tmp_path):
             path.write_bytes(content)
         with pytest.raises(BadInput, match=reason):
             load_problems(path)
+
+
+# ------------------------------------------------------------------------------------ what tables make of a record
+
+CALL = {"fn_name": "f", "args": [None, 1], "expected": None}
+ASSERT = {"asserts": "assert f(1)", "entry_point": "f"}
+STDIN = GOOD["tests"][0]
+EMPTY = dict.fromkeys([*STDIN, *CALL, *ASSERT])  # a test of a table has the fields of all forms
+
+
+def parquet_file(path: Path, rows) -> Path:
+    """Write a Parquet file of rows, or of a table. Arrow fills the fields that a row does not have with null."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows) if isinstance(rows, list) else rows, path)
+    return path
+
+
+@pytest.mark.parametrize("null", [None, float("nan")])
+def test_null_fields_count_as_left_out(tmp_path, null):
+    """Tools that write tables put null or NaN for what a record does not have; they were read as values."""
+    fields = {"starter_code": null, "difficulty": null, "question_content": null, "test_list": null, "inputs": null}
+    tests = [dict.fromkeys(EMPTY, null) | test for test in (STDIN, CALL, ASSERT)]
+    [problem] = load_problems(write(tmp_path / "x.jsonl", GOOD | fields | {"tests": tests}))
+    assert problem == Problem("a", "Q", [STDIN, CALL, ASSERT])
+    for name in ("id", "question", "tests"):
+        with pytest.raises(BadInput, match=f'"{name}" is missing'):
+            load_problems(write(tmp_path / "x.jsonl", GOOD | {name: null}))
+    with pytest.raises(BadInput, match=r"tests\[0\] needs"):  # null is the value of "expected" only if it is there
+        load_problems(write(tmp_path / "x.jsonl", GOOD | {"tests": [{"fn_name": "f", "args": [1]}]}))
+
+
+def test_empty_texts_of_a_table_do_not_decide_the_form_of_a_test(tmp_path):
+    blank = dict.fromkeys(EMPTY, "")
+    tests = [blank | STDIN, blank | CALL, blank | ASSERT]
+    [problem] = load_problems(write(tmp_path / "x.jsonl", GOOD | {"tests": tests}))
+    assert problem.tests == [STDIN, CALL, ASSERT]
+    for broken in (blank | CALL | {"args": None}, blank | ASSERT | {"entry_point": 3}, blank | CALL | {"fn_name": 3}):
+        with pytest.raises(BadInput, match=r"tests\[0\] needs"):  # not a program that passes by printing nothing
+            load_problems(write(tmp_path / "x.jsonl", GOOD | {"tests": [broken]}))
+
+
+def test_public_records_with_nulls_are_read_as_those_without(tmp_path, capsys):
+    """Rows of rStar-Coder without a class name were left out, with a message about another class."""
+    bare = seed(1, func_name="f", class_name=None, starter_code=None, inputs="[[1]]", outputs="[null]")
+    path = write(tmp_path / "x.jsonl", bare, seed(2, func_name=None, class_name=None), seed(3, inputs=None),
+                 live(4, starter_code=None, metadata=None, private_test_cases=None, difficulty=None),
+                 MBPP[1] | {"test_setup_code": None, "text": None}, MBPP[0] | {"test_imports": None})
+    first, second, third, *others = load_problems(path)
+    assert first == Problem("seed_1", "Add, 1.", [{"fn_name": "f", "args": [1], "expected": None}])
+    assert second.tests == third.tests == [{"input": "1 2\n", "output": "3\n"}] and len(others) == 2
+    assert capsys.readouterr().err == f"{path}: left out 1 problems with broken tests\n"
+    with pytest.raises(BadInput, match='"id" is missing'):
+        load_problems(write(path, MBPP[0] | {"task_id": None}))
+
+
+def test_the_projects_format_is_read_from_parquet(tmp_path):
+    """Arrow fills the tests of one form with nulls for the fields of the others, and no such file was accepted."""
+    rows = [GOOD | {"id": "a", "starter_code": "s"}, GOOD | {"id": "b", "tests": [ASSERT, STDIN]},
+            GOOD | {"id": "c", "tests": [CALL | {"args": [1, None], "expected": 2}, CALL | {"args": []}]}]
+    first, second, third = load_problems(parquet_file(tmp_path / "x.parquet", rows))
+    assert (first, second.tests) == (Problem("a", "Q", [STDIN], "s"), [ASSERT, STDIN])
+    assert third.tests == rows[2]["tests"] and second.starter_code == ""
+
+
+@pytest.mark.parametrize("tests", [
+    json.dumps([STDIN, CALL | {"args": [1, "a", [None]]}]),
+    [STDIN, {"fn_name": "f", "args": '[1, "a", [null]]', "expected": "null"}],
+    {"input": ["1\n", None], "output": ["2\n", None], "fn_name": [None, "f"], "args": [None, '[1, "a", [null]]'],
+     "expected": [None, None], "asserts": None},
+    [{name: value.encode() for name, value in STDIN.items()},
+     {"fn_name": b"f", "args": b'[1, "a", [null]]', "expected": b"null"}],
+])
+def test_tests_of_a_table_may_be_json_texts_columns_or_bytes(tmp_path, tests):
+    """One column holds one type, so arguments of several types can stand there only as a JSON text."""
+    path = parquet_file(tmp_path / "x.parquet", [GOOD | {"question": b"Q", "tests": tests}])
+    [problem] = load_problems(path)
+    assert problem == Problem("a", "Q", [STDIN, CALL | {"args": [1, "a", [None]]}])
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_a_null_of_a_table_that_may_stand_for_a_missing_key_is_refused(tmp_path, columns):
+    """{"a": 1} and {"b": 1} in one column are {"a": 1, "b": null} and so on: no program would return these."""
+    tests = [{"fn_name": "f", "args": [key], "expected": {key: 1}} for key in "ab"]
+    as_text = json.dumps([tests[0] | {"expected": {"a": None}}])
+    path = parquet_file(tmp_path / "x.parquet", [GOOD | {"tests": as_text}])
+    assert load_problems(path)[0].tests[0]["expected"] == {"a": None}
+    tests = {name: [test[name] for test in tests] for name in tests[0]} if columns else tests
+    with pytest.raises(BadInput, match="x.parquet row 1: .*write a JSON text instead$"):
+        load_problems(parquet_file(path, [GOOD | {"tests": tests}]))
+    same = {"fn_name": "f", "args": [{"a": 1}], "expected": {"a": 1}}
+    assert load_problems(parquet_file(path, [GOOD | {"tests": [same, STDIN]}]))[0].tests == [same, STDIN]
+
+
+@pytest.mark.parametrize("tests, reason", [
+    ("[{", "broken JSON"), ("", '"tests" is missing'), ('{"input": ["1"], "output": []}', "zip"),
+    ([{"fn_name": "f", "args": "[1", "expected": "1"}], r"tests\[0\] .*broken JSON"),
+    ([{"fn_name": "f", "args": "1", "expected": "1"}], r"tests\[0\] needs"),
+])
+def test_broken_json_inside_of_a_record_is_one_line_with_its_place(tmp_path, tests, reason):
+    with pytest.raises(BadInput, match=f"x.jsonl line 2: .*{reason}"):
+        load_problems(write(tmp_path / "x.jsonl", GOOD, GOOD | {"id": "b", "tests": tests}))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
+    assert load_problems(path) == [Problem("a", "Q", [STDIN])]
+
+
+# ------------------------------------------------------------------------------------ values that are hard to judge
+
+
+@pytest.mark.parametrize("sign, length", [(1, 5000), (-1, 20_000), (1, 100_000)])
+def test_integers_of_any_reasonable_length_are_read_everywhere(tmp_path, sign, length):
+    """Python's int() refuses more than 4,300 digits, and one such integer refused the whole file."""
+    number, digits = sign * (10 ** (length - 1) + 7), "-" * (sign < 0) + "1" + "0" * (length - 2) + "7"
+    cases = f'[{{"input": "{digits}", "output": "[{digits}]"}}]'
+    call = '{"fn_name": "f", "args": [%s], "expected": [%s]}' % (digits, digits)
+    path = write(tmp_path / "x.jsonl", json.dumps(GOOD).replace(json.dumps(STDIN), call),
+                 seed(2, func_name="f", inputs=f"[[{digits}]]", outputs=f"[[{digits}]]"),
+                 live(3, public_test_cases=cases, private_test_cases=pack(cases), metadata='{"func_name": "f"}'))
+    tests = [test for problem in load_problems(path) for test in problem.tests]
+    assert len(tests) == 4 and all(test["args"] == [number] == test["expected"] for test in tests)
+    assert sandbox.run_tests("def f(x): return [x]", tests) and not sandbox.run_tests("def f(x): return [x + 1]", tests)
+
+
+def test_an_integer_that_would_take_minutes_to_read_is_refused(tmp_path):
+    """Reading takes time that grows with the square of the length: 10 million digits would take hours."""
+    digits = "1" * 10_000_000
+    call = '{"fn_name": "f", "args": [1], "expected": %s}' % digits
+    with pytest.raises(BadInput, match="line 1: an integer has more than 100,000 digits"):
+        load_problems(write(tmp_path / "x.jsonl", json.dumps(GOOD).replace(json.dumps(STDIN), call)))
+
+
+def nest(depth: int, form: str) -> str:
+    """Return the JSON of a value with lists or objects in each other."""
+    return {"list": "[" * depth + "]" * depth, "object": '{"a":' * depth + "1" + "}" * depth}[form]
+
+
+@pytest.mark.parametrize("expected", [
+    nest(600, "list"), nest(600, "object"), nest(102, "object"), "NaN", '"' + "x" * (16 << 20) + '"',
+], ids=["deep list", "deep object", "a bit too deep", "NaN", "long"])
+def test_an_expected_value_that_no_answer_can_match_is_refused_at_loading(tmp_path, expected):
+    """It ended a run in the middle of labelling with a RecursionError, or made every program wrong."""
+    call = '{"fn_name": "f", "args": [1], "expected": %s}' % expected
+    broken = json.dumps(GOOD | {"id": "b"}).replace(json.dumps(STDIN), call)
+    with pytest.raises(BadInput, match='x.jsonl line 2: tests.0. cannot be used: "expected" ') as error:
+        load_problems(write(tmp_path / "x.jsonl", GOOD, broken))
+    assert len(str(error.value)) < 300
+    row = seed(1, func_name="f", inputs="[[1]]", outputs=f"[{expected}]")
+    assert [problem.id for problem in load_problems(write(tmp_path / "x.jsonl", row, seed(2)))] == ["seed_2"]
+
+
+@pytest.mark.parametrize("form", ["list", "object"])
+def test_the_deepest_expected_value_that_is_read_can_be_compared(tmp_path, form):
+    """A thread has less room for calls than the loader, and Python 3.10 needs two calls for one list."""
+    call = '{"fn_name": "f", "args": [%s], "expected": %s}' % (nest(400, form), nest(100, form))
+    [problem] = load_problems(write(tmp_path / "x.jsonl", json.dumps(GOOD).replace(json.dumps(STDIN), call)))
+    program = "def f(x):\n for _ in range(300):\n  [x] = x.values() if isinstance(x, dict) else x\n return x"
+    with sandbox.Pool(1) as pool:
+        assert pool.label([(program, problem.tests), ("def f(x): return x", problem.tests)]) == [True, False]
+
+
+@pytest.mark.parametrize("fields", [
+    {"args": [decimal.Decimal("1.5")]}, {"args": [datetime.date(2025, 1, 1)]}, {"expected": decimal.Decimal("1.5")},
+    {"expected": [datetime.datetime(2025, 1, 1)]},
+])
+def test_values_of_tables_that_are_no_json_are_refused_at_loading(tmp_path, fields):
+    test = {"fn_name": "f", "args": [], "expected": 1} | fields
+    path = parquet_file(tmp_path / "x.parquet", [GOOD | {"tests": [test]}])
+    with pytest.raises(BadInput, match=r"x.parquet row 1: tests\[0\] cannot be used: "):
+        load_problems(path)
+
+
+@pytest.mark.parametrize("test", [
+    {"input": "\ud800", "output": ""}, {"input": "", "output": "\ud800"}, {"asserts": "-" * 200_000 + "1"},
+])
+def test_texts_that_cannot_be_passed_on_are_refused_at_loading(tmp_path, test):
+    with pytest.raises(BadInput, match=r"x.jsonl line 1: tests\[0\] cannot be used: "):
+        load_problems(write(tmp_path / "x.jsonl", GOOD | {"tests": [test]}))
 
 
 # --------------------------------------------------------------------------------------------------- the public sets
@@ -151,7 +333,7 @@ def test_broken_private_tests_are_one_clear_line(tmp_path, monkeypatch, packed, 
 def test_rstar_is_deduplicated_capped_and_counted(tmp_path, capsys):
     """The release has several rows for one problem, rows with up to a gigabyte of tests, and some broken rows."""
     many = json.dumps([str(i) for i in range(200)])
-    large = json.dumps(["x" * (MAX_CHARACTERS + 1), "1"])
+    large = json.dumps(["x" * (MAX_BYTES + 1), "1"])
     function = seed(3, func_name="add", class_name="Solution", inputs="[[1, 2]]", outputs="[3]")
     path = write(
         tmp_path / "x.jsonl", seed(1, inputs=many, outputs=many), seed(9, question=" add 1"), seed(1, question="Other"),
@@ -162,7 +344,7 @@ def test_rstar_is_deduplicated_capped_and_counted(tmp_path, capsys):
     first, second, third = load_problems(path)
     assert (first.id, second.id, third.id) == ("seed_1", "seed_3", "seed_4")
     assert [test["input"] for test in first.tests] == [str(i) for i in range(50)]
-    assert second.tests == [{"fn_name": "add", "args": [1, 2], "expected": 3}] and "def add(" in second.starter_code
+    assert second.tests == [{"fn_name": "add", "args": [1, 2], "expected": 3}]
     assert third.tests == [{"input": "1", "output": "1"}]
     said = capsys.readouterr().err.splitlines()
     assert sorted(said) == sorted(f"{path}: left out {text}" for text in (
@@ -173,6 +355,18 @@ def test_rstar_is_deduplicated_capped_and_counted(tmp_path, capsys):
     path.write_text(json.dumps(seed()) + '\n{"question_id')  # the release has no such line, so it is not left out
     with pytest.raises(BadInput, match="line 2: broken JSON"):
         load_problems(path)
+
+
+@pytest.mark.parametrize("inputs, outputs, program", [
+    ([["21"]], ["12"], "def f(x): return x[::-1]"), ([["21"]], [12], "def f(x): return int(x[::-1])"),
+    (["21"], ["12"], "def f(x): return int(str(x)[::-1])"), (['"21"'], ['"12"'], "def f(x): return x[::-1]"),
+    ([["a", [1]]], ["null"], "def f(x, y): return 'null'"), (["1\n2"], [3], "def f(x, y): return x + y"),
+])
+def test_both_sides_of_a_functional_row_are_read_the_same_way(tmp_path, inputs, outputs, program):
+    """A result was parsed as JSON even where the arguments were plain lists: the text "12" became the number."""
+    row = seed(func_name="f", inputs=json.dumps(inputs), outputs=json.dumps(outputs))
+    [problem] = load_problems(write(tmp_path / "x.jsonl", row))
+    assert sandbox.run_tests(program, problem.tests) and not sandbox.run_tests("def f(*x): return x", problem.tests)
 
 
 def test_parquet_is_read_a_few_rows_at_a_time(tmp_path):
@@ -336,7 +530,7 @@ def test_sets_in_parquet_come_file_after_file(hub, name, file, rows):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     folder, asked = hub
     for number, row in enumerate(rows):
-        path = folder / HUB[name].repository / file.format(number)
+        path = folder / HUB[name][0] / file.format(number)
         path.parent.mkdir(parents=True, exist_ok=True)
         parquet.write_table(pyarrow.Table.from_pylist([row]), path)
         write(path.parent.parent / "README.md")

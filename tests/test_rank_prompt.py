@@ -168,8 +168,41 @@ def test_the_prompts_carry_everything_that_is_needed():
     prompt = ranking_prompt("Add two numbers.", ["A()", "B()", "C()"])
     places = [prompt.index(part) for part in ("Add two", "Candidate 1:", "A()", "Candidate 2:", "B()", "Candidate 3:", "C()")]
     assert places == sorted(places) and "3 candidate" in prompt
-    assert "stdin" in generation_prompt("Q?") or "standard input" in generation_prompt("Q?")
     assert "class Solution:" in generation_prompt("Q?", "class Solution:\n    def f(self): ")
+
+
+STDIN = ("Q?\n\nWrite a Python program that reads from standard input and prints the answer. "
+         "Put it in one ```python block.")
+
+
+@pytest.mark.parametrize("tests, task", [
+    ([{"fn_name": "add", "args": [1], "expected": 1}] * 2, "defines the function add"),
+    ([{"asserts": "assert add(1)", "entry_point": "add"}], "defines the function add"),
+    ([{"asserts": "assert add(1)", "entry_point": ""}], "defines the function that is asked for"),
+    ([{"fn_name": "put", "args": [], "expected": 1}, {"fn_name": "get", "args": [], "expected": 1}],
+     "defines the function put and defines the function get"),
+    ([{"fn_name": "add", "args": [1], "expected": 1}, {"input": "", "output": ""}],
+     "defines the function add and reads from standard input and prints the answer"),
+    ([{"input": "", "output": ""}] * 2, "reads from standard input and prints the answer"),
+])
+def test_the_prompt_asks_for_what_the_tests_call(tests, task):
+    """A problem that asks for a function ended with "a program that reads from standard input": models did that."""
+    prompt = f"Q?\n\nWrite a Python program that {task}. Put it in one ```python block."
+    assert generation_prompt("Q?", "", tests) == generation_prompt("Q?", " \n", tests) == prompt
+    assert generation_prompt("Q?", "def add(x):", tests) == generation_prompt("Q?", "def add(x):")
+
+
+def test_the_prompt_of_stdin_problems_is_the_one_that_the_shipped_model_knows():
+    assert generation_prompt("Q?") == generation_prompt("Q?", "", [{"input": "", "output": ""}]) == STDIN
+
+
+def test_the_model_is_shown_the_prompt_that_follows_the_tests(monkeypatch):
+    import dust
+    from plumbing.problems import Problem
+
+    monkeypatch.setattr(dust.models, "encode", lambda tokenizer, prompt, *options: prompt)
+    problem = Problem("p", "Q?", [{"fn_name": "add", "args": [1], "expected": 1}])
+    assert "the function add" in dust.program_ids(None, problem, dust.Args())
 
 
 def test_the_prompt_itself_holds_no_ranking_that_could_be_copied():
