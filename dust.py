@@ -46,7 +46,7 @@ class Args:
     train: str = arg("micro-train", "training problems: a file or a known set [rstar-coder]")
     eval: str = arg("micro-eval", "evaluation problems: a file or a known set [livecodebench-v6]")
     out: str = arg("", "folder of the run; without it a new folder in runs/ (with --resume: the newest one there)")
-    preset: str = arg("", "laptop: for the shipped model; quick: for another one, on one GPU or a CPU; paper: the paper's\n"
+    preset: str = arg("", "laptop: for the shipped model; quick: for others, on one GPU or a CPU; paper: the paper's\n"
                       "settings, for several GPUs; release: those of the authors' code; default: the one that fits",
                       choices=["laptop", "quick", "paper", "release"])
     quick: bool = arg(False, "a run of about a minute: fewer problems, candidates and steps")
