@@ -215,10 +215,13 @@ def load(name: str, args: Args, option: str = "--model"):
 
 
 def end_ids(model, tokenizer) -> list[int]:
-    """Return the token ids that end an answer: the tokenizer's and the generation config's, which can differ."""
+    """Return the token ids that end an answer, first the one that closes a turn.
+
+    They are the chat template's, the tokenizer's and the generation config's, which can differ.
+    """
     stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    return sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
+    ends = [models.turn_end(tokenizer), tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])]
+    return [end for end in dict.fromkeys(ends) if end is not None]
 
 
 def program_ids(tokenizer, problem: Problem, args: Args) -> torch.Tensor:

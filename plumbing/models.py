@@ -3,6 +3,8 @@ import contextlib
 import json
 import os
 import pickle
+import re
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -30,20 +32,21 @@ LARGE = 1e8  # weights: a larger model computes its layers again in the backward
 
 def full_name(name: str) -> str:
     """Return the Hub's name for its last part, also without "-A3B" and "-2507". An existing folder keeps its name."""
-    known = {}
     for hub in HUB_NAMES:
         last = hub.split("/")[1].lower()
-        known |= {last: hub, last.replace("-a3b", "").replace("-2507", ""): hub}
-    return name if Path(name).is_dir() else known.get(name.lower(), name)
+        if name.lower() in (last, last.replace("-a3b", "").replace("-2507", "")) and not Path(name).is_dir():
+            return hub
+    return name
 
 
 def is_whole(folder: Path) -> bool:
     """Return whether a downloaded folder holds all of the weights that its index lists, and a tokenizer."""
     kind = "safetensors" if any(folder.glob("*.safetensors")) else "bin"
-    indices = [json.loads(path.read_text()) for path in folder.glob(f"*.{kind}.index.json")]
-    listed = {file for index in indices for file in index["weight_map"].values()} or {f"*.{kind}"}
+    weights = [f"*.{kind}"]
+    for index in folder.glob(f"*.{kind}.index.json"):
+        weights += json.loads(index.read_text())["weight_map"].values()
     words = any(any(folder.glob(pattern)) for pattern in ("*token*", "*vocab*", "*.model"))
-    return words and all(any(folder.glob(file)) for file in listed)
+    return words and all(any(folder.glob(file)) for file in set(weights))
 
 
 def find_model(name: str, option: str = "--model") -> str:
@@ -153,22 +156,82 @@ OPEN, CLOSE = "<think>", "</think>"
 OTHER_MARKS = {"[THINK]": OPEN, "[/THINK]": CLOSE, "<seed:think>": OPEN, "</seed:think>": CLOSE}
 CHANNEL, MESSAGE, END = "<|channel|>", "<|message|>", "<|end|>"  # harmony's
 PLAIN_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
-# some templates ask for today's date: a run that is resumed tomorrow would then ask something else
-ALWAYS_TODAY = "{% macro strftime_now(format) %}2026-01-01{% endmacro %}"
+# Some templates ask for today's date: a run that is resumed tomorrow would then ask something else. Jinja drops the line
+# break behind the macro, and reads what follows as the beginning of a template.
+ALWAYS_TODAY = "{% macro strftime_now(format) %}2026-01-01{% endmacro %}\n"
+CUT = "\ufdd0\ufdd1"  # marks a place in a text: Unicode says that no text holds these two
 SHOWN = 2000  # characters of a prompt on the screen
 
 
-def render(tokenizer, prompt: str, thinking: bool = True, effort: str = "") -> str:
-    """Return one user turn as the model reads it, up to where its answer begins."""
+def render(tokenizer, *turns: str, thinking: bool = True, effort: str = "", ask: bool = True) -> str:
+    """Return a conversation as the model reads it; with `ask`, up to where its next answer begins.
+
+    turns: what the user says, then what the model says, and so on.
+    """
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     extra = {"reasoning_effort": effort} if effort else {}
-    turn, template = [{"role": "user", "content": prompt}], ALWAYS_TODAY + tokenizer.get_chat_template()
-    return tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, add_generation_prompt=True,
+    template = ALWAYS_TODAY + tokenizer.get_chat_template()
+    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=ask,
                                          enable_thinking=thinking, **extra)
 
 
+def spell_out(tokenizer, text: str, keep: tuple[str, ...] = ()) -> str:
+    """Put CUT into every control token that a text spells, so that `to_ids` reads it as text. keep: tokens to leave.
+
+    Control tokens are the special ones and the marks of a thinking part. Other added tokens are words.
+    """
+    marks = {OPEN, CLOSE, *OTHER_MARKS}
+    tokens = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special or t.content in marks} - {*keep}
+    longest_first = sorted(tokens, key=len, reverse=True)
+    spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nothing
+    return spelled.sub(lambda token: token[0][0] + CUT + token[0][1:], text)
+
+
+def to_ids(tokenizer, text: str) -> list[int]:
+    """Return the token ids of a text. Each of its pieces between CUTs is read separately."""
+    ids_of = partial(tokenizer.encode, add_special_tokens=False)
+    first, *pieces = text.split(CUT)
+    ids, line = ids_of(first), ids_of("\n")
+    for piece in pieces:  # behind a line break, because some tokenizers put a blank in front of a text
+        behind = ids_of("\n" + piece)
+        ids += behind[len(line) :] if behind[: len(line)] == line else ids_of(piece)
+    return ids
+
+
 def encode(tokenizer, prompt: str, thinking: bool, effort: str = "") -> torch.Tensor:
-    """Return one user turn as token ids [L], through the model's chat template."""
-    return torch.tensor(tokenizer(render(tokenizer, prompt, thinking, effort), add_special_tokens=False).input_ids)
+    """Return one user turn as token ids [L], through the model's chat template. The prompt's text is only text."""
+    text = render(tokenizer, spell_out(tokenizer, prompt), thinking=thinking, effort=effort)
+    return torch.tensor(to_ids(tokenizer, text))
+
+
+def answer_begins(tokenizer, prompt: torch.Tensor) -> str:
+    """Return what the template puts between the user's turn and the answer, in a prompt of token ids [L]."""
+
+    def common(thinking: bool) -> int:  # how many tokens, from the end on, a prompt with this switch has in common
+        return len(os.path.commonprefix([prompt.tolist()[::-1], encode(tokenizer, "?", thinking).tolist()[::-1]]))
+
+    thinking = max((True, False), key=common)
+    asked, turn = (render(tokenizer, CUT, thinking=thinking, ask=ask) for ask in (True, False))
+    return (asked.removeprefix(turn) or asked).rpartition(CUT)[2]  # some templates always ask
+
+
+def turn_end(tokenizer) -> int | None:
+    """Return the id of the token that the template puts behind an assistant's message, or None if it puts none there.
+
+    In harmony <|end|> does not count: it also ends the messages of the thinking part.
+    """
+    try:
+        before, found, behind = render(tokenizer, "?", CUT, ask=False).rpartition(CUT)
+    except Exception:  # any template's code runs here, and some refuse an assistant's message
+        return None
+    first, end = (tokenizer.encode(part.strip(), add_special_tokens=False) for part in (before, behind))
+    token = tokenizer.added_tokens_decoder.get(end[0]) if found and end else None
+    if not token or (CHANNEL in str(tokenizer.chat_template) and token.content == END):
+        return None
+    opens_a_turn = end[:1] == [i for i in first if i != tokenizer.bos_token_id][:1]  # the template always asks
+    return end[0] if (token.special or behind.strip() == token.content) and not opens_a_turn else None
+
+
 
 
 def check_template(tokenizer, name: str, effort: str) -> None:
@@ -176,7 +239,7 @@ def check_template(tokenizer, name: str, effort: str) -> None:
     if not tokenizer.chat_template:
         tqdm.write(f"{name} has no chat template: the prompt is given as plain text")
         tokenizer.chat_template = PLAIN_TEMPLATE
-    elif render(tokenizer, "?", True) == render(tokenizer, "?", False):
+    elif render(tokenizer, "?", thinking=True) == render(tokenizer, "?", thinking=False):
         tqdm.write(f"{name}: its chat template has no switch for thinking, so --thinking changes nothing")
     if effort and render(tokenizer, "?", effort="low") == render(tokenizer, "?", effort="high"):
         raise BadInput(f"--reasoning-effort {effort}: the chat template of {name} does not use it; leave it out")
@@ -193,11 +256,11 @@ def answer_text(tokenizer, prompt: torch.Tensor, answer: torch.Tensor) -> str:
     added = tokenizer.added_tokens_decoder
     dropped = {i for i, token in added.items() if token.special and token.content not in marks}
     text = tokenizer.decode([i for i in answer.tolist() if i not in dropped])
-    before = tokenizer.decode(prompt[-4:])
+    before = answer_begins(tokenizer, prompt)
     for other, mark in OTHER_MARKS.items():
         text, before = text.replace(other, mark), before.replace(other, mark)
     if not channels:
-        return f"{OPEN}\n{text}" if before.rstrip().endswith(OPEN) else text
+        return f"{OPEN}\n{text}" if before.rfind(OPEN) > before.rfind(CLOSE) else text
     thinking, _, last = text.rpartition(CHANNEL)  # all is thinking, except a last message in the final channel
     channel, began, content = last.partition(MESSAGE)
     if not began or channel.split()[:1] != ["final"]:
@@ -211,8 +274,8 @@ def encode_answers(tokenizer, prompt: torch.Tensor, texts: list[str], end: int) 
     An opening of the thinking part that this model's template has already written in the prompt [L] is left out.
     """
     opening = answer_text(tokenizer, prompt, prompt[:0])
-    ids = [tokenizer(text.removeprefix(opening), add_special_tokens=False).input_ids for text in texts]
-    return [torch.tensor([*answer, end]) for answer in ids]
+    texts = [spell_out(tokenizer, text.removeprefix(opening), keep=(OPEN, CLOSE)) for text in texts]
+    return [torch.tensor([*to_ids(tokenizer, text), end]) for text in texts]
 
 
 def writes_one_form(tokenizer) -> bool:
@@ -228,9 +291,9 @@ def show_first(out: Path, kind: str, tokenizer, prompt: torch.Tensor) -> None:
         return
     asked = tokenizer.decode(prompt)
     write_atomic(path, f"{text}{heading}{asked}\n\n")
-    half, more = SHOWN // 2, len(asked) - SHOWN
-    shown = f"{asked[:half]}\n[... {more} characters, all in {path} ...]\n{asked[-half:]}" if more > 0 else asked
-    tqdm.write(heading + shown + "\n-----")
+    if (more := len(asked) - SHOWN) > 0:
+        asked = f"{asked[: SHOWN // 2]}\n[... {more} characters, all in {path} ...]\n{asked[-SHOWN // 2 :]}"
+    tqdm.write(f"{heading}{asked}\n-----")
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRA
