@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import huggingface_hub
 import torch
 from huggingface_hub import errors
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 from transformers.utils import logging
 
@@ -31,10 +32,12 @@ LARGE = 1e8  # weights: a larger model computes its layers again in the backward
 
 
 def full_name(name: str) -> str:
-    """Return the Hub's name for its last part, also without "-A3B" and "-2507". An existing folder keeps its name."""
+    """Return the path of a folder, or the Hub's name for its last part, also without "-A3B" and "-2507"."""
+    if name and Path(name).is_dir():
+        return os.path.abspath(name)
     for hub in HUB_NAMES:
         last = hub.split("/")[1].lower()
-        if name.lower() in (last, last.replace("-a3b", "").replace("-2507", "")) and not Path(name).is_dir():
+        if name.lower() in (hub.lower(), last, last.replace("-a3b", "").replace("-2507", "")):
             return hub
     return name
 
@@ -76,12 +79,12 @@ def find_model(name: str, option: str = "--model") -> str:
 
 
 @contextlib.contextmanager
-def loading(option: str, name: str):
+def loading(option: str, name: str, failure: str = "does not load"):
     """Turn an error inside into one line. Three libraries take part in loading, and each has exceptions of its own."""
     try:
         yield
     except Exception as error:
-        message = f"{option} {name} does not load: {first_line(error)}"
+        message = f"{option} {name} {failure}: {first_line(error)}"
         raise error if isinstance(error, BadInput) else BadInput(message) from None
 
 
@@ -129,6 +132,9 @@ def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: s
             raise BadInput(f"{option} {name}: its tokenizer is empty")
         check_template(tokenizer, name, effort)
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    with loading(option, name, "cannot be saved"), tempfile.TemporaryDirectory() as trial:  # now, not after training
+        for part in (model.config, that_saves(model.generation_config), tokenizer):
+            part.save_pretrained(trial)
     if dtype == torch.float32:
         model.float()  # with transformers 5.17 (not with 5.24) what was quantised comes as bf16
     for module in model.modules():
@@ -156,8 +162,8 @@ OPEN, CLOSE = "<think>", "</think>"
 OTHER_MARKS = {"[THINK]": OPEN, "[/THINK]": CLOSE, "<seed:think>": OPEN, "</seed:think>": CLOSE}
 CHANNEL, MESSAGE, END = "<|channel|>", "<|message|>", "<|end|>"  # harmony's
 PLAIN_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
-# Some templates ask for today's date: a run that is resumed tomorrow would then ask something else. Jinja drops the line
-# break behind the macro, and reads what follows as the beginning of a template.
+# Some templates ask for today's date: a run that is resumed tomorrow would then ask something else. Jinja drops the
+# line break behind the macro, so that the template itself is read as without the macro.
 ALWAYS_TODAY = "{% macro strftime_now(format) %}2026-01-01{% endmacro %}\n"
 CUT = "\ufdd0\ufdd1"  # marks a place in a text: Unicode says that no text holds these two
 SHOWN = 2000  # characters of a prompt on the screen
@@ -180,11 +186,10 @@ def spell_out(tokenizer, text: str, keep: tuple[str, ...] = ()) -> str:
 
     Control tokens are the special ones and the marks of a thinking part. Other added tokens are words.
     """
-    marks = {OPEN, CLOSE, *OTHER_MARKS}
-    tokens = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special or t.content in marks} - {*keep}
-    longest_first = sorted(tokens, key=len, reverse=True)
-    spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nothing
-    return spelled.sub(lambda token: token[0][0] + CUT + token[0][1:], text)
+    control = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {OPEN, CLOSE, *OTHER_MARKS}
+    longest_first = sorted(control - {*keep}, key=len, reverse=True)
+    spelled = "|".join(re.escape(token) for token in longest_first if len(token) > 1)  # one character cannot be cut
+    return re.sub(spelled, lambda token: token[0][0] + CUT + token[0][1:], text)
 
 
 def to_ids(tokenizer, text: str) -> list[int]:
@@ -204,11 +209,12 @@ def encode(tokenizer, prompt: str, thinking: bool, effort: str = "") -> torch.Te
     return torch.tensor(to_ids(tokenizer, text))
 
 
-def answer_begins(tokenizer, prompt: torch.Tensor) -> str:
-    """Return what the template puts between the user's turn and the answer, in a prompt of token ids [L]."""
+def text_before_answer(tokenizer, prompt: torch.Tensor) -> str:
+    """Return what the template has put between the user's turn and the answer, in a prompt of token ids [L]."""
 
-    def common(thinking: bool) -> int:  # how many tokens, from the end on, a prompt with this switch has in common
-        return len(os.path.commonprefix([prompt.tolist()[::-1], encode(tokenizer, "?", thinking).tolist()[::-1]]))
+    def common(thinking: bool) -> int:  # tokens at the end that the prompt shares with another one with this switch
+        other = to_ids(tokenizer, render(tokenizer, "?", thinking=thinking))
+        return len(os.path.commonprefix([prompt.tolist()[::-1], other[::-1]]))
 
     thinking = max((True, False), key=common)
     asked, turn = (render(tokenizer, CUT, thinking=thinking, ask=ask) for ask in (True, False))
@@ -230,8 +236,6 @@ def turn_end(tokenizer) -> int | None:
         return None
     opens_a_turn = end[:1] == [i for i in first if i != tokenizer.bos_token_id][:1]  # the template always asks
     return end[0] if (token.special or behind.strip() == token.content) and not opens_a_turn else None
-
-
 
 
 def check_template(tokenizer, name: str, effort: str) -> None:
@@ -256,7 +260,7 @@ def answer_text(tokenizer, prompt: torch.Tensor, answer: torch.Tensor) -> str:
     added = tokenizer.added_tokens_decoder
     dropped = {i for i, token in added.items() if token.special and token.content not in marks}
     text = tokenizer.decode([i for i in answer.tolist() if i not in dropped])
-    before = answer_begins(tokenizer, prompt)
+    before = text_before_answer(tokenizer, prompt)
     for other, mark in OTHER_MARKS.items():
         text, before = text.replace(other, mark), before.replace(other, mark)
     if not channels:
@@ -449,6 +453,22 @@ def load_checkpoint(path: Path, model, optimizer) -> int:
         raise BadInput(f"{path} cannot be read ({first_line(error)}); delete it, and training starts again") from None
 
 
+def that_saves(config: GenerationConfig) -> GenerationConfig:
+    """Return the generation config, or what transformers agrees to save of it.
+
+    Some versions refuse a temperature without do_sample, among other things, although they have loaded it.
+    """
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    for settings in (config.to_dict() | {"do_sample": True}, ids):
+        try:
+            with tempfile.TemporaryDirectory() as trial:
+                config.save_pretrained(trial)
+            return config
+        except ValueError:
+            config = GenerationConfig.from_dict(settings)
+    return config
+
+
 @torch.no_grad()
 def save_model(folder: Path, model, tokenizer) -> None:
     """Write an ordinary model folder, even from shards or adapters. The model does not change. Collective.
@@ -465,6 +485,6 @@ def save_model(folder: Path, model, tokenizer) -> None:
     if ranks.rank() == 0:
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
-        plain.generation_config = model.generation_config
+        plain.generation_config = that_saves(model.generation_config)
         plain.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)

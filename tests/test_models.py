@@ -10,7 +10,7 @@ from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from transformers import (AutoModelForCausalLM, GPT2Config, GptOssConfig, LlamaConfig, OPTConfig,
+from transformers import (AutoModelForCausalLM, GenerationConfig, GPT2Config, GptOssConfig, LlamaConfig, OPTConfig,
                           PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig)
 
 import dust
@@ -341,8 +341,9 @@ def test_a_short_name_is_the_hubs_and_a_folder_of_that_name_wins(tmp_path, monke
     assert full_name("qwen3-4b") == "Qwen/Qwen3-4B" and full_name("GPT-OSS-20B") == "openai/gpt-oss-20b"
     assert full_name("Qwen3-4B-Thinking") == full_name("Qwen3-4B-Thinking-2507") == "Qwen/Qwen3-4B-Thinking-2507"
     assert full_name("some/model") == "some/model" and full_name("") == ""
+    assert full_name("qwen/qwen3-4b") == "Qwen/Qwen3-4B"
     (tmp_path / "Qwen3-4B").mkdir()
-    assert full_name("Qwen3-4B") == "Qwen3-4B"
+    assert {full_name(name) for name in ("Qwen3-4B", "./Qwen3-4B/", str(tmp_path / "Qwen3-4B"))} == {str(tmp_path / "Qwen3-4B")}
 
 
 @pytest.fixture
@@ -464,6 +465,48 @@ def test_a_download_that_was_stopped_goes_on(tmp_path, hub):
         assert find_model("some/model") == str(expected)
     calls = hub(errors.LocalEntryNotFoundError("half of it"), whole)
     assert find_model("some/model") == str(whole) and calls == ["here", "online"]
+
+
+@pytest.fixture
+def strict(monkeypatch):
+    """Save generation configs as transformers 5.17 to 5.22 do: refuse what they warned about when they loaded it."""
+    save = GenerationConfig.save_pretrained
+
+    def validated(config, *arguments, **settings):
+        config.validate(strict=True)
+        save(config, *arguments, **settings)
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", validated)
+
+
+@pytest.mark.parametrize("settings, saved", [
+    ({"temperature": 0.7}, {"temperature": 0.7, "do_sample": True}),
+    ({"top_p": 0.8, "top_k": 5}, {"top_p": 0.8, "top_k": 5, "do_sample": True}),
+    ({"temperature": 0.7, "do_sample": True}, {"temperature": 0.7, "do_sample": True}),
+    ({"early_stopping": True, "temperature": 0.7}, {}), ({"pad_token_id": -1}, {}),
+])
+def test_a_generation_config_that_loads_is_saved_too(settings, saved, tmp_path, strict):
+    """It was refused after the whole training, and again after --resume. What can be kept of it is kept."""
+    folder = make_model(tmp_path / "model", "llama")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    model, tokenizer = load_model(str(folder), optimizer="fp32", shard=False, device="cpu")
+    save_model(tmp_path / "saved", model, tokenizer)
+    again = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert again.items() >= saved.items() and again["eos_token_id"] == [3, 5]
+    assert not model.generation_config.do_sample or "do_sample" in settings  # the model itself does not change
+
+
+@pytest.mark.parametrize("part", [Qwen3Config, PreTrainedTokenizerFast])
+def test_what_cannot_be_saved_is_refused_before_the_run(part, tmp_path, monkeypatch):
+    folder = make_model(tmp_path / "model", "qwen3")
+
+    def save(*_, **__):
+        raise ValueError("this has no file\nmore")
+
+    monkeypatch.setattr(part, "save_pretrained", save)
+    with pytest.raises(BadInput, match=f"^--init {folder} cannot be saved: this has no file$"):
+        load_model(str(folder), optimizer="fp32", shard=False, device="cpu", option="--init")
 
 
 @pytest.mark.parametrize("option", ["--model", "--teacher", "--init"])
