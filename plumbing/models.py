@@ -176,9 +176,9 @@ def render(tokenizer, *turns: str, thinking: bool = True, effort: str = "", ask:
     """
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     extra = {"reasoning_effort": effort} if effort else {}
-    template = ALWAYS_TODAY + tokenizer.get_chat_template()
-    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=ask,
-                                         enable_thinking=thinking, **extra)
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+    return tokenizer.apply_chat_template(messages, chat_template=ALWAYS_TODAY + template, tokenize=False,
+                                         add_generation_prompt=ask, enable_thinking=thinking, **extra)
 
 
 def spell_out(tokenizer, text: str, keep: tuple[str, ...] = ()) -> str:

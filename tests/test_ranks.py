@@ -267,7 +267,7 @@ def test_two_ranks_do_what_one_does_also_sharded(llama, tmp_path):
 
 
 def test_every_sharded_model_shares_prompts_from_its_loading_on(llama, tmp_path, monkeypatch):
-    """Asked for the first time inside a forward of FSDP's, a student was taken for a model that cannot share prompts."""
+    """Asked for the first time inside a forward of FSDP, the student was taken for a model that cannot share them."""
     def checked(do):
         def checking(model, *arguments, **settings):
             assert grpo.shares_prompts(model) and isinstance(model, ranks.FSDPModule)
