@@ -32,7 +32,7 @@ LARGE = 1e8  # weights: a larger model computes its layers again in the backward
 
 
 def full_name(name: str) -> str:
-    """Return the path of a folder, or the Hub's name for its last part, also without "-A3B" and "-2507"."""
+    """Return the absolute path of a folder, or the Hub's name for a short one, also without "-A3B" and "-2507"."""
     if name and Path(name).is_dir():
         return os.path.abspath(name)
     for hub in HUB_NAMES:
@@ -45,11 +45,10 @@ def full_name(name: str) -> str:
 def is_whole(folder: Path) -> bool:
     """Return whether a downloaded folder holds all of the weights that its index lists, and a tokenizer."""
     kind = "safetensors" if any(folder.glob("*.safetensors")) else "bin"
-    weights = [f"*.{kind}"]
-    for index in folder.glob(f"*.{kind}.index.json"):
-        weights += json.loads(index.read_text())["weight_map"].values()
+    indices = [json.loads(path.read_text()) for path in folder.glob(f"*.{kind}.index.json")]
+    listed = {file for index in indices for file in index["weight_map"].values()} or {f"*.{kind}"}
     words = any(any(folder.glob(pattern)) for pattern in ("*token*", "*vocab*", "*.model"))
-    return words and all(any(folder.glob(file)) for file in set(weights))
+    return words and all(any(folder.glob(file)) for file in listed)
 
 
 def find_model(name: str, option: str = "--model") -> str:
@@ -160,6 +159,7 @@ def checkpoint_layers(model) -> None:
 
 OPEN, CLOSE = "<think>", "</think>"
 OTHER_MARKS = {"[THINK]": OPEN, "[/THINK]": CLOSE, "<seed:think>": OPEN, "</seed:think>": CLOSE}
+MARKS = {OPEN, CLOSE, *OTHER_MARKS}
 CHANNEL, MESSAGE, END = "<|channel|>", "<|message|>", "<|end|>"  # harmony's
 PLAIN_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
 # Some templates ask for today's date: a run that is resumed tomorrow would then ask something else. Jinja drops the
@@ -186,18 +186,19 @@ def spell_out(tokenizer, text: str, keep: tuple[str, ...] = ()) -> str:
 
     Control tokens are the special ones and the marks of a thinking part. Other added tokens are words.
     """
-    control = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {OPEN, CLOSE, *OTHER_MARKS}
-    longest_first = sorted(control - {*keep}, key=len, reverse=True)
-    spelled = "|".join(re.escape(token) for token in longest_first if len(token) > 1)  # one character cannot be cut
+    added = tokenizer.added_tokens_decoder.values()
+    control = {token.content for token in added if token.special or token.content in MARKS} - {*keep}
+    longest_first = sorted((token for token in control if len(token) > 1), key=len, reverse=True)
+    spelled = "|".join(map(re.escape, longest_first)) or "(?!)"  # which matches nothing
     return re.sub(spelled, lambda token: token[0][0] + CUT + token[0][1:], text)
 
 
 def to_ids(tokenizer, text: str) -> list[int]:
-    """Return the token ids of a text. Each of its pieces between CUTs is read separately."""
+    """Return the token ids of a text. Each of its pieces between CUTs is read by itself."""
     ids_of = partial(tokenizer.encode, add_special_tokens=False)
     first, *pieces = text.split(CUT)
     ids, line = ids_of(first), ids_of("\n")
-    for piece in pieces:  # behind a line break, because some tokenizers put a blank in front of a text
+    for piece in pieces:  # read behind a line break, because some tokenizers put a blank in front of a text
         behind = ids_of("\n" + piece)
         ids += behind[len(line) :] if behind[: len(line)] == line else ids_of(piece)
     return ids
@@ -230,12 +231,14 @@ def turn_end(tokenizer) -> int | None:
         before, found, behind = render(tokenizer, "?", CUT, ask=False).rpartition(CUT)
     except Exception:  # any template's code runs here, and some refuse an assistant's message
         return None
-    first, end = (tokenizer.encode(part.strip(), add_special_tokens=False) for part in (before, behind))
-    token = tokenizer.added_tokens_decoder.get(end[0]) if found and end else None
+    begin, end = (tokenizer.encode(part.strip(), add_special_tokens=False) for part in (before, behind))
+    begin = [i for i in begin if i != tokenizer.bos_token_id]
+    if not found or not end or end[:1] == begin[:1]:  # the latter: no end, and a template that always asks
+        return None
+    token = tokenizer.added_tokens_decoder.get(end[0])
     if not token or (CHANNEL in str(tokenizer.chat_template) and token.content == END):
         return None
-    opens_a_turn = end[:1] == [i for i in first if i != tokenizer.bos_token_id][:1]  # the template always asks
-    return end[0] if (token.special or behind.strip() == token.content) and not opens_a_turn else None
+    return end[0] if token.special or token.content == behind.strip() else None
 
 
 def check_template(tokenizer, name: str, effort: str) -> None:
@@ -256,7 +259,7 @@ def answer_text(tokenizer, prompt: torch.Tensor, answer: torch.Tensor) -> str:
     part, the opening is put back in front.
     """
     channels = CHANNEL in str(tokenizer.chat_template)
-    marks = {CHANNEL, MESSAGE, END} if channels else {OPEN, CLOSE, *OTHER_MARKS}  # elsewhere <|end|> just ends a text
+    marks = {CHANNEL, MESSAGE, END} if channels else MARKS  # elsewhere <|end|> just ends a text
     added = tokenizer.added_tokens_decoder
     dropped = {i for i, token in added.items() if token.special and token.content not in marks}
     text = tokenizer.decode([i for i in answer.tolist() if i not in dropped])
@@ -280,11 +283,6 @@ def encode_answers(tokenizer, prompt: torch.Tensor, texts: list[str], end: int) 
     opening = answer_text(tokenizer, prompt, prompt[:0])
     texts = [spell_out(tokenizer, text.removeprefix(opening), keep=(OPEN, CLOSE)) for text in texts]
     return [torch.tensor([*to_ids(tokenizer, text), end]) for text in texts]
-
-
-def writes_one_form(tokenizer) -> bool:
-    """Tell whether a model writes its answers as rank_prompt.py reads them, so that it can learn such texts."""
-    return not any(mark in str(tokenizer.chat_template) for mark in (CHANNEL, *OTHER_MARKS))
 
 
 def show_first(out: Path, kind: str, tokenizer, prompt: torch.Tensor) -> None:
@@ -454,10 +452,7 @@ def load_checkpoint(path: Path, model, optimizer) -> int:
 
 
 def that_saves(config: GenerationConfig) -> GenerationConfig:
-    """Return the generation config, or what transformers agrees to save of it.
-
-    Some versions refuse a temperature without do_sample, among other things, although they have loaded it.
-    """
+    """Return the generation config, or as much of it as transformers saves: before 5.23 not all that it has loaded."""
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     for settings in (config.to_dict() | {"do_sample": True}, ids):
         try:

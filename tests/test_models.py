@@ -281,7 +281,8 @@ def test_a_thinking_part_that_the_template_opens_is_found_wherever_it_stands(whe
 def letters(template: str | None, metaspace: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer whose words are letters: bytes as in Qwen's, or with a blank in front of a text as in Llama 2's."""
     alphabet = [*map(chr, range(10, 127)), "\u2581"] if metaspace else sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(tokenizer_models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    vocabulary = {letter: i for i, letter in enumerate([*alphabet, "<t"])}
+    tokenizer = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[("<", "t")]))
     if metaspace:
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     else:
@@ -330,7 +331,8 @@ def test_a_control_token_that_a_teacher_spells_is_text_and_its_thinking_part_is_
 def test_a_prompt_without_control_tokens_has_the_ids_of_the_whole_text(make):
     """Pieces that are read one by one lose the tokens across their borders."""
     tokenizer = make(QWEN3)
-    for text in ("?", " a\n\n\nb  ", "\n\n", "x < y <| z |> [INST", "if a <= b: print('<|im', 'end|>')"):
+    texts = ["?", " a\n\n\nb  ", "\n\n", "x < y <| z |> [INST", "if a <= b: print('<|im', 'end|>')"]
+    for text in [*texts, *([] if "<think>" in tokenizer.get_vocab() else ["<think>"])]:
         turn = [{"role": "user", "content": text}]
         whole = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
         assert encode(tokenizer, text, True).tolist() == whole
