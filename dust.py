@@ -225,10 +225,10 @@ def load(name: str, args: Args, option: str = "--model"):
 
 
 def end_ids(model, tokenizer) -> list[int]:
-    """Return the token ids that end an answer: the tokenizer's and the generation config's, which can differ."""
+    """Return the ids that end an answer: the chat template's end of a turn first, the tokenizer's, the config's."""
     stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    return sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
+    ends = [models.turn_end(tokenizer), tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])]
+    return [end for end in dict.fromkeys(ends) if end is not None]
 
 
 def program_ids(tokenizer, problem: Problem, args: Args) -> torch.Tensor:
@@ -535,7 +535,7 @@ def load_teacher(model, tokenizer, args: Args) -> tuple:
     """
     if not args.teacher:
         return frozen_copy(model, args), tokenizer
-    if not models.writes_one_form(tokenizer):
+    if any(mark in str(tokenizer.chat_template) for mark in (models.CHANNEL, *models.OTHER_MARKS)):
         raise BadInput(f"--teacher: {args.model} marks its thinking part in a way of its own; leave --teacher out")
     return load(args.teacher, args, "--teacher")
 

@@ -3,13 +3,16 @@ import contextlib
 import json
 import os
 import pickle
+import re
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import torch
 from huggingface_hub import errors
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 from transformers.utils import logging
 
@@ -29,12 +32,14 @@ LARGE = 1e8  # weights: a larger model computes its layers again in the backward
 
 
 def full_name(name: str) -> str:
-    """Return the Hub's name for its last part, also without "-A3B" and "-2507". An existing folder keeps its name."""
-    known = {}
+    """Return the absolute path of a folder, or the Hub's name for a short one, also without "-A3B" and "-2507"."""
+    if name and Path(name).is_dir():
+        return os.path.abspath(name)
     for hub in HUB_NAMES:
         last = hub.split("/")[1].lower()
-        known |= {last: hub, last.replace("-a3b", "").replace("-2507", ""): hub}
-    return name if Path(name).is_dir() else known.get(name.lower(), name)
+        if name.lower() in (hub.lower(), last, last.replace("-a3b", "").replace("-2507", "")):
+            return hub
+    return name
 
 
 def is_whole(folder: Path) -> bool:
@@ -73,12 +78,12 @@ def find_model(name: str, option: str = "--model") -> str:
 
 
 @contextlib.contextmanager
-def loading(option: str, name: str):
+def loading(option: str, name: str, failure: str = "does not load"):
     """Turn an error inside into one line. Three libraries take part in loading, and each has exceptions of its own."""
     try:
         yield
     except Exception as error:
-        message = f"{option} {name} does not load: {first_line(error)}"
+        message = f"{option} {name} {failure}: {first_line(error)}"
         raise error if isinstance(error, BadInput) else BadInput(message) from None
 
 
@@ -126,6 +131,9 @@ def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: s
             raise BadInput(f"{option} {name}: its tokenizer is empty")
         check_template(tokenizer, name, effort)
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    with loading(option, name, "cannot be saved"), tempfile.TemporaryDirectory() as trial:  # now, not after training
+        for part in (model.config, that_saves(model.generation_config), tokenizer):
+            part.save_pretrained(trial)
     if dtype == torch.float32:
         model.float()  # with transformers 5.17 (not with 5.24) what was quantised comes as bf16
     for module in model.modules():
@@ -151,24 +159,86 @@ def checkpoint_layers(model) -> None:
 
 OPEN, CLOSE = "<think>", "</think>"
 OTHER_MARKS = {"[THINK]": OPEN, "[/THINK]": CLOSE, "<seed:think>": OPEN, "</seed:think>": CLOSE}
+MARKS = {OPEN, CLOSE, *OTHER_MARKS}
 CHANNEL, MESSAGE, END = "<|channel|>", "<|message|>", "<|end|>"  # harmony's
 PLAIN_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
-# some templates ask for today's date: a run that is resumed tomorrow would then ask something else
-ALWAYS_TODAY = "{% macro strftime_now(format) %}2026-01-01{% endmacro %}"
+# Some templates ask for today's date: a run that is resumed tomorrow would then ask something else. Jinja drops the
+# line break behind the macro, so that the template itself is read as without the macro.
+ALWAYS_TODAY = "{% macro strftime_now(format) %}2026-01-01{% endmacro %}\n"
+CUT = "\ufdd0\ufdd1"  # marks a place in a text: Unicode says that no text holds these two
 SHOWN = 2000  # characters of a prompt on the screen
 
 
-def render(tokenizer, prompt: str, thinking: bool = True, effort: str = "") -> str:
-    """Return one user turn as the model reads it, up to where its answer begins."""
+def render(tokenizer, *turns: str, thinking: bool = True, effort: str = "", ask: bool = True) -> str:
+    """Return a conversation as the model reads it; with `ask`, up to where its next answer begins.
+
+    turns: what the user says, then what the model says, and so on.
+    """
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     extra = {"reasoning_effort": effort} if effort else {}
-    turn, template = [{"role": "user", "content": prompt}], ALWAYS_TODAY + tokenizer.get_chat_template()
-    return tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, add_generation_prompt=True,
-                                         enable_thinking=thinking, **extra)
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+    return tokenizer.apply_chat_template(messages, chat_template=ALWAYS_TODAY + template, tokenize=False,
+                                         add_generation_prompt=ask, enable_thinking=thinking, **extra)
+
+
+def spell_out(tokenizer, text: str, keep: tuple[str, ...] = ()) -> str:
+    """Put CUT into every control token that a text spells, so that `to_ids` reads it as text. keep: tokens to leave.
+
+    Control tokens are the special ones and the marks of a thinking part. Other added tokens are words.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    control = {token.content for token in added if token.special or token.content in MARKS} - {*keep}
+    longest_first = sorted((token for token in control if len(token) > 1), key=len, reverse=True)
+    spelled = "|".join(map(re.escape, longest_first)) or "(?!)"  # which matches nothing
+    return re.sub(spelled, lambda token: token[0][0] + CUT + token[0][1:], text)
+
+
+def to_ids(tokenizer, text: str) -> list[int]:
+    """Return the token ids of a text. Each of its pieces between CUTs is read by itself."""
+    ids_of = partial(tokenizer.encode, add_special_tokens=False)
+    first, *pieces = text.split(CUT)
+    ids, line = ids_of(first), ids_of("\n")
+    for piece in pieces:  # read behind a line break, because some tokenizers put a blank in front of a text
+        behind = ids_of("\n" + piece)
+        ids += behind[len(line) :] if behind[: len(line)] == line else ids_of(piece)
+    return ids
 
 
 def encode(tokenizer, prompt: str, thinking: bool, effort: str = "") -> torch.Tensor:
-    """Return one user turn as token ids [L], through the model's chat template."""
-    return torch.tensor(tokenizer(render(tokenizer, prompt, thinking, effort), add_special_tokens=False).input_ids)
+    """Return one user turn as token ids [L], through the model's chat template. The prompt's text is only text."""
+    text = render(tokenizer, spell_out(tokenizer, prompt), thinking=thinking, effort=effort)
+    return torch.tensor(to_ids(tokenizer, text))
+
+
+def text_before_answer(tokenizer, prompt: torch.Tensor) -> str:
+    """Return what the template has put between the user's turn and the answer, in a prompt of token ids [L]."""
+
+    def common(thinking: bool) -> int:  # tokens at the end that the prompt shares with another one with this switch
+        other = to_ids(tokenizer, render(tokenizer, "?", thinking=thinking))
+        return len(os.path.commonprefix([prompt.tolist()[::-1], other[::-1]]))
+
+    thinking = max((True, False), key=common)
+    asked, turn = (render(tokenizer, CUT, thinking=thinking, ask=ask) for ask in (True, False))
+    return (asked.removeprefix(turn) or asked).rpartition(CUT)[2]  # some templates always ask
+
+
+def turn_end(tokenizer) -> int | None:
+    """Return the id of the token that the template puts behind an assistant's message, or None if it puts none there.
+
+    In harmony <|end|> does not count: it also ends the messages of the thinking part.
+    """
+    try:
+        before, found, behind = render(tokenizer, "?", CUT, ask=False).rpartition(CUT)
+    except Exception:  # any template's code runs here, and some refuse an assistant's message
+        return None
+    begin, end = (tokenizer.encode(part.strip(), add_special_tokens=False) for part in (before, behind))
+    begin = [i for i in begin if i != tokenizer.bos_token_id]
+    if not found or not end or end[:1] == begin[:1]:  # the latter: no end, and a template that always asks
+        return None
+    token = tokenizer.added_tokens_decoder.get(end[0])
+    if not token or (CHANNEL in str(tokenizer.chat_template) and token.content == END):
+        return None
+    return end[0] if token.special or token.content == behind.strip() else None
 
 
 def check_template(tokenizer, name: str, effort: str) -> None:
@@ -176,7 +246,7 @@ def check_template(tokenizer, name: str, effort: str) -> None:
     if not tokenizer.chat_template:
         tqdm.write(f"{name} has no chat template: the prompt is given as plain text")
         tokenizer.chat_template = PLAIN_TEMPLATE
-    elif render(tokenizer, "?", True) == render(tokenizer, "?", False):
+    elif render(tokenizer, "?", thinking=True) == render(tokenizer, "?", thinking=False):
         tqdm.write(f"{name}: its chat template has no switch for thinking, so --thinking changes nothing")
     if effort and render(tokenizer, "?", effort="low") == render(tokenizer, "?", effort="high"):
         raise BadInput(f"--reasoning-effort {effort}: the chat template of {name} does not use it; leave it out")
@@ -189,15 +259,15 @@ def answer_text(tokenizer, prompt: torch.Tensor, answer: torch.Tensor) -> str:
     part, the opening is put back in front.
     """
     channels = CHANNEL in str(tokenizer.chat_template)
-    marks = {CHANNEL, MESSAGE, END} if channels else {OPEN, CLOSE, *OTHER_MARKS}  # elsewhere <|end|> just ends a text
+    marks = {CHANNEL, MESSAGE, END} if channels else MARKS  # elsewhere <|end|> just ends a text
     added = tokenizer.added_tokens_decoder
     dropped = {i for i, token in added.items() if token.special and token.content not in marks}
     text = tokenizer.decode([i for i in answer.tolist() if i not in dropped])
-    before = tokenizer.decode(prompt[-4:])
+    before = text_before_answer(tokenizer, prompt)
     for other, mark in OTHER_MARKS.items():
         text, before = text.replace(other, mark), before.replace(other, mark)
     if not channels:
-        return f"{OPEN}\n{text}" if before.rstrip().endswith(OPEN) else text
+        return f"{OPEN}\n{text}" if before.rfind(OPEN) > before.rfind(CLOSE) else text
     thinking, _, last = text.rpartition(CHANNEL)  # all is thinking, except a last message in the final channel
     channel, began, content = last.partition(MESSAGE)
     if not began or channel.split()[:1] != ["final"]:
@@ -211,13 +281,8 @@ def encode_answers(tokenizer, prompt: torch.Tensor, texts: list[str], end: int) 
     An opening of the thinking part that this model's template has already written in the prompt [L] is left out.
     """
     opening = answer_text(tokenizer, prompt, prompt[:0])
-    ids = [tokenizer(text.removeprefix(opening), add_special_tokens=False).input_ids for text in texts]
-    return [torch.tensor([*answer, end]) for answer in ids]
-
-
-def writes_one_form(tokenizer) -> bool:
-    """Tell whether a model writes its answers as rank_prompt.py reads them, so that it can learn such texts."""
-    return not any(mark in str(tokenizer.chat_template) for mark in (CHANNEL, *OTHER_MARKS))
+    texts = [spell_out(tokenizer, text.removeprefix(opening), keep=(OPEN, CLOSE)) for text in texts]
+    return [torch.tensor([*to_ids(tokenizer, text), end]) for text in texts]
 
 
 def show_first(out: Path, kind: str, tokenizer, prompt: torch.Tensor) -> None:
@@ -228,9 +293,9 @@ def show_first(out: Path, kind: str, tokenizer, prompt: torch.Tensor) -> None:
         return
     asked = tokenizer.decode(prompt)
     write_atomic(path, f"{text}{heading}{asked}\n\n")
-    half, more = SHOWN // 2, len(asked) - SHOWN
-    shown = f"{asked[:half]}\n[... {more} characters, all in {path} ...]\n{asked[-half:]}" if more > 0 else asked
-    tqdm.write(heading + shown + "\n-----")
+    if (more := len(asked) - SHOWN) > 0:
+        asked = f"{asked[: SHOWN // 2]}\n[... {more} characters, all in {path} ...]\n{asked[-SHOWN // 2 :]}"
+    tqdm.write(f"{heading}{asked}\n-----")
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRA
@@ -387,6 +452,19 @@ def load_checkpoint(path: Path, model, optimizer) -> int:
         raise BadInput(f"{path} cannot be read ({first_line(error)}); delete it, and training starts again") from None
 
 
+def that_saves(config: GenerationConfig) -> GenerationConfig:
+    """Return the generation config, or as much of it as transformers saves: before 5.23 not all that it has loaded."""
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    for settings in (config.to_dict() | {"do_sample": True}, ids):
+        try:
+            with tempfile.TemporaryDirectory() as trial:
+                config.save_pretrained(trial)
+            return config
+        except ValueError:
+            config = GenerationConfig.from_dict(settings)
+    return config
+
+
 @torch.no_grad()
 def save_model(folder: Path, model, tokenizer) -> None:
     """Write an ordinary model folder, even from shards or adapters. The model does not change. Collective.
@@ -403,6 +481,6 @@ def save_model(folder: Path, model, tokenizer) -> None:
     if ranks.rank() == 0:
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
-        plain.generation_config = model.generation_config
+        plain.generation_config = that_saves(model.generation_config)
         plain.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)

@@ -266,6 +266,24 @@ def test_two_ranks_do_what_one_does_also_sharded(llama, tmp_path):
         assert (tmp_path / f"{name}-said" / "1").read_text() == ""  # rank 0 alone shows anything
 
 
+def test_every_sharded_model_shares_prompts_from_its_loading_on(llama, tmp_path, monkeypatch):
+    """Asked for the first time inside a forward of FSDP, the student was taken for a model that cannot share them."""
+    def checked(do):
+        def checking(model, *arguments, **settings):
+            assert grpo.shares_prompts(model) and isinstance(model, ranks.FSDPModule)
+            return do(model, *arguments, **settings)
+
+        return checking
+
+    monkeypatch.setattr(grpo, "update", checked(grpo.update))
+    monkeypatch.setattr(grpo, "rollout", checked(grpo.rollout))
+    folder = llama["folder"] / "model"
+    arguments = [*llama["arguments"], "--rows", "16", "--steps", "1", "--out", tmp_path / "run"]
+    arguments += ["--shard", "--mode", "sft", "--init", folder, "--teacher", folder]
+    assert run_ranks(arguments, tmp_path / "said") == [0, 0]
+    assert not any("reads a prompt again" in path.read_text() for path in (tmp_path / "said").iterdir())
+
+
 @pytest.mark.parametrize("wrong, line", [
     (["--model", "./nowhere"], "--model ./nowhere"), (["--repeats", "0"], "--repeats is 0"),
     (["--device", "abacus"], "--device abacus does not work"), (["--out", "DONE"], "already holds a run"),
