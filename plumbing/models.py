@@ -5,7 +5,7 @@ import os
 import pickle
 import re
 import tempfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import huggingface_hub
@@ -210,16 +210,23 @@ def encode(tokenizer, prompt: str, thinking: bool, effort: str = "") -> torch.Te
     return torch.tensor(to_ids(tokenizer, text))
 
 
+@cache
+def ways_to_ask(tokenizer, template: str) -> list[tuple[list[int], str]]:
+    """Return, with thinking on and off, the token ids of a short prompt, and the text in it behind the user's turn."""
+    ways = []
+    for thinking in (True, False):
+        ids = to_ids(tokenizer, render(tokenizer, "?", thinking=thinking))
+        asked, turn = (render(tokenizer, CUT, thinking=thinking, ask=ask) for ask in (True, False))
+        ways.append((ids, (asked.removeprefix(turn) or asked).rpartition(CUT)[2]))  # some templates always ask
+    return ways
+
+
 def text_before_answer(tokenizer, prompt: torch.Tensor) -> str:
     """Return what the template has put between the user's turn and the answer, in a prompt of token ids [L]."""
-
-    def common(thinking: bool) -> int:  # tokens at the end that the prompt shares with another one with this switch
-        other = to_ids(tokenizer, render(tokenizer, "?", thinking=thinking))
-        return len(os.path.commonprefix([prompt.tolist()[::-1], other[::-1]]))
-
-    thinking = max((True, False), key=common)
-    asked, turn = (render(tokenizer, CUT, thinking=thinking, ask=ask) for ask in (True, False))
-    return (asked.removeprefix(turn) or asked).rpartition(CUT)[2]  # some templates always ask
+    backwards = prompt.tolist()[::-1]
+    alike = {text: len(os.path.commonprefix([backwards, ids[::-1]]))
+             for ids, text in ways_to_ask(tokenizer, str(tokenizer.chat_template))}
+    return max(alike, key=alike.get)
 
 
 def turn_end(tokenizer) -> int | None:
