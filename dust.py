@@ -352,7 +352,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
     reference = frozen_copy(model, args) if args.kl and not supervised else None
     optimizer = models.make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
     first = models.load_checkpoint(out / "checkpoint.pt", model, optimizer)
-    runs.keep_lines(out / "metrics.jsonl", first)
+    ranks.on_first(lambda: runs.keep_lines(out / "metrics.jsonl", first))
     with runs.progress_bar("train", args.steps, first) as bar:
         for step in range(first, args.steps):
             began, generator = time.time(), torch.Generator().manual_seed(seed_for(args.seed, "train", step))
@@ -645,7 +645,8 @@ def run(args: Args) -> None:
     if args.mode in ("rank", "sft") and not args.eval_only:  # the other modes draw their candidates step by step
         candidates = sample(model, tokenizer, problems, args, out / "samples.jsonl")
         label(problems, candidates, args, out / "labels.jsonl")
-        runs.write_lines(out / "candidates.jsonl", [asdict(candidate) for candidate in candidates])
+        ranks.on_first(lambda: runs.keep_lines(out / "candidates.jsonl", 0))
+        runs.append_lines(out / "candidates.jsonl", [asdict(candidate) for candidate in candidates])
         mixed = make_groups(problems, candidates, args.group_size)
         groups = [group for group in mixed if fits(model, ranking_ids(tokenizer, group, args), args)]
         runs.check_groups(candidates, mixed, groups, args.group_size)

@@ -28,7 +28,7 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
     """
     done, keys, size = ranks.on_first(lambda: read_lines(file) if file else {}), list(work), size * ranks.world()
     chunks = [keys[i : i + size] for i in range(0, len(keys), size)]
-    chunks = [chunk for chunk in chunks if not all(key in done for key in chunk)]
+    chunks = [chunk for chunk in chunks if not done.keys() >= set(chunk)]
     with progress_bar(file and file.stem, len(keys), len(keys) - sum(map(len, chunks))) as bar:
         for chunk in chunks:
             results = ranks.spread(chunk, lambda mine: do([work[key] for key in mine]))
@@ -43,7 +43,7 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
 
 
 def progress_bar(name: str | None, total: int, done: int) -> tqdm:
-    """Return the bar of a stage, for a `with`; it is hidden without a name. done: items that an earlier process did."""
+    """Return the bar of a stage, for a `with`; it is hidden without a name. done: items of an earlier process."""
     return tqdm(total=total, initial=done, desc=f"{name or '':<18}", unit="", dynamic_ncols=True, mininterval=0.5,
                 disable=not name or ranks.rank() > 0)
 
@@ -58,15 +58,9 @@ def warn_if_long(bar: tqdm) -> None:
 
 
 def read_lines(file: Path) -> dict:
-    """Return the lines [key, value] of a file as a dict. Cut an unfinished last line off the file.
-
-    Raises BadInput for any other damaged line.
-    """
-    text, done = file.read_bytes() if file.exists() else b"", {}
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        os.truncate(file, len(whole))
-    for number, line in enumerate(whole.splitlines(), 1):
+    """Return the lines [key, value] of a file as a dict, without an unfinished last line. Raises BadInput for others."""
+    done = {}
+    for number, line in enumerate(keep_lines(file), 1):
         try:
             key, done[key] = json.loads(line)
         except (ValueError, TypeError):
@@ -75,24 +69,19 @@ def read_lines(file: Path) -> dict:
     return done
 
 
+def keep_lines(file: Path, count: int | None = None) -> list[bytes]:
+    """Cut a file after its first `count` lines, or after its last whole line. Make a missing file. Return the lines."""
+    file.touch()
+    lines = file.read_bytes().split(b"\n")[:-1][:count]
+    os.truncate(file, sum(len(line) + 1 for line in lines))
+    return lines
+
+
 def append_lines(file: Path, values: list) -> None:
     """Append each value as a line of JSON, all of them in one write."""
     if ranks.rank() == 0:
         with file.open("a", encoding="utf-8") as opened:
             opened.write("".join(json.dumps(value) + "\n" for value in values))
-
-
-def write_lines(file: Path, values: list) -> None:
-    """Write a file with each value as a line of JSON, all of it or nothing."""
-    if ranks.rank() == 0:
-        write_atomic(file, "".join(json.dumps(value) + "\n" for value in values))
-
-
-def keep_lines(file: Path, count: int) -> None:
-    """Cut a file after its first `count` lines; make it where it is missing."""
-    if ranks.rank() == 0:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
-        write_atomic(file, "".join(line + "\n" for line in lines[:count]))
 
 
 # --------------------------------------------------------------------------------------------------------- the folder
@@ -120,23 +109,24 @@ def find_run(args) -> tuple[Path, dict]:
 
 def open_run(out: Path, before: dict, args, problems: list[Problem], held_out: list[Problem]) -> None:
     """Make the run's folder and its args.json. Raises BadInput where `before`, the one there, has other settings."""
-    settings = {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
-    if older := before.keys() - asdict(args).keys() - {"digests"}:
+    digests = {"train": seed_for(*problems), "eval": seed_for(*held_out)}
+    settings = asdict(args) | {"digests": digests}
+    if older := before.keys() - settings.keys():
         raise BadInput(f"{out} is of an older version of the code ({', '.join(sorted(older))}): choose another --out")
     before = before and asdict(type(args)()) | before  # an older version of the code may have had fewer settings
-    changed = [f"{name} was {before[name]!r}" for name, value in settings.items() if before and before[name] != value]
+    changed = [name for name in asdict(args).keys() - NOT_OF_THE_RESULT if before and before[name] != settings[name]]
     if changed:
-        raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {', '.join(changed)}")
-    digests = {"train": seed_for(*problems), "eval": seed_for(*held_out)}
-    for name in digests:
-        if before and before["digests"].get(name) != digests[name]:
-            raise BadInput(f"the problems of --{name} {getattr(args, name)} are not those that {out} was started with")
+        words = ", ".join(f"{name} was {before[name]!r}" for name in sorted(changed))
+        raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {words}")
+    edited = [f"--{name}" for name in digests if before and before["digests"].get(name) != digests[name]]
+    if edited:
+        raise BadInput(f"the problems of {' and '.join(edited)} are not those that {out} was started with")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--out {out}: cannot make this folder: {error.strerror}") from None
     if ranks.rank() == 0:
-        write_atomic(out / "args.json", json.dumps(asdict(args) | {"digests": digests}, indent=1))
+        write_atomic(out / "args.json", json.dumps(settings, indent=1))
 
 
 def choose_device(name: str) -> str:
