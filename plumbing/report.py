@@ -24,7 +24,7 @@ def per_problem(judged: list, metric) -> np.ndarray:
     """Return [P, 2]: for each problem the sum of a metric over its groups, and how many of its groups count."""
     values = defaultdict(list)
     for one in judged:
-        values[one.group.problem.id].append(metric(one.ranked))
+        values[one.group.problem.id].append(metric(one.ranked, len(one.group.candidates)))
     counted = [[value for value in own if value is not None] for own in values.values()]
     return np.array([[sum(own), len(own)] for own in counted], dtype=float)
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing import ranks
+from plumbing import models, ranks
 from plumbing.problems import BadInput, Problem, first_line, seed_for, write_atomic
 
-NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick"}
+NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick",
+                     "train", "eval"}  # the digests of the problems say more than the names of their files
 
 # ------------------------------------------------------------------------------------------------- work that goes on
 
@@ -57,8 +58,16 @@ def warn_if_long(bar: tqdm) -> None:
                    "take less")
 
 
+def warn_if_cut(stage: str, share: float) -> bool:
+    """Say in one line what to try if more than half of a stage's answers are cut off. Return whether they are."""
+    if share > 0.5:
+        tqdm.write(f"  {stage}: {share:.0%} of the answers are cut off; try a longer --max-new-tokens or --thinking "
+                   "none, or, if answers go on after their end, a model whose template ends a turn with its end token")
+    return share > 0.5
+
+
 def read_lines(file: Path) -> dict:
-    """Return the lines [key, value] of a file as a dict, without an unfinished last line. Raises BadInput for others."""
+    """Return the lines [key, value] of a file as a dict, without an unfinished last line. Raises BadInput."""
     done = {}
     for number, line in enumerate(keep_lines(file), 1):
         try:
@@ -89,7 +98,7 @@ def append_lines(file: Path, values: list) -> None:
 
 def find_run(args) -> tuple[Path, dict]:
     """Return the run's folder and its args.json ({}: a new run). Raises BadInput if it is damaged or lacks --resume."""
-    stem = Path(args.model).resolve().name + ("-quick" if args.quick else "")
+    stem = Path(models.full_name(args.model)).resolve().name + ("-quick" if args.quick else "")
     numbers = [path.name.removeprefix(f"{stem}-") for path in Path("runs").glob(f"{stem}-*")]
     newest = max((int(number) for number in numbers if number.isdecimal()), default=0)
     out = Path(args.out or f"runs/{stem}-{newest if args.resume and newest else newest + 1}")
@@ -107,6 +116,14 @@ def find_run(args) -> tuple[Path, dict]:
     return out, before
 
 
+def comparable(name: str, value):
+    """Return a setting; for all spellings of one model (short, full, a relative path, a link, a run) the same text."""
+    if name not in ("model", "init", "teacher") or not value:
+        return value
+    full = models.full_name(value)
+    return str(Path(models.find_model(full)).resolve()) if Path(full).is_dir() else full
+
+
 def open_run(out: Path, before: dict, args, problems: list[Problem], held_out: list[Problem]) -> None:
     """Make the run's folder and its args.json. Raises BadInput where `before`, the one there, has other settings."""
     digests = {"train": seed_for(*problems), "eval": seed_for(*held_out)}
@@ -114,10 +131,10 @@ def open_run(out: Path, before: dict, args, problems: list[Problem], held_out: l
     if older := before.keys() - settings.keys():
         raise BadInput(f"{out} is of an older version of the code ({', '.join(sorted(older))}): choose another --out")
     before = before and asdict(type(args)()) | before  # an older version of the code may have had fewer settings
-    changed = [name for name in asdict(args).keys() - NOT_OF_THE_RESULT if before and before[name] != settings[name]]
+    changed = [f"{name} was {before[name]!r}" for name, value in asdict(args).items() if before
+               and name not in NOT_OF_THE_RESULT and comparable(name, before[name]) != comparable(name, value)]
     if changed:
-        words = ", ".join(f"{name} was {before[name]!r}" for name in sorted(changed))
-        raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {words}")
+        raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {', '.join(changed)}")
     edited = [f"--{name}" for name in digests if before and before["digests"].get(name) != digests[name]]
     if edited:
         raise BadInput(f"the problems of {' and '.join(edited)} are not those that {out} was started with")
@@ -189,6 +206,8 @@ def what_to_do(error: Exception) -> str:
         return "out of memory: lower --rows (sampling) or --micro-tokens (training)"
     if isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower():  # gloo has no exception class
         return "another process of this run has ended, see what it said"
+    if isinstance(error, BrokenPipeError):
+        return "the program that read this output has ended"
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or text}: put that right"
     return ""
