@@ -26,7 +26,7 @@ from pathlib import Path
 import rank_prompt
 import sandbox
 from plumbing.problems import BadInput, Problem, load_train_and_eval, seed_for
-from plumbing.settings import arg, check_settings, read_options
+from plumbing.settings import arg, check_settings, prepare_terminal, read_options
 
 BEST_OF = 4  # N of Best-of-N: programs in an evaluation group (paper 2.1)
 
@@ -151,6 +151,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 if __name__ == "__main__":  # here, because --help and a wrong option need not wait for torch, which is imported below
+    prepare_terminal()
     try:
         parse_args()
     except BadInput as error:
@@ -295,6 +296,7 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, file: Path, ev
     cut = sum(not ended for drawn in answers.values() for _, ended in drawn)
     limit = args.max_new_tokens
     tqdm.write(f"  {len(candidates)} answers, {without} without a program, {cut} cut off at {limit} tokens")
+    runs.warn_if_cut(file.stem, cut / max(len(candidates), 1))
     return candidates
 
 
@@ -313,7 +315,8 @@ def fitting_problems(model, tokenizer, problems: list[Problem], args: Args):
 def texts_of(tokenizer, rollout: Rollout) -> list[str]:
     """Return the G answers as text, in the form that rank_prompt.py reads, without the token that ended each."""
     bare = [answer[: len(answer) - ended] for answer, ended in zip(rollout.answers, rollout.finished)]
-    return [models.answer_text(tokenizer, rollout.prompt, answer) for answer in bare]
+    texts = [models.answer_text(tokenizer, rollout.prompt, answer) for answer in bare]
+    return [text.encode("utf-8", "replace").decode() for text in texts]  # no file or prompt can hold half a character
 
 
 def label(problems: list[Problem], candidates: list[Candidate], args: Args, file: Path | None = None) -> None:
@@ -376,7 +379,8 @@ def training_groups(model, tokenizer, problems: list[Problem], args: Args, out: 
             break
         missing = ceil(count * enough / max(len(groups), 1)) - count  # if the others have as many mixed groups
         count = min(len(problems), count + min(missing, count))
-    runs.write_lines(out / "candidates.jsonl", [asdict(candidate) for candidate in candidates])
+    ranks.on_first(lambda: runs.keep_lines(out / "candidates.jsonl", 0))
+    runs.append_lines(out / "candidates.jsonl", [asdict(candidate) for candidate in candidates])
     runs.check_groups(candidates, mixed, groups, args.group_size)
     return groups
 
@@ -397,7 +401,8 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
     reference = frozen_copy(model, args) if args.kl and not supervised else None
     optimizer = models.make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
     first = models.load_checkpoint(out / "checkpoint.pt", model, optimizer)
-    runs.keep_lines(out / "metrics.jsonl", first)
+    ranks.on_first(lambda: runs.keep_lines(out / "metrics.jsonl", first))
+    told = False  # that answers are cut off
     with runs.progress_bar("train", args.steps, first) as bar:
         for step in range(first, args.steps):
             began, generator = time.time(), torch.Generator().manual_seed(seed_for(args.seed, "train", step))
@@ -415,6 +420,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
             bar.set_postfix_str(f"reward {metrics['reward']:.2f}, malformed {metrics['malformed']:.0%}, "
                                 f"cut {metrics['truncated']:.0%}, KL {metrics['ref_kl']:.3f}")
             bar.update()
+            told = told or runs.warn_if_cut("train", metrics["truncated"])
             if step == first:
                 runs.warn_if_long(bar)
     models.save_model(out / "model", model, tokenizer)
@@ -513,10 +519,13 @@ def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: A
 
 
 def fresh_groups(model, tokenizer, problems: list[Problem], args: Args, generator) -> list[Group]:
-    """Return at most --batch mixed groups of candidates that the model draws now, enough for two groups a problem."""
+    """Return at most --batch mixed groups of candidates that the model draws now, enough for two groups a problem.
+
+    A problem that stands twice in the batch has candidates of its own at each place.
+    """
     _, candidates = draw_programs(model, tokenizer, problems, 2 * args.group_size, args, generator)
-    groups = make_groups(problems, sum(candidates, []), args.group_size)
-    return [group for group in groups if fits(model, ranking_ids(tokenizer, group, args), args)][: args.batch]
+    places = [make_groups([problem], drawn, args.group_size) for problem, drawn in zip(problems, candidates)]
+    return [group for group in sum(places, []) if fits(model, ranking_ids(tokenizer, group, args), args)][: args.batch]
 
 
 def frozen_copy(model, args: Args):
@@ -601,17 +610,18 @@ def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Pat
     if prompts:
         models.show_first(file.parent, "rankings", tokenizer, next(iter(prompts.values())))
 
-    def answer(chunk: list[str]) -> list[str]:
+    def answer(chunk: list[str]) -> list[list]:  # [text, whether the answer ended by itself] a group
         seeds = [[seed_for(args.seed, "judge", key)] for key in chunk]
         sampling = Sampling(args.eval_temperature, args.top_p, args.top_k)
         rollouts = draw(model, tokenizer, [prompts[key] for key in chunk], seeds, args, sampling, rows)
-        return [texts_of(tokenizer, rollout)[0] for rollout in rollouts]
+        return [[texts_of(tokenizer, rollout)[0], rollout.finished[0]] for rollout in rollouts]
 
     rows = rows_at_a_time(model, list(prompts.values()), args)
     answers = runs.resumable(file, {key: key for key in prompts}, answer, size=rows)
+    runs.warn_if_cut(file.stem, mean([not ended for _, ended in answers.values()]))
     ranked = []
     for i, (group, seen) in enumerate(zip(groups, shown)):
-        words, k = answers.get(str(i), ""), len(seen.candidates)
+        (words, _), k = answers.get(str(i), ["", True]), len(seen.candidates)
         ranking = rank_prompt.parse_ranking(words, k)
         ordered = [seen.candidates[index - 1] for index in ranking or range(1, k + 1)]
         ordered += [c for c in group.candidates if c.code is None]
@@ -659,15 +669,17 @@ def is_mixed(labels: list[int]) -> bool:
     return 0 < sum(labels) < len(labels)
 
 
-METRICS = {  # functions of a group's labels, best-ranked first; a group with the result None does not count
-    "pass1": lambda ranked: sum(ranked) / len(ranked),
-    "ndcg_all": lambda ranked: as_ranked(rank_prompt.ndcg, ranked),  # 0 if no program is correct, as in the paper
-    "ndcg_mixed": lambda ranked: as_ranked(rank_prompt.ndcg, ranked) if is_mixed(ranked) else None,
-    "ndcg_random": lambda ranked: rank_prompt.random_ndcg(ranked) if is_mixed(ranked) else None,
-    "pair_accuracy": lambda ranked: as_ranked(rank_prompt.pair_accuracy, ranked) if is_mixed(ranked) else None,
-    "best_of_2": lambda ranked: best_of(2, ranked),
-    "best_of_4": lambda ranked: float(ranked[0]),
-    "oracle": lambda ranked: float(any(ranked)),
+# Functions of a group's labels, best-ranked first. A group with the result None does not count. A random order has a
+# second argument: how many of the answers hold a program. The others come last in every order.
+METRICS = {
+    "pass1": lambda ranked, *_: sum(ranked) / len(ranked),
+    "ndcg_all": lambda ranked, *_: as_ranked(rank_prompt.ndcg, ranked),  # 0 if no program is correct, as in the paper
+    "ndcg_mixed": lambda ranked, *_: as_ranked(rank_prompt.ndcg, ranked) if is_mixed(ranked) else None,
+    "ndcg_random": lambda ranked, shown: rank_prompt.random_ndcg(ranked[:shown]) if is_mixed(ranked) else None,
+    "pair_accuracy": lambda ranked, *_: as_ranked(rank_prompt.pair_accuracy, ranked) if is_mixed(ranked) else None,
+    "best_of_2": lambda ranked, *_: best_of(2, ranked),
+    "best_of_4": lambda ranked, *_: float(ranked[0]),
+    "oracle": lambda ranked, *_: float(any(ranked)),
 }
 
 # ------------------------------------------------------------------------------------------------------------ the run

@@ -49,6 +49,7 @@ DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 from plumbing.problems import BadInput, first_line  # noqa: E402
 from plumbing.models import render  # noqa: E402
+from plumbing.settings import prepare_terminal  # noqa: E402
 from grpo import Sampling, enable_sharing, rollout  # noqa: E402
 from rank_prompt import extract_code, generation_prompt, ndcg, parse_ranking, random_ndcg, ranking_prompt  # noqa: E402
 
@@ -588,4 +589,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     raise SystemExit(main())

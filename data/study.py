@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from plumbing import report  # noqa: E402
 from plumbing.problems import BadInput, write_atomic  # noqa: E402
+from plumbing.settings import prepare_terminal  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------- the studies
 
@@ -554,6 +555,7 @@ def main(argv: list[str] | None = None, dust: Path = HERE.parent / "dust.py", re
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     for name in ("SIGTERM", "SIGHUP"):  # the runs are in other sessions and must not outlive this process
         signal.signal(getattr(signal, name), signal.default_int_handler)
     raise SystemExit(main())

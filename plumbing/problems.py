@@ -465,7 +465,7 @@ def first_line(error: Exception) -> str:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file completely or not at all, even if the process is killed meanwhile."""
-    path.with_suffix(".new").write_text(text, encoding="utf-8")
+    path.with_suffix(".new").write_text(text, encoding="utf-8", errors="backslashreplace")
     path.with_suffix(".new").replace(path)
 
 

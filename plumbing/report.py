@@ -1,10 +1,8 @@
 """Report a run: means with bootstrap intervals, tables, plots, and the files that hold them.
 
-`metrics` is dust.METRICS: name -> function. Each function takes the labels of one group, the best-ranked first, and
-returns a number, or None if the group does not count. `rows` has the keys "base", "trained_judge" (the trained judge on
-the base's candidates) and "trained". A row is a list of ranked evaluation groups: objects with `group` (its `problem`
-and `candidates`), `ranked` (the labels, the best-ranked first), `answer` (the judge's words) and `malformed`. `finals`
-has the same form; its groups are the finals of Best-of-8, which the judge ranks in a second round.
+`metrics` is dust.METRICS. `rows` has the keys "base", "trained_judge" (the trained judge on the base's candidates) and
+"trained". A row is a list of dust.RankedGroup, or of what `read_judged` returns. `finals` has the same form; its groups
+are the finals of Best-of-8, which the judge ranks in a second round.
 """
 import contextlib
 import json
@@ -26,7 +24,7 @@ def per_problem(judged: list, metric) -> np.ndarray:
     """Return [P, 2]: for each problem the sum of a metric over its groups, and how many of its groups count."""
     values = defaultdict(list)
     for one in judged:
-        values[one.group.problem.id].append(metric(one.ranked))
+        values[one.group.problem.id].append(metric(one.ranked, len(one.group.candidates)))
     counted = [[value for value in own if value is not None] for own in values.values()]
     return np.array([[sum(own), len(own)] for own in counted], dtype=float)
 
@@ -40,7 +38,7 @@ def best_of_n(judged: list, finals: list, metrics: dict) -> dict[str, np.ndarray
 def oracle_of_n(judged: list) -> dict[str, np.ndarray]:
     """Return the upper bound of that curve: how often at least one of N programs is correct.
 
-    If c of the n programs in all groups of a problem are correct, 1 - C(n - c, N) / C(n, N) is an unbiased estimate.
+    If c of the n programs of a problem are correct, 1 - C(n - c, N) / C(n, N) is an unbiased estimate.
     """
     labels = defaultdict(list)
     for one in judged:
@@ -85,15 +83,15 @@ def summarise(rows: dict[str, list], metrics: dict) -> dict:
     """Return "rows", "gains" and "counts" of report.json. A gain is row 2 or 3 minus row 1, the base (table 2)."""
     tables = {name: {m: per_problem(judged, metrics[m]) for m in metrics} for name, judged in rows.items()}
     gains = {gain: row for gain, row in (("judge", "trained_judge"), ("both", "trained")) if row in rows}
-    counts = {}
-    for name, judged in rows.items():
-        counts[name] = {"groups": len(judged), "mixed groups": sum(len(set(one.ranked)) > 1 for one in judged)}
-        counts[name]["malformed rankings"] = sum(one.malformed for one in judged)
-        counts[name]["answers without a program"] = sum(len(one.ranked) - len(one.group.candidates) for one in judged)
     return {
         "rows": {name: {m: interval([own[m]]) for m in metrics} for name, own in tables.items()},
         "gains": {g: {m: interval([tables["base"][m], tables[row][m]]) for m in metrics} for g, row in gains.items()},
-        "counts": counts,
+        "counts": {name: {
+            "groups": len(judged),
+            "mixed groups": sum(len(set(one.ranked)) > 1 for one in judged),
+            "malformed rankings": sum(one.malformed for one in judged),
+            "answers without a program": sum(len(one.ranked) - len(one.group.candidates) for one in judged),
+        } for name, judged in rows.items()},
     }
 
 
@@ -153,9 +151,9 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
     With matplotlib, write best_of_n.png and curves.png too. finals may be empty. args: the settings of the run.
     """
     summary = summarise(rows, metrics)
-    for name in [name for name, own in finals.items() if own]:
-        malformed = sum(one.malformed for one in finals[name])
-        summary["counts"][name] |= {"finals": len(finals[name]), "malformed finals": malformed}
+    for name, own in finals.items():
+        if own:
+            summary["counts"][name] |= {"finals": len(own), "malformed finals": sum(one.malformed for one in own)}
     marks = sorted({one.group.problem.difficulty for one in rows["base"]})
     summary["slices"] = {}
     for mark in marks if len(marks) > 1 else []:
@@ -166,8 +164,8 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
     parts = [f"# DuST on `{Path(args['model']).name}`, seed {args['seed']}", table(summary), NOTE]
     parts += ["## Best-of-N", curve_table(summary["best_of_n"]), CURVE_NOTE]
     parts += [f"## Only: {mark or 'unmarked'}\n\n{table(own)}" for mark, own in summary["slices"].items()]
-    counted = {TITLES[name]: ", ".join(f"{v} {k}" for k, v in own.items()) for name, own in summary["counts"].items()}
-    parts += ["## Counts", "\n".join(f"- {title}: {words}" for title, words in counted.items())]
+    counted = [", ".join(f"{count} {what}" for what, count in own.items()) for own in summary["counts"].values()]
+    parts += ["## Counts", "\n".join(f"- {TITLES[name]}: {words}" for name, words in zip(rows, counted))]
     text = "\n\n".join(parts) + "\n"
 
     write_atomic(out / "judged.jsonl", judged_lines(rows, finals))
@@ -183,11 +181,11 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
 def judged_lines(rows: dict[str, list], finals: dict[str, list]) -> str:
     """Return the text of judged.jsonl: a line for each group, from which every figure can be computed again."""
     lines = []
-    for final, part in [(False, rows), (True, finals)]:
+    for part in (rows, finals):
         for row, one in [(row, one) for row, judged in part.items() for one in judged]:
             problem, shown = one.group.problem, len(one.group.candidates)
             lines.append({"row": row, "problem": problem.id, "difficulty": problem.difficulty, "ranked": one.ranked,
-                          "shown": shown, "malformed": one.malformed, "final": final})
+                          "shown": shown, "malformed": one.malformed, "final": part is finals})
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
@@ -221,7 +219,7 @@ def examples(rows: dict[str, list]) -> str:
 COLOURS = {"base": "#6b6b6b", "trained_judge": "#d1700f", "trained": "#1f5fbf"}  # of the rows, in every plot
 LOGGED = {"reward": "reward", "ref_kl": "KL to the reference, nats a token", "entropy": "entropy, nats a token",
           "malformed": "malformed, share", "zero_variance": "groups of equal rewards, share",
-          "answer_tokens": "tokens an answer"}  # the lines of metrics.jsonl that curves.png shows, and their titles
+          "answer_tokens": "tokens an answer"}  # the metrics that curves.png shows, and their titles
 
 
 def new_figure(size: tuple[float, float]):
@@ -245,14 +243,12 @@ def draw_curves(out: Path) -> None:
     figure = new_figure((10, 5))
     axes, numbers = figure.subplots(2, 3).flat, [step["step"] for step in steps]
     for name, axis in zip(names, axes):
-        title = LOGGED.get(name, name)
         axis.plot(numbers, [step.get(name) for step in steps])
+        axis.set(title=LOGGED.get(name, name), xlabel="step")
+        axis.grid(alpha=0.3)
         if name == "reward" and any("constant" in step for step in steps):  # what the answer 1, 2, ..., K would earn
             axis.plot(numbers, [step.get("constant") for step in steps], "--", color=COLOURS["base"])
-            title += " (dashed: constant)"
-        axis.set_title(title, fontsize=12)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
+            axis.set_title("reward (dashed: constant)")
     for axis in axes:  # unused panels
         axis.set_axis_off()
     figure.savefig(out / "curves.png", dpi=120)
@@ -260,27 +256,21 @@ def draw_curves(out: Path) -> None:
 
 def draw_best_of_n(figures: dict, path: Path) -> None:
     """Draw `curves`: the judges with intervals, oracles dashed, random choices dotted. Raise ImportError, as above."""
-    figure = new_figure((10, 4.5))
+    figure = new_figure((8.4, 3.8))  # inches: small, so that the words are large
     axis = figure.subplots()
     for number, (name, own) in enumerate(figures.items()):
-        curve, colour = {n: own[str(n)] for n in CURVE if str(n) in own}, COLOURS[name]
-        means = [f["mean"] for f in curve.values()]
-        ends = [[f["mean"] - f["low"] for f in curve.values()], [f["high"] - f["mean"] for f in curve.values()]]
-        places = [n * 1.02 ** (number - 1) for n in curve]  # side by side, so that no interval hides another
-        axis.plot(places, means, color=colour, marker="o", label=TITLES[name])
-        axis.errorbar(places, means, ends, color=colour, fmt="none", capsize=3)
+        colour, counts = COLOURS[name], [n for n in CURVE if str(n) in own]
+        mean, low, high = (np.array([own[str(n)][part] for n in counts]) for part in ("mean", "low", "high"))
+        places = [n * 1.02 ** (number - 1) for n in counts]  # side by side, so that no interval hides another
+        axis.errorbar(places, mean, [mean - low, high - mean], color=colour, marker="o", capsize=3, label=TITLES[name])
         if name in JUDGES:  # a generator; "trained_judge" has the base's candidates
-            oracle = {n: own["oracle"][str(n)]["mean"] for n in CURVE if str(n) in own["oracle"]}
-            chance, owner = [own["random"]["mean"]] * len(oracle), f"{name}'s candidates"
-            axis.plot(list(oracle), list(oracle.values()), "--", color=colour, label=f"{owner}: oracle")
-            axis.plot(list(oracle), chance, ":", color=colour, label=f"{owner}: random choice")
+            counts, best = [int(n) for n in own["oracle"]], [one["mean"] for one in own["oracle"].values()]
+            axis.plot(counts, best, "--", color=colour, label=f"{name}'s candidates: oracle")
+            chance = [own["random"]["mean"]] * len(counts)
+            axis.plot(counts, chance, ":", color=colour, label=f"{name}'s candidates: random choice")
             axis.set_xscale("log", base=2)
-            axis.set_xticks(list(oracle), list(map(str, oracle)))
-    axis.set_title("Best-of-N", fontsize=13)
-    axis.set_xlabel("N programs", fontsize=12)
-    axis.set_ylabel("the submitted one is correct, %", fontsize=12)
-    axis.set_ylim(0, 100)
-    axis.tick_params(labelsize=12)
+            axis.set_xticks(counts, counts)
+    axis.set(title="Best-of-N", xlabel="N programs", ylabel="the submitted one is correct, %", ylim=(0, 100))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=12, loc="upper left", bbox_to_anchor=(1.01, 1))
-    figure.savefig(path, dpi=120)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.savefig(path, dpi=144)

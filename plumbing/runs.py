@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing import ranks
+from plumbing import models, ranks
 from plumbing.problems import BadInput, Problem, first_line, seed_for, write_atomic
 
-NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick"}
+NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick",
+                     "train", "eval"}  # the digests of the problems say more than the names of their files
 
 # ------------------------------------------------------------------------------------------------- work that goes on
 
@@ -29,7 +30,7 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
     done, keys = ranks.on_first(lambda: read_lines(file) if file else {}), list(work)
     size = min(ranks.gather(size)) * ranks.world()  # the ranks may have unlike memory
     chunks = [keys[i : i + size] for i in range(0, len(keys), size)]
-    chunks = [chunk for chunk in chunks if not all(key in done for key in chunk)]
+    chunks = [chunk for chunk in chunks if not done.keys() >= set(chunk)]
     with progress_bar(file and file.stem, len(keys), len(keys) - sum(map(len, chunks))) as bar:
         for chunk in chunks:
             results = ranks.spread(chunk, lambda mine: do([work[key] for key in mine]))
@@ -44,7 +45,7 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
 
 
 def progress_bar(name: str | None, total: int, done: int) -> tqdm:
-    """Return the bar of a stage, for a `with`; it is hidden without a name. done: items that an earlier process did."""
+    """Return the bar of a stage, for a `with`; it is hidden without a name. done: items of an earlier process."""
     return tqdm(total=total, initial=done, desc=f"{name or '':<18}", unit="", dynamic_ncols=True, mininterval=0.5,
                 disable=not name or ranks.rank() > 0)
 
@@ -58,22 +59,32 @@ def warn_if_long(bar: tqdm) -> None:
                    "take less")
 
 
-def read_lines(file: Path) -> dict:
-    """Return the lines [key, value] of a file as a dict. Cut an unfinished last line off the file.
+def warn_if_cut(stage: str, share: float) -> bool:
+    """Say in one line what to try if more than half of a stage's answers are cut off. Return whether they are."""
+    if share > 0.5:
+        tqdm.write(f"  {stage}: {share:.0%} of the answers are cut off; try a longer --max-new-tokens or --thinking "
+                   "none, or, if answers go on after their end, a model whose template ends a turn with its end token")
+    return share > 0.5
 
-    Raises BadInput for any other damaged line.
-    """
-    text, done = file.read_bytes() if file.exists() else b"", {}
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        os.truncate(file, len(whole))
-    for number, line in enumerate(whole.splitlines(), 1):
+
+def read_lines(file: Path) -> dict:
+    """Return the lines [key, value] of a file as a dict, without an unfinished last line. Raises BadInput."""
+    done = {}
+    for number, line in enumerate(keep_lines(file), 1):
         try:
             key, done[key] = json.loads(line)
         except (ValueError, TypeError):
             message = f"{file} line {number} is damaged: delete that line, and the item will be computed again"
             raise BadInput(message) from None
     return done
+
+
+def keep_lines(file: Path, count: int | None = None) -> list[bytes]:
+    """Cut a file after its first `count` lines, or after its last whole line. Make a missing file. Return the lines."""
+    file.touch()
+    lines = file.read_bytes().split(b"\n")[:-1][:count]
+    os.truncate(file, sum(len(line) + 1 for line in lines))
+    return lines
 
 
 def append_lines(file: Path, values: list) -> None:
@@ -83,25 +94,12 @@ def append_lines(file: Path, values: list) -> None:
             opened.write("".join(json.dumps(value) + "\n" for value in values))
 
 
-def write_lines(file: Path, values: list) -> None:
-    """Write a file with each value as a line of JSON, all of it or nothing."""
-    if ranks.rank() == 0:
-        write_atomic(file, "".join(json.dumps(value) + "\n" for value in values))
-
-
-def keep_lines(file: Path, count: int) -> None:
-    """Cut a file after its first `count` lines; make it where it is missing."""
-    if ranks.rank() == 0:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
-        write_atomic(file, "".join(line + "\n" for line in lines[:count]))
-
-
 # --------------------------------------------------------------------------------------------------------- the folder
 
 
 def find_run(args) -> tuple[Path, dict]:
     """Return the run's folder and its args.json ({}: a new run). Raises BadInput if it is damaged or lacks --resume."""
-    stem = Path(args.model).resolve().name + ("-quick" if args.quick else "")
+    stem = Path(models.full_name(args.model)).resolve().name + ("-quick" if args.quick else "")
     numbers = [path.name.removeprefix(f"{stem}-") for path in Path("runs").glob(f"{stem}-*")]
     newest = max((int(number) for number in numbers if number.isdecimal()), default=0)
     out = Path(args.out or f"runs/{stem}-{newest if args.resume and newest else newest + 1}")
@@ -119,25 +117,33 @@ def find_run(args) -> tuple[Path, dict]:
     return out, before
 
 
+def comparable(name: str, value):
+    """Return a setting; for all spellings of one model (short, full, a relative path, a link, a run) the same text."""
+    if name not in ("model", "init", "teacher") or not value:
+        return value
+    full = models.full_name(value)
+    return str(Path(models.find_model(full)).resolve()) if Path(full).is_dir() else full
+
+
 def open_run(out: Path, before: dict, args, problems: list[Problem], held_out: list[Problem]) -> None:
     """Make the run's folder and its args.json. Raises BadInput where `before`, the one there, has other settings."""
-    settings = {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
-    if older := before.keys() - asdict(args).keys() - {"digests"}:
-        raise BadInput(f"{out} is of an older version of the code ({', '.join(sorted(older))}): choose another --out")
-    before = before and asdict(type(args)()) | before  # an older version of the code may have had fewer settings
-    changed = [f"{name} was {before[name]!r}" for name, value in settings.items() if before and before[name] != value]
+    digests = {"train": seed_for(*problems), "eval": seed_for(*held_out)}
+    settings = asdict(args) | {"digests": digests}
+    if before and (names := before.keys() ^ settings.keys()):
+        raise BadInput(f"{out} is of another version of the code ({', '.join(sorted(names))}): choose another --out")
+    changed = [f"{name} was {before[name]!r}" for name, value in asdict(args).items() if before
+               and name not in NOT_OF_THE_RESULT and comparable(name, before[name]) != comparable(name, value)]
     if changed:
         raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {', '.join(changed)}")
-    digests = {"train": seed_for(*problems), "eval": seed_for(*held_out)}
-    for name in digests:
-        if before and before["digests"].get(name) != digests[name]:
-            raise BadInput(f"the problems of --{name} {getattr(args, name)} are not those that {out} was started with")
+    edited = [f"--{name}" for name in digests if before and before["digests"].get(name) != digests[name]]
+    if edited:
+        raise BadInput(f"the problems of {' and '.join(edited)} are not those that {out} was started with")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--out {out}: cannot make this folder: {error.strerror}") from None
     if ranks.rank() == 0:
-        write_atomic(out / "args.json", json.dumps(asdict(args) | {"digests": digests}, indent=1))
+        write_atomic(out / "args.json", json.dumps(settings, indent=1))
 
 
 def choose_device(name: str) -> str:
@@ -164,8 +170,9 @@ def show_plan(args, problems: list[Problem], held_out: list[Problem], best_of: i
     print(f"  memory   {memory}")
     if not args.eval_only:
         if args.mode in ("rank", "sft"):
-            sampled = len(problems) * args.candidates
-            print(f"  sample   {len(problems)} problems x {args.candidates} candidates = {sampled} answers")
+            sampled, goal = len(problems) * args.candidates, args.steps * args.batch
+            until = f", or until there are {goal} mixed groups" * args.until_enough
+            print(f"  sample   {len(problems)} problems x {args.candidates} candidates = {sampled} answers{until}")
         kind, total = "problems" if args.mode == "generate" else "groups", args.steps * args.batch * args.answers
         print(f"  train    {args.mode}: {args.steps} steps x {args.batch} {kind} x {args.answers} = {total} answers")
     times = "once" if args.eval_only else "before and after"
@@ -200,6 +207,8 @@ def what_to_do(error: Exception) -> str:
         return "out of memory: lower --rows (sampling) or --micro-tokens (training)"
     if isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower():  # gloo has no exception class
         return "another process of this run has ended, see what it said"
+    if isinstance(error, BrokenPipeError):
+        return "the program that read this output has ended"
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or text}: put that right"
     return ""

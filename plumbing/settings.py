@@ -1,11 +1,32 @@
-"""A dataclass of settings, and the command line that fills it. Nothing slow is imported here."""
+"""The command line: a dataclass of settings, what fills it, and the terminal. Nothing slow is imported here."""
 import argparse
 import math
 import os
+import sys
 from dataclasses import field, fields
 from importlib.util import find_spec
 
 from plumbing.problems import BadInput
+
+
+def prepare_terminal() -> None:
+    """Let no character, closed stream or Ctrl-C end a program with a traceback. Call this first.
+
+    A character that the terminal's encoding lacks is printed as \\uXXXX. The hook is for a Ctrl-C or a closed pipe that
+    main() of the program does not catch, for example while torch is imported.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if not getattr(sys, name):  # closed: a file opened later would take its number, and get what libraries print
+            setattr(sys, name, open(os.devnull, "r+"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+
+    def hook(kind: type, error: BaseException, trace) -> None:
+        if kind in (KeyboardInterrupt, BrokenPipeError):
+            print(f"{os.path.basename(sys.argv[0])}: stopped", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def arg(default, text: str, *, section: str = "", choices: list[str] | None = None, least=None, above=None):
@@ -57,7 +78,8 @@ def check_settings(args) -> None:
         "--init works only without --eval-only; to measure a run's model: --eval-only --model FOLDER":
             args.init and args.eval_only,
         "--teacher works only with --mode sft": args.teacher and args.mode != "sft",
-        "--lora needs the package peft: pip install peft": args.lora and not find_spec("peft"),
+        f"--lora {args.lora} needs the package peft: pip install peft (--lora 0 trains all weights)":
+            args.lora and not find_spec("peft"),
         "--shard spreads all weights over torchrun's processes: start it with torchrun, without --lora":
             args.shard and (args.lora or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()),
     }

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dust
 import rank_prompt
-from plumbing import models
+from plumbing import models, runs
 from plumbing.problems import Problem
 from dust import Candidate, Group, RankedGroup
 from test_dust import ROOT, error_of, run_dust
@@ -79,6 +79,38 @@ def test_onpolicy_candidates_come_from_the_weights_of_the_step(llama, tmp_path, 
     programs, rankings = seen["weights"][::2], seen["weights"][1::2]
     assert programs == rankings and len(set(programs)) == 3
     assert all(step["prompts"] > 0 and "constant" in step for step in steps_of(tmp_path / "run"))
+
+
+def test_a_problem_that_stands_twice_in_a_batch_has_other_groups_at_each_place(monkeypatch):
+    """With three problems and --batch 6 each group came twice, as an exact copy, and the last problem had none."""
+    problems = [Problem(name, "Q", []) for name in "abacba"]
+    drawn = [[Candidate(p.id, f"{place}{i}", "x", i % 2 == 0) for i in range(8)] for place, p in enumerate(problems)]
+    monkeypatch.setattr(dust, "draw_programs", lambda *_: ([], drawn))
+    monkeypatch.setattr(dust, "ranking_ids", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(dust, "fits", lambda *_: True)
+    groups = dust.fresh_groups(None, None, problems, dust.Args(batch=12), None)
+    assert [c.answer for group in groups for c in group.candidates] == [c.answer for own in drawn for c in own]
+    assert [group.problem.id for group in groups] == list("aabbaaccbbaa")
+
+
+def test_a_stage_whose_answers_are_cut_off_says_so_once_and_again_when_resumed(llama, tmp_path, capsys):
+    """A model that never ends an answer had a report of zeros, and no word about the reason."""
+    command = [*llama["arguments"], "--max-new-tokens", "1", "--out", tmp_path / "run"]
+    drawn = ["samples", "base-samples", "base-rankings", "judge-rankings", "trained-samples", "trained-rankings"]
+    for arguments, stages in (([], [*drawn, "train"]), (["--resume"], drawn)):  # training is over: no answers are drawn
+        assert run_dust(*command, *arguments) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "of the answers are cut off" in line]
+        assert sorted(line.split(":")[0].strip() for line in lines) == sorted(stages)
+        assert all("--max-new-tokens" in line and "end token" in line for line in lines)
+    assert not runs.warn_if_cut("samples", 0.5) and not capsys.readouterr().out
+
+
+def test_half_a_character_in_an_answer_ends_no_run(monkeypatch):
+    """A tokenizer in Python can decode to half of a surrogate pair, which no file, seed or prompt can hold."""
+    monkeypatch.setattr(models, "answer_text", lambda *_: "print('\ud83d 题')")
+    rollout = dust.grpo.Rollout(torch.zeros(1), [torch.zeros(2)], [torch.zeros(2)], [True])
+    [text] = dust.texts_of(None, rollout)
+    assert text.encode() == "print('? 题')".encode()
 
 
 def test_iterative_changes_its_task_after_each_block(llama, tmp_path):

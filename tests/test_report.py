@@ -88,6 +88,12 @@ def test_every_figure_can_be_computed_again_from_judged_jsonl(tmp_path):
     assert saved["counts"]["trained"]["malformed finals"] == 1
 
 
+def test_a_report_holds_any_text(tmp_path):
+    """A folder whose name is not UTF-8 has half characters in it, and a model's name stands in the report's title."""
+    report.write_report({"base": judged("题", [1, 0, 0, 0])}, {}, METRICS, SETTINGS | {"model": "模\udcff"}, tmp_path)
+    assert "模\\udcff" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_a_run_has_its_figures_where_matplotlib_is_and_its_tables_where_it_is_not(tmp_path, monkeypatch):
     rows = {"base": judged("a", [1, 0, 0, 0])}
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -127,6 +133,14 @@ def test_the_metrics_of_a_hand_made_evaluation():
     assert mean["ndcg_mixed"] == pytest.approx(100 * (1 + second) / 2, abs=1e-3)
     assert mean["ndcg_random"] == pytest.approx((64.04 + 78.51) / 2, abs=0.02)
     assert mean["best_of_4"] == pytest.approx(100 * 2 / 4) and mean["oracle"] == pytest.approx(100 * 3 / 4)
+
+
+@pytest.mark.parametrize("ranked, shown", [([1, 0, 0, 0], 2), ([0, 1, 1, 0], 3), ([1, 1, 1, 0], 3), ([0, 1, 0, 1], 4)])
+def test_a_random_order_leaves_answers_without_a_program_last_as_every_judge_does(ranked, shown):
+    """Over all four answers a random order scored less than any judge can, so a guess looked better than chance."""
+    [[value, count]] = report.per_problem(judged("a", ranked, shown=shown), METRICS["ndcg_random"])
+    orders = [[*order, *ranked[shown:]] for order in permutations(ranked[:shown])]
+    assert count == 1 and value == pytest.approx(np.mean([METRICS["ndcg_mixed"](order) for order in orders]))
 
 
 def test_a_paired_difference_is_drawn_with_the_same_problems():

@@ -1,5 +1,7 @@
 """Settings: the command line, the presets, and what reaches the update."""
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -143,3 +145,75 @@ def test_an_error_without_words_is_not_answered_with_another():
     assert runs.what_to_do(MemoryError("can't allocate memory: 9 bytes")).startswith("out of memory: lower --rows")
 
 
+@pytest.mark.parametrize("name, spelling", [("Qwen3-4B", "Qwen/Qwen3-4B"), ("qwen3-30b-thinking",
+                         "Qwen/Qwen3-30B-A3B-Thinking-2507")])
+def test_a_short_name_and_a_full_one_are_one_model(name, spelling):
+    assert runs.comparable("model", name) == runs.comparable("model", spelling) == spelling
+    assert runs.comparable("model", name) != runs.comparable("model", "Qwen/Qwen3-8B")
+    assert runs.comparable("init", "") == "" != runs.comparable("init", ".")
+
+
+def test_a_run_goes_on_with_another_spelling_of_the_same_files(llama, tmp_path, capsys, monkeypatch):
+    """A relative path, a slash at the end or a link is still the same model, and the same problems."""
+    command, folder = [*llama["arguments"], "--eval-only", "--out", tmp_path / "run"], llama["folder"]
+    assert run_dust(*command) == 0
+    monkeypatch.chdir(folder)
+    (tmp_path / "link").symlink_to(folder)
+    for prefix in ("", f"{tmp_path}/link/"):
+        spelled = ["--model", f"{prefix}model/", "--eval", f"{prefix}problems.jsonl"]
+        assert run_dust(*command, *spelled, "--resume") == 0
+    assert "model was" in error_of(capsys, *command, "--model", ROOT / "data" / "tiny", "--resume")
+
+
+# -------------------------------------------------------------------------------------------------------- the terminal
+
+NARROW = [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+
+
+def in_terminal(*command, extra: dict, **options) -> subprocess.CompletedProcess:
+    """Run Python in the root folder, with an environment that names no encoding but the one of `extra`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON"))}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, env=kept | extra, capture_output=True, **options)
+
+
+@pytest.mark.parametrize("encoding", NARROW)
+def test_a_run_prints_and_writes_any_character_whatever_the_terminals_encoding(tmp_path, encoding):
+    """The first prompt was printed as it is, and a Chinese statement ended the run with a UnicodeEncodeError."""
+    problem = {"id": "题", "question": "读入三位数字 \U0001f600", "tests": [{"input": "1 2 3", "output": "2 4 6"}]}
+    (tmp_path / "题.jsonl").write_text(json.dumps(problem))
+    done = in_terminal("dust.py", "--eval-only", "--eval", tmp_path / "题.jsonl", "--repeats", "1", "--workers", "1",
+                       "--max-new-tokens", "8", "--out", tmp_path / "运行", extra=encoding)
+    assert done.returncode == 0, done.stderr.decode()
+    files = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "运行").glob("*.[jmt]*")}
+    assert "读入三位" in files["prompts.txt"] and "读入三位" in files["examples.md"] and len(files) > 5
+    assert rb"\u8bfb\u5165" in done.stdout
+
+
+@pytest.mark.parametrize("program", ["dust.py", "data/make_tiny.py", "data/study.py"])
+def test_every_program_prints_any_character(program):
+    code = ("import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
+            "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+            "except SystemExit: print('\\u9898 \\ud83d')")
+    for encoding in NARROW:
+        done = in_terminal("-c", code, program, extra=encoding)
+        assert done.stdout.splitlines()[-1] == rb"\u9898 \ud83d" and not done.stderr, done.stderr.decode()
+
+
+def test_a_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    done = in_terminal("dust.py", extra={"PYTHONPATH": str(tmp_path)})
+    assert done.stderr.decode() == "dust.py: stopped\n" and done.returncode == -signal.SIGINT
+
+
+def test_a_closed_stream_keeps_its_number():
+    """Otherwise the next file that is opened gets it, and with it all that libraries print on stderr."""
+    code = ("import sys; from plumbing.settings import prepare_terminal; prepare_terminal()\n"
+            "print('lost'); print('\\u9898', file=sys.stderr); sys.exit(open('dust.py').fileno())")
+    closed = lambda: [os.close(number) for number in range(3)]  # noqa: E731
+    for encoding in NARROW:
+        assert in_terminal("-c", code, extra=encoding, preexec_fn=closed).returncode == 3
+
+
+def test_a_reader_that_ends_is_said_to_have_ended():
+    assert runs.what_to_do(BrokenPipeError(32, "Broken pipe")) == "the program that read this output has ended"
