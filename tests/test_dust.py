@@ -234,7 +234,7 @@ def test_a_run_is_never_overwritten_and_never_resumed_with_other_settings(llama,
     assert "seed was 0" in error_of(capsys, *arguments, "--resume", "--seed", "1")
     saved = json.loads((tmp_path / "run" / "args.json").read_text())
     (tmp_path / "run" / "args.json").write_text(json.dumps(saved | {"parser": "lenient"}))  # as older code had it
-    assert "is of an older version of the code (parser)" in error_of(capsys, *arguments, "--resume")
+    assert "is of another version of the code (parser)" in error_of(capsys, *arguments, "--resume")
 
 
 def test_a_damaged_file_of_the_run_is_one_line(llama, tmp_path, capsys):

@@ -669,7 +669,8 @@ def tiny():
 def test_lora_without_its_package_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(settings, "find_spec", lambda name: None)
     assert dust.main(["--lora", "4"]) == 2
-    assert capsys.readouterr().err == "dust: --lora needs the package peft: pip install peft\n"
+    expected = "dust: --lora 4 needs the package peft: pip install peft (--lora 0 trains all weights)\n"
+    assert capsys.readouterr().err == expected
 
 
 class NoTokenizer:
