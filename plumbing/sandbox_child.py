@@ -1,9 +1,8 @@
 """The process that a candidate runs in: a fork server, the other half of sandbox.py.
 
 sandbox_worker.py starts this file as a program, in a small clean interpreter (-S -s), so that the caller's modules,
-memory and secrets are not in it. For each run the server forks a child. The child enters the room, runs the candidate
-and ends; then the server kills whatever the candidate left behind. Nothing in this file ever learns an expected value,
-so nothing that happens here can decide a verdict.
+memory and secrets are not in it. Nothing in this file ever learns an expected value, so nothing that happens here can
+decide a verdict.
 
 A request is a timeout, a memory limit and these descriptors: the program (its source, and after the first run its
 compiled code); stdin, stdout and stderr; the call (a key, a function's name and its arguments, and later the key and
@@ -427,8 +426,8 @@ def finish() -> None:
 def serve(control: socket.socket, room: Room) -> None:
     """Answer one request after another, until the caller is gone or a candidate has changed this process's limits."""
     kinds = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
-    limits = [resource.getrlimit(kind) for kind in kinds]
-    while [resource.getrlimit(kind) for kind in kinds] == limits:
+    limits = list(map(resource.getrlimit, kinds))
+    while list(map(resource.getrlimit, kinds)) == limits:
         request, files, _, _ = socket.recv_fds(control, 100, 6, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
         if not request:
             return
@@ -463,16 +462,15 @@ def run_child(control: socket.socket, room: Room, files: "list[int]", timeout: f
 
 def watch(control: socket.socket, child: int, deadline: float, memory: int) -> "tuple[str, int]":
     """Wait until the child ends, its time is up, its tree holds too much memory, or the caller is dead."""
-    poll, tick, pidfd = select.poll(), 1, None  # milliseconds
-    poll.register(control, select.POLLIN)
-    if hasattr(os, "pidfd_open"):
-        tick, pidfd = 25, os.pidfd_open(child)
-        poll.register(pidfd, select.POLLIN)
-    try:
+    with contextlib.ExitStack() as stack:
+        waiting, tick = [control], 0.001
+        if hasattr(os, "pidfd_open"):
+            waiting, tick = [control, os.pidfd_open(child)], 0.025
+            stack.callback(os.close, waiting[1])
         while True:
             left = deadline - time.monotonic()
-            ready = poll.poll(max(0, min(tick, left * 1000)))
-            if any(fd == control.fileno() for fd, _ in ready):  # the caller sends nothing now, so this is its end
+            ready, _, _ = select.select(waiting, [], [], max(0, min(tick, left)))
+            if control in ready:  # the caller sends nothing now, so this is its end
                 return "failed", 0
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
@@ -481,9 +479,6 @@ def watch(control: socket.socket, child: int, deadline: float, memory: int) -> "
                 return "timeout", 0
             if LINUX and memory_of(descendants()) > memory:
                 return "memory", 0
-    finally:
-        if pidfd is not None:
-            os.close(pidfd)
 
 
 def descendants(pid: "int | str" = "self") -> "set[int]":
@@ -530,10 +525,8 @@ def warm_up() -> None:
     site.setquit()
     sys.argv, sys.path[0] = ["solution.py"], ""
     sys.setrecursionlimit(50_100)  # LiveCodeBench's 50,000, and some for our own frames
-    text = {"encoding": "utf-8", "closefd": False}
-    sys.stdin = sys.__stdin__ = open(0, errors="surrogateescape", newline="\n", **text)
-    sys.stdout = sys.__stdout__ = open(1, "w", errors="replace", **text)
-    sys.stderr = sys.__stderr__ = open(2, "w", errors="backslashreplace", buffering=1, **text)
+    sys.stdin.reconfigure(newline="\n")
+    sys.stdout.reconfigure(errors="replace")
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__builtins__, main.__file__ = builtins, "solution.py"
     compile("import math\ndef f(x):\n    return [x for x in x]\nprint(f([1]))", "<warm>", "exec")
