@@ -41,11 +41,14 @@ from plumbing.sandbox_child import OUTPUT_CAP, encode
 from plumbing.sandbox_worker import SandboxError, Worker, WorkerDied, memory_file
 
 
+KEPT = 100_000  # bytes of stdout and of stderr that a verdict keeps for each test
+
+
 class Result(NamedTuple):
     """The result of one run of a program."""
-    status: str  # ok, error, timeout, memory, output (too much of it) or refused (no compiler could read the code)
-    stdout: str
-    stderr: str
+    status: str  # ok, error, timeout, memory, output (too much of it) or refused (code or test cannot be used)
+    stdout: str  # all of it from run(), the first 100,000 bytes in a Verdict
+    stderr: str  # the last 100,000 bytes
     exit_code: "int | None"  # negative for a signal, None where the sandbox ended the run
     seconds: float
 
@@ -81,35 +84,52 @@ def run_tests(code: str, tests: "list[dict]", *, timeout: float = 10.0, memory_m
     with contextlib.ExitStack() as stack:
         program = memory_file(stack, code.encode())
         for number, test in enumerate(tests):
-            result, answer = run_once(pool or shared_pool, program, test, timeout, memory_mb)
+            result, wrong = run_test(pool or shared_pool, program, test, timeout, memory_mb)
             results.append(result)
-            if wrong := why_wrong(test, result, answer):
+            if wrong:
                 return Verdict(False, results, number, f"test {number}: {wrong}")
     return Verdict(True, results, None, "")
 
 
+def run_test(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: int) -> "tuple[Result, str]":
+    """Run a program (a memory file) on one test. Returns the result, and why the test is not passed, or ""."""
+    result, answer = run_once(pool, program, test, timeout, memory_mb)
+    try:
+        return result, why_wrong(test, result, answer)
+    except MemoryError:  # ours, so it says nothing about the program
+        raise
+    except Exception as error:  # for example a RecursionError, because the expected value is nested too deep
+        return result, f"the answer cannot be compared with what is expected: {type(error).__name__}"
+
+
 def why_wrong(test: dict, result: Result, answer: bytes) -> str:
-    """Return why a run does not pass its test, or "". answer: the JSON of what the function returned."""
+    """Return why a run does not pass its test, or "". answer: as from run_process()."""
     if result.status != "ok":
-        return result.status
+        return result.stderr if result.status == "refused" else result.status
     if "fn_name" in test or "asserts" in test:  # asserts return True
         return "" if same_value(test.get("expected", True), answer) else "the function did not return what it should"
-    return difference(test["output"], result.stdout)
+    size = 32 * len(test["output"]) + (1 << 20)  # no more is compared, so that a flood cannot fill our memory
+    if not all(answer[start : start + size].isspace() for start in range(size, len(answer), size)):
+        return f"{len(answer)} bytes of output, far more than expected"
+    return difference(test["output"], answer[:size].decode("utf-8", "replace"))
 
 
 def difference(expected: str, got: str) -> str:
     """Return why an output is wrong, or "". Compare as LiveCodeBench does: line by line, as text or exact decimals."""
-    wanted, lines = ([line.strip() for line in text.strip().split("\n")] for text in (expected, got))
+    wanted = expected.strip().split("\n")
+    lines = got.strip().split("\n", len(wanted))  # all that are too many stay one piece
     for number, (want, line) in enumerate(zip(wanted, lines), 1):
+        want, line = want.strip(), line.strip()
         if want != line and not same_decimals(want, line):
             return f"line {number} should be {want[:60]!r}, not {line[:60]!r}"
-    return "" if len(wanted) == len(lines) else f"{len(lines)} lines, not {len(wanted)}"
+    return "" if len(wanted) == len(lines) else f"{'more' if lines[len(wanted):] else 'fewer'} than {len(wanted)} lines"
 
 
 def same_decimals(want: str, line: str) -> bool:
     """Return whether two lines hold the same numbers, for example 1.50 and 1.5."""
+    items = want.split()
     try:
-        return [decimal.Decimal(item) for item in want.split()] == [decimal.Decimal(item) for item in line.split()]
+        return list(map(decimal.Decimal, items)) == list(map(decimal.Decimal, line.split(None, len(items))))
     except (ArithmeticError, ValueError):
         return False  # no number, a signalling NaN or an absurd exponent
 
@@ -134,8 +154,11 @@ def same_value(expected: Any, answer: bytes) -> bool:
 def run(code: str, stdin: str = "", *, timeout: float = 10.0, memory_mb: int = 1024) -> Result:
     """Run a program once, without a verdict. Raises SandboxError and ValueError as run_tests() does."""
     with contextlib.ExitStack() as stack:
-        test = {"input": stdin}
-        return refusal(code) or run_once(shared_pool, memory_file(stack, code.encode()), test, timeout, memory_mb)[0]
+        if refused := refusal(code):
+            return refused
+        program = memory_file(stack, code.encode())
+        result, printed = run_once(shared_pool, program, {"input": stdin}, timeout, memory_mb)
+        return result._replace(stdout=printed.decode("utf-8", "replace"))
 
 
 def refusal(code: str) -> "Result | None":
@@ -148,7 +171,7 @@ def refusal(code: str) -> "Result | None":
 
 
 def run_once(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: int) -> "tuple[Result, bytes]":
-    """Run a program (a memory file) on one test. Returns the result, and the JSON of what a function returned."""
+    """Run a program (a memory file) on one test. Returns the result and the answer, as run_process() does."""
     if not (0 < timeout < 1e6 and memory_mb >= 1):
         raise ValueError("sandbox: timeout is a number of seconds above 0, memory_mb at least 1")
     attempt = run_asserts if "asserts" in test else run_process
@@ -160,20 +183,27 @@ def run_once(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: 
 
 def run_process(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: int,
                 *wire: int) -> "tuple[Result, bytes]":
-    """Run a program in one process: on the test's input, or to call its function. wire: the socket of run_asserts."""
+    """Run a program in one process: on the test's input, or to call its function. wire: the socket of run_asserts.
+
+    Returns the result and the answer: the JSON of what the function returned, or all that the program printed.
+    """
     key = os.urandom(16)  # comes before the answer, so a program that writes to every descriptor cannot fake an answer
-    if "fn_name" in test:
-        stdin, call = b"", marshal.dumps((key, test["fn_name"], list(test["args"])))
-    else:
-        stdin, call = test["input"].encode("utf-8", "replace"), b""
+    try:
+        stdin = b"" if "fn_name" in test else test["input"].encode("utf-8", "replace")
+        call = marshal.dumps((key, test["fn_name"], list(test["args"]))) if "fn_name" in test else b""
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        return Result("refused", "", f"the test cannot be used: {type(error).__name__}: {error}", None, 0.0), b""
     with contextlib.ExitStack() as stack:
         files = [memory_file(stack, data) for data in (stdin, b"", b"", call)]  # the answer replaces the call
         how, code, seconds = pool.use_worker([program, *files, *wire], timeout, memory_mb)
-        stdout, stderr, answer = (os.pread(fd, OUTPUT_CAP, 0) for fd in files[1:])
-    status = status_of(how, code, max(len(stdout), len(stderr), len(answer)), stderr)
+        sizes = [os.fstat(fd).st_size for fd in files[1:]]
+        stdout, stderr = os.pread(files[1], KEPT, 0), os.pread(files[2], KEPT, max(0, sizes[1] - KEPT))
+        answer = os.pread(files[3], OUTPUT_CAP, len(key)) if call else os.pread(files[1], OUTPUT_CAP, 0)
+        if call and os.pread(files[3], len(key), 0) != key:
+            answer = b""
+    status = status_of(how, code, max(sizes), stderr)
     stdout, stderr = stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace")
-    result = Result(status, stdout, stderr, code if how == "exited" else None, seconds)
-    return result, answer[len(key) :] if answer.startswith(key) else b""
+    return Result(status, stdout, stderr, code if how == "exited" else None, seconds), answer
 
 
 def status_of(how: str, code: int, longest: int, stderr: bytes) -> str:
@@ -199,7 +229,7 @@ def run_asserts(pool: "Pool", program: int, test: dict, timeout: float, memory_m
 
     ours, theirs = socket.socketpair()
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as beside:
-        asserts = memory_file(stack, test["asserts"].encode())
+        asserts = memory_file(stack, test["asserts"].encode("utf-8", "replace"))
         answering = beside.submit(run_side, program, {"input": ""}, theirs)
         result, answer = run_side(asserts, {"fn_name": test.get("entry_point", ""), "args": []}, ours)
         program_result, _ = answering.result()
@@ -241,7 +271,8 @@ class Pool(contextlib.AbstractContextManager):
             waiting = {threads.submit(run_tests, *job, **options): number for number, job in enumerate(jobs)}
             try:
                 for done in as_completed(waiting):
-                    yield done.result()._replace(job=waiting[done])
+                    number = waiting.pop(done)  # with it, the verdict can go when the caller is done with it
+                    yield done.result()._replace(job=number)
             except BaseException:  # Ctrl-C, a failure, or the caller stops reading: end all that runs
                 threads.shutdown(wait=False, cancel_futures=True)
                 self.__exit__()

@@ -1,9 +1,8 @@
 """The process that a candidate runs in: a fork server, the other half of sandbox.py.
 
 sandbox_worker.py starts this file as a program, in a small clean interpreter (-S -s), so that the caller's modules,
-memory and secrets are not in it. For each run the server forks a child. The child enters the room, runs the candidate
-and ends; then the server kills whatever the candidate left behind. Nothing in this file ever learns an expected value,
-so nothing that happens here can decide a verdict.
+memory and secrets are not in it. Nothing in this file ever learns an expected value, so nothing that happens here can
+decide a verdict.
 
 A request is a timeout, a memory limit and these descriptors: the program (its source, and after the first run its
 compiled code); stdin, stdout and stderr; the call (a key, a function's name and its arguments, and later the key and
@@ -11,6 +10,7 @@ what the function returned; empty where the program reads stdin instead). Tests 
 between the children of two workers, of which one runs the asserts and the other runs the program that they call.
 The reply is "exited", "timeout", "memory" or "failed", the exit code, the seconds, and the message of a failure.
 """
+import _thread
 import atexit
 import builtins
 import contextlib
@@ -30,7 +30,7 @@ import struct
 import sys
 import time
 import types
-from typing import Any, Iterator, TextIO
+from typing import Any, Callable, Iterator, TextIO
 
 LINUX = sys.platform == "linux"
 OUTPUT_CAP = 16 << 20  # bytes of stdout, of stderr, of a returned value and of any one file
@@ -113,10 +113,10 @@ class Room:
         """Build the room in this process. box: the working folder; paths: what candidates may read besides READABLE."""
         self.isolated, self.box = isolated, box
         self.user = self.owner = 0  # the candidates' user, and the one as whom they use files; 0: that of this process
-        self.ruleset, self.missing = None, ""  # of Landlock; what this system cannot give us
+        self.ruleset, self.missing = None, []  # of Landlock; what this system cannot give us
         self.empty_since = 0  # a time that moves with whatever is made, removed or renamed in the box
-        self.limits = {"FSIZE": OUTPUT_CAP, "NOFILE": 256, "CORE": 0, "MSGQUEUE": 0, "NPROC": 64,  # and threads
-                       "STACK": 120 << 20}  # Linux keeps 128 MB free below a stack
+        self.limits = {"FSIZE": OUTPUT_CAP, "NOFILE": 256, "CORE": 0, "MSGQUEUE": 0, "STACK": STACK,
+                       "NPROC": 64}  # and threads
         if LINUX:
             self.choose_user()
         self.box_options = f"size=64m,nr_inodes=4096,mode=700,uid={self.owner},gid={self.owner}"
@@ -126,11 +126,13 @@ class Room:
         else:
             os.mkdir(box, 0o700)
             os.chown(box, self.owner or -1, self.owner or -1)
-            self.missing = "candidates can see other processes"
+            self.missing += ["candidates can see other processes"]
             try:
                 self.ruleset = landlock(paths, [box, "/dev/null", "/dev/zero"])
             except (OSError, AttributeError):
-                self.missing += ", the network and all files that you can read; only the limits hold"
+                self.missing += ["they can use the network and read your files: only the limits hold"]
+        if sys.version_info >= (3, 12) and call_counter() is None:
+            self.missing += ["on this Python, programs that call themselves through C code (@cache, max, map) fail early"]
         os.environ.update(HOME=box, TMPDIR=box)
 
     def choose_user(self) -> None:
@@ -245,6 +247,67 @@ def landlock(readable: "list[str]", writable: "list[str]") -> int:
         libc("syscall", ADD_RULE, ruleset, 1, rule, 0)
         os.close(inode)
     return ruleset
+
+
+# ------------------------------------------------------------------------------------- recursion through C code
+
+STACK = 120 << 20  # bytes. Linux keeps 128 MB free below a stack
+BYTES_A_CALL = 300  # of a stack, for each step of the counter below; 150 to 350 were measured
+
+
+def thread_state() -> "ctypes.Array[ctypes.c_int]":
+    """Return the first 32 integers of this thread's state in Python: its memory, not a copy of it."""
+    ctypes.pythonapi.PyThreadState_Get.restype = ctypes.c_void_p
+    return (ctypes.c_int * 32).from_address(ctypes.pythonapi.PyThreadState_Get())
+
+
+@functools.cache
+def call_counter() -> "int | None":
+    """Return which integer of thread_state() counts down the calls through C code, or None if none is to be changed."""
+    if sys.version_info < (3, 12) or not LINUX:  # on macOS the stack of the main thread is small
+        return None
+    state = thread_state()
+    before = list(state)
+    ctypes.pythonapi.Py_EnterRecursiveCall(b"")
+    inside = list(state)
+    ctypes.pythonapi.Py_LeaveRecursiveCall()
+    after = list(state)
+    found = [i for i, count in enumerate(before) if inside[i] == count - 1 and after[i] == count]
+    return found[0] if len(found) == 1 else None
+
+
+def limit_calls_as_before() -> None:
+    """Let setrecursionlimit() set how deep a program may call itself through C code, as it did before Python 3.12.
+
+    Such calls are those of a function with @cache, or of f in max(f(n - 1) for ...). On Python 3.12 and 3.13 a counter
+    of each thread allows 450 and 3,300 of them, whatever the limit is. Labels would depend on the Python.
+    """
+    thread, set_limit = _thread._local(), sys.setrecursionlimit  # thread.stack: its bytes, if we know them
+
+    def set_counter() -> None:
+        if stack := getattr(thread, "stack", 0):  # an older Python counts 2 where this one counts 3
+            thread_state()[call_counter()] = min(3 * sys.getrecursionlimit() // 2, stack // BYTES_A_CALL)
+
+    def set_both(limit: int) -> None:
+        set_limit(limit)
+        set_counter()
+
+    def start_thread(start: Callable, function: Callable, *arguments: Any, **named: Any) -> Any:
+        stack = _thread.stack_size()  # 0 if the program has not chosen it. The call also sets it to 0
+        _thread.stack_size(stack)
+
+        def run(*arguments: Any, **named: Any) -> None:
+            thread.stack = stack
+            set_counter()
+            function(*arguments, **named)
+
+        return start(run, *arguments, **named)
+
+    for name in {"start_new_thread", "start_joinable_thread"} & vars(_thread).keys():
+        setattr(_thread, name, functools.partial(start_thread, getattr(_thread, name)))
+    sys.setrecursionlimit = set_both
+    thread.stack = STACK
+    set_counter()
 
 
 # ----------------------------------------------------------------------------------------------- the life of a child
@@ -427,8 +490,8 @@ def finish() -> None:
 def serve(control: socket.socket, room: Room) -> None:
     """Answer one request after another, until the caller is gone or a candidate has changed this process's limits."""
     kinds = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
-    limits = [resource.getrlimit(kind) for kind in kinds]
-    while [resource.getrlimit(kind) for kind in kinds] == limits:
+    limits = list(map(resource.getrlimit, kinds))
+    while list(map(resource.getrlimit, kinds)) == limits:
         request, files, _, _ = socket.recv_fds(control, 100, 6, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
         if not request:
             return
@@ -463,16 +526,15 @@ def run_child(control: socket.socket, room: Room, files: "list[int]", timeout: f
 
 def watch(control: socket.socket, child: int, deadline: float, memory: int) -> "tuple[str, int]":
     """Wait until the child ends, its time is up, its tree holds too much memory, or the caller is dead."""
-    poll, tick, pidfd = select.poll(), 1, None  # milliseconds
-    poll.register(control, select.POLLIN)
-    if hasattr(os, "pidfd_open"):
-        tick, pidfd = 25, os.pidfd_open(child)
-        poll.register(pidfd, select.POLLIN)
-    try:
+    with contextlib.ExitStack() as stack:
+        waiting, tick = [control], 0.001
+        if hasattr(os, "pidfd_open"):
+            waiting, tick = [control, os.pidfd_open(child)], 0.025
+            stack.callback(os.close, waiting[1])
         while True:
             left = deadline - time.monotonic()
-            ready = poll.poll(max(0, min(tick, left * 1000)))
-            if any(fd == control.fileno() for fd, _ in ready):  # the caller sends nothing now, so this is its end
+            ready, _, _ = select.select(waiting, [], [], max(0, min(tick, left)))
+            if control in ready:  # the caller sends nothing now, so this is its end
                 return "failed", 0
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
@@ -481,9 +543,6 @@ def watch(control: socket.socket, child: int, deadline: float, memory: int) -> "
                 return "timeout", 0
             if LINUX and memory_of(descendants()) > memory:
                 return "memory", 0
-    finally:
-        if pidfd is not None:
-            os.close(pidfd)
 
 
 def descendants(pid: "int | str" = "self") -> "set[int]":
@@ -530,10 +589,10 @@ def warm_up() -> None:
     site.setquit()
     sys.argv, sys.path[0] = ["solution.py"], ""
     sys.setrecursionlimit(50_100)  # LiveCodeBench's 50,000, and some for our own frames
-    text = {"encoding": "utf-8", "closefd": False}
-    sys.stdin = sys.__stdin__ = open(0, errors="surrogateescape", newline="\n", **text)
-    sys.stdout = sys.__stdout__ = open(1, "w", errors="replace", **text)
-    sys.stderr = sys.__stderr__ = open(2, "w", errors="backslashreplace", buffering=1, **text)
+    if call_counter() is not None:
+        limit_calls_as_before()
+    sys.stdin.reconfigure(newline="\n")
+    sys.stdout.reconfigure(errors="replace")
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__builtins__, main.__file__ = builtins, "solution.py"
     compile("import math\ndef f(x):\n    return [x for x in x]\nprint(f([1]))", "<warm>", "exec")
@@ -562,7 +621,7 @@ def start_server(control_fd: str, mode: str, *paths: str) -> None:
                 libc("prctl", CHILD_SUBREAPER, 1, 0, 0, 0)
             room = Room(isolated, box, readable)
             warm_up()
-            control.send(b"+" + room.missing.encode())
+            control.send(b"+" + "; ".join(room.missing).encode())
             serve(control, room)
             os._exit(0)
     except (OSError, AttributeError) as error:  # AttributeError: this is not Linux

@@ -3,6 +3,8 @@
 Each attack is tried twice: it must succeed against a naive runner, or the test proves nothing, and fail in the sandbox.
 """
 import contextlib
+import gc
+import glob
 import itertools
 import json
 import os
@@ -16,6 +18,7 @@ import sys
 import textwrap
 import threading
 import time
+import tracemalloc
 
 import pytest
 
@@ -425,6 +428,93 @@ def test_what_a_function_sends_back_is_only_data():
     assert not sandbox.same_value(1, b"[" * 1000) and not sandbox.same_value(None, b"")
 
 
+FLOODS = {
+    "short_lines": ("print('7\\n' * 6_000_000)", {"input": "", "output": "7\n7"}),
+    "one_line": ("print('7 ' * 6_000_000)", {"input": "", "output": "7"}),
+    "one_word": ("print('7' * 12_000_000)", {"input": "", "output": "7"}),
+    "wide_letters": ("print('x' * 12_000_000 + chr(0x1F600))", {"input": "", "output": "7"}),
+    "blanks": ("print('7' + ' \\n' * 6_000_000)", {"input": "", "output": "7"}),
+    "stderr": ("import sys\nprint('7\\n' * 6_000_000, file=sys.stderr)\nprint(7)", {"input": "", "output": "7"}),
+    "the_text_of_an_error": ("raise ValueError('x' * 12_000_000)", {"input": "", "output": "7"}),
+    "a_value": ("def f(): return [7] * 6_000_000", {"fn_name": "f", "args": [], "expected": [7, 7]}),
+    "a_text": ("def f(): return '7' * 12_000_000", {"fn_name": "f", "args": [], "expected": "7"}),
+    "stdout_of_a_function": ("def f(): print('7\\n' * 6_000_000); return 7", {"fn_name": "f", "args": [], "expected": 7}),
+    "stdout_behind_asserts": ("def f(): print('7\\n' * 6_000_000); return 7", {"asserts": "assert f() == 7", "entry_point": "f"}),
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_what_floods_the_judge_does_not_fill_its_memory(name):
+    """The comparison once split the whole of what was printed: 12 MB of short lines took 137 MB."""
+    code, test = FLOODS[name]
+    sandbox.run("pass")
+    tracemalloc.start()
+    try:
+        verdict = sandbox.run_tests(code, [test] * 3, timeout=30)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert verdict.passed is (name.startswith("std") or name == "blanks"), verdict.reason
+    assert peak < 20 << 20 and held < 2 << 20, f"{name}: {peak >> 20} MB at the peak, {held >> 20} MB kept"
+
+
+def test_a_verdict_that_was_read_is_let_go():
+    """Pool.run_tests once kept every verdict, with all that the programs had printed, until the last one was read."""
+    left = 0
+    with sandbox.Pool(1) as pool:
+        for number, _ in enumerate(pool.run_tests([GOOD] * 60)):
+            if number == 58:
+                left = sum(type(thing) is sandbox.Verdict for thing in gc.get_objects())
+    assert left < 20
+
+
+@pytest.mark.parametrize("expected, got, same", [
+    ("7", "7" + " \n" * 40_000, True), ("7", "7." + "0" * 40_000, True), ("7", "\n" * 40_000 + "7", True),
+    ("7", "7" + "\n" * 40_000 + "8", False), ("7\n" * 40_000, "7.0\n" * 40_000, True), ("7", "7 " * 40_000, False),
+    ("7\n" * 40_000, "7\n" * 39_999, False), ("\n7", " 7", True), ("1\n\n2", "1\n2", False), ("", "7", False), ("7", "", False),
+], ids=itertools.count())
+def test_lazy_comparison_reads_all_that_matters(expected, got, same):
+    test = [{"input": "", "output": expected}]
+    assert bool(sandbox.run_tests(f"print({got!r})", test)) is same is (sandbox.difference(expected, got) == "")
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("test", [
+    {"fn_name": "f", "args": [], "expected": nested(600)}, {"fn_name": "f", "args": [], "expected": nested(90_000)},
+    {"fn_name": "f", "args": [], "expected": object()}, {"fn_name": "f", "args": [], "expected": {1: {2: {3}}, (): [object]}},
+    {"fn_name": "f", "args": [nested(90_000)], "expected": 1}, {"fn_name": "f", "args": [object()], "expected": 1},
+    {"fn_name": "f", "args": None, "expected": 1}, {"fn_name": "f"}, {"input": "", "output": 7}, {"input": ""}, {"output": ""},
+    {"input": 7, "output": ""}, {"input": "", "output": "\ud800"}, {"asserts": "x = '\ud800'; assert 0"}, {},
+], ids=itertools.count())
+def test_what_is_wrong_with_one_test_is_one_wrong_label(test):
+    """An expected value nested 600 deep once ended a run with RecursionError in the middle of labelling."""
+    with sandbox.Pool(1) as pool:
+        assert pool.label([GOOD, ("def f(*a): return 1", [test]), GOOD]) == [True, False, True]
+    verdict = sandbox.run_tests("def f(*a): return 1", [test])
+    assert verdict.failed_test == 0 and 0 < len(verdict.reason) < 300 and len(verdict.results) == 1
+
+
+@pytest.mark.parametrize("digits", [4_301, 6_000, 60_000])
+def test_numbers_of_many_digits_are_ordinary_values(digits):
+    """Python refuses to turn more than 4,300 digits into a number, unless it is told otherwise."""
+    number, text = 10 ** digits - 1, "9" * digits
+    tests = [{"fn_name": "f", "args": [number, [number]], "expected": [number + 1, {"a": -number}]}] * 2
+    assert sandbox.run_tests("def f(n, m): return (n + 1, {'a': -m[0]})", tests)
+    assert not sandbox.run_tests("def f(n, m): return (n + 2, {'a': -m[0]})", tests)
+    assert sandbox.run_tests("print(input())", [{"input": text, "output": text + ".0"}])
+    assert not sandbox.run_tests("print(input())", [{"input": text, "output": text[:-1] + "8"}])
+    assert sandbox.run_tests("def f(n): return n * n", asserts(f"n = 10 ** {digits} - 1\nassert f(n) == n * n"))
+    if digits <= 50_000:  # LiveCodeBench's limit for the programs
+        assert sandbox.run_tests("print(int(input()) + 1)", [{"input": text, "output": "1" + "0" * digits}])
+        assert sandbox.run_tests("def f(n): return n + 1", asserts(f"assert f({text}) == 10 ** {digits}"))
+
+
 def test_a_worker_that_dies_is_replaced_and_the_label_stands():
     sandbox.run("pass")
     worker = sandbox.shared_pool.idle[-1]
@@ -523,6 +613,65 @@ BENIGN = {
         "for i in range(6): os.wait()\nprint(7)", "", "7"),
     "hashes_repeat": ("print(hash('a') == int(input()))", None, "True"),
 }
+
+
+DEEP = {  # recursion through C code; f(n) is n
+    "cache": "@cache\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)",
+    "a_cached_method": "class A:\n @lru_cache(None)\n def f(self, n): return 0 if n == 0 else 1 + self.f(n - 1)\nf = A().f",
+    "max_of_a_generator": "def f(n): return 0 if n == 0 else 1 + max(f(n - 1) for _ in [0])",
+    "cache_and_min": "@cache\ndef f(n): return 0 if n == 0 else 1 + min(f(n - i) for i in [1])",
+    "sum_of_map": "def f(n): return 0 if n == 0 else 1 + sum(map(f, [n - 1]))",
+    "call": "class A:\n def __call__(self, n): return 0 if n == 0 else 1 + self(n - 1)\nf = A()",
+    "operator": "class A:\n def __init__(self, n): self.n = n\n def __add__(self, o): return 0 if self.n == 0 else 1 + (A(self.n - 1) + 0)\n"
+                "f = lambda n: A(n) + 0",
+    "missing": "class A(dict):\n def __missing__(self, n): return 0 if n == 0 else 1 + self[n - 1]\nf = A().__getitem__",
+    "reduce": "def f(n): return 0 if n == 0 else reduce(lambda a, b: a + f(n - 1), [1, 1])",
+    "init": "class A:\n def __init__(self, n): self.v = 0 if n == 0 else 1 + A(n - 1).v\nf = lambda n: A(n).v",
+}
+PYTHONS = [sys.executable, *sorted(glob.glob(os.path.expanduser("~/.pyenv/versions/3.1[0-9].*/bin/python")))]
+
+
+@pytest.mark.skipif(not LINUX, reason="on macOS the stack of the main thread is small")
+@pytest.mark.parametrize("python", PYTHONS)
+def test_labels_of_recursion_through_c_code_do_not_depend_on_the_python(python):
+    """Python 3.12 once ended @cache, max(f() for ...) and the like after 450 calls, Python 3.13 after 3,300."""
+    top = "import sys, threading\nfrom functools import *\n"
+    bare = [top + form + "\nprint(f(int(input())))" for form in DEEP.values()]
+    deep = [code.replace("\n", "\nsys.setrecursionlimit(10 ** 6)\n", 1) for code in bare]
+    thread = (top + DEEP["cache"] + "\n{0}threading.stack_size(128 << 20)\ndef main():\n {1}print(f(50000))\n"
+              "t = threading.Thread(target=main)\nt.start()\nt.join()")
+    limit = "sys.setrecursionlimit(10 ** 6); "
+    endless = top + "@cache\ndef f(n): return f(n + 1)\ntry: f(0)\nexcept RecursionError: print(50000)"
+    program = f"""
+        import json, sys
+        sys.path.insert(0, {os.path.dirname(HERE)!r})
+        import sandbox
+        bare, deep, threads = json.load(sys.stdin)
+        jobs = [(code, [{{"input": depth, "output": depth}}]) for depth, codes in
+                (("50000", deep + threads), ("10000", bare), ("60000", bare)) for code in codes]
+        with sandbox.Pool(2, timeout=60) as pool: print(json.dumps(pool.label(jobs)))
+    """
+    threads = [thread.format(limit, ""), thread.format("", limit), endless]
+    done = subprocess.run([python, "-B", "-c", textwrap.dedent(program)], input=json.dumps([bare, deep, threads]), text=True,
+                          capture_output=True, timeout=500)
+    assert done.stdout, done.stderr
+    labels = json.loads(done.stdout)
+    assert labels == [True] * (2 * len(DEEP) + 3) + [False] * len(DEEP), labels
+
+
+def test_what_this_python_cannot_do_is_said_once(tmp_path):
+    """A Python whose counter of calls is not found would label right programs wrong in silence."""
+    with open(sandbox_child.__file__) as f:
+        source = f.read()
+    changed = source.replace("if sys.version_info < (3, 12)", "if True").replace(">= (3, 12)", ">= (3, 0)")
+    assert changed.count("(3, 12)") == source.count("(3, 12)") - 2
+    (tmp_path / "child.py").write_text(changed)
+    code = (f"import sys\nsys.path.insert(0, {os.path.dirname(HERE)!r})\nimport sandbox\n"
+            f"from plumbing import sandbox_child\nsandbox_child.__file__ = {str(tmp_path / 'child.py')!r}\n"
+            "with sandbox.Pool(2) as pool: print(pool.label([('print(7)', [{'input': '', 'output': '7'}])] * 4))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{[True] * 4}\n", done.stderr
+    assert done.stderr.count("sandbox: ") == 1 == done.stderr.count("\n") and "@cache" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("name", BENIGN)
