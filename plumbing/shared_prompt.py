@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from plumbing.batches import split_by_size
+
 SHARED_ATTENTION = "grpo_shared"  # its name in transformers
 SHORT_ANSWERS = 128  # short answers attend in one call, up to this many tokens: fewer calls, and little is masked
 QUERY_BLOCK = 1024  # queries in one call, with a window or for a long answer: no mask is then [L, L] or [R, L + R]
@@ -53,10 +55,9 @@ def has_key_cache(model) -> bool:
 def positions_follow_longest_row(model) -> bool:
     """Return whether the rotary positions of one row depend on the longest row of its batch."""
     config = model.config.get_text_config()
-    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    rotaries = [rotary, *(part for part in rotary.values() if isinstance(part, dict))]  # one for each type of layer
-    kinds = [str(part.get("rope_type") or part.get("type")) for part in rotaries]
-    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+    # as text, because a config may hold one kind of positions, or a dictionary for each type of layer
+    rotary = str([getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")])
+    return "dynamic" in rotary or "longrope" in rotary
 
 
 def body(model, layout, ids: Tensor, positions: Tensor) -> Tensor:
@@ -116,28 +117,23 @@ class Packed:
     """
 
     def __init__(self, groups: list[tuple[Tensor, list[Tensor]]], device: torch.device, keep: bool = False):
-        ids, positions, live, at = [], [], [torch.zeros(0, dtype=torch.long)], 0
+        ids, positions, live = [], [], []
         self.groups = []  # for each group (L, [[tokens of an answer, ...], ...]); answers in one list attend together
         self.sizes = []  # for each group the tokens of its prompt, then the tokens of each such list
         for prompt, answers in groups:
-            L, together = len(prompt), []
-            ids.append(prompt.cpu())
-            positions.append(torch.arange(L))
-            last, at = at + L - 1, at + L
+            L, last = len(prompt), len(positions) + len(prompt) - 1
+            ids += [prompt, *(answer[:-1] for answer in answers)]
+            positions += range(L)
             for answer in answers:
-                r = max(len(answer) - 1, 0)
-                ids.append(answer.cpu()[:r])
-                positions.append(torch.arange(L, L + r))
-                live.append(torch.cat([torch.tensor([last]), torch.arange(at, at + r)])[: len(answer)])
-                if together and sum(together[-1]) + r <= SHORT_ANSWERS:
-                    together[-1].append(r)
-                elif r:
-                    together.append([r])
-                at += r
+                live += [last, *range(len(positions), len(positions) + len(answer) - 1)][: len(answer)]
+                positions += range(L, L + len(answer) - 1)
+            lengths = [len(answer) - 1 for answer in answers if len(answer) > 1]
+            together = [lengths[part] for part in split_by_size(lengths, SHORT_ANSWERS)]
             self.groups.append((L, together))
             self.sizes += [L, *map(sum, together)]
-        self.ids, self.positions = torch.cat(ids)[None].to(device), torch.cat(positions)[None].to(device)  # [1, T]
-        self.live = torch.cat(live).to(device)  # [N]
+        self.ids = torch.cat([x.cpu() for x in ids])[None].to(device)  # [1, T]
+        self.positions = torch.tensor(positions, device=device)[None]  # [1, T]
+        self.live = torch.tensor(live, dtype=torch.long, device=device)  # [N]
         self.masks, self.kept = {}, {} if keep else None
 
     def mask(self, like: Tensor, before: int, lengths: list[int], window: int | None, sink: bool) -> Tensor:
@@ -158,9 +154,12 @@ class Packed:
 
     def in_blocks(self, q: Tensor, k: Tensor, v: Tensor, longest: int, scale: float, window, sinks) -> Tensor:
         """Attend from the last n of m tokens, q [1, Q, n, D] to k, v [1, K, m, D] -> [1, n, Q, D], block by block. A
-        block gets the keys up to its end. longest: the largest n of this prompt, so that its answers share a mask.
+        block gets the keys up to its end. longest: the largest n of this prompt, so that its answers share a mask. A
+        whole prompt without a window needs neither blocks nor masks.
         """
         at, sink, out = k.shape[2] - q.shape[2], sinks is not None, []
+        if at == 0 and (window is None or longest <= window):
+            return fused_attention(q, k, v, scale, sinks, None)
         last = at + (longest - 1) // QUERY_BLOCK * QUERY_BLOCK
         for part in q.split(QUERY_BLOCK, 2):
             end = at + part.shape[2]
@@ -187,13 +186,9 @@ class Packed:
         out = []
         for L, together in self.groups:
             q_prompt, k_prompt, v_prompt = next(parts)
-            if last_layer:
-                end = self.in_blocks(q_prompt[:, :, -1:], k_prompt, v_prompt, 1, scale, window, sinks)
-                out.append(F.pad(end, (0, 0, 0, 0, L - 1, 0)))
-            elif window is None or L <= window:
-                out.append(fused_attention(q_prompt, k_prompt, v_prompt, scale, sinks, None))
-            else:
-                out.append(self.in_blocks(q_prompt, k_prompt, v_prompt, L, scale, window, sinks))
+            n = 1 if last_layer else L
+            read = self.in_blocks(q_prompt[:, :, -n:], k_prompt, v_prompt, n, scale, window, sinks)
+            out += [read.new_zeros(1, L - n, *read.shape[2:]), read]
             for lengths in together:
                 q_own, k_own, v_own = next(parts)
                 keys, values = torch.cat([k_prompt, k_own], 2), torch.cat([v_prompt, v_own], 2)
