@@ -215,7 +215,7 @@ def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict
         if supervised:
             loss = -logp
         loss = (loss * field("weight")).sum() * counts
-        loss.backward()
+        backward_in_order(loss)
         if not counts:  # this rank has no work left: its forward only keeps up with the other ranks
             continue
         sampled = old if field("rollout_logp") is None else field("rollout_logp")
@@ -226,6 +226,19 @@ def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict
         sums["tokens"] += len(logp)
     ranks.sum_gradients(model.parameters())
     return {name: sum(part[name] for part in ranks.gather(sums)) for name in sums}
+
+
+def backward_in_order(loss: Tensor) -> None:
+    """Call loss.backward(), on a CPU so that gradients are added in a fixed order, with any number of threads.
+
+    transformers' experts read a row once for each of its experts, and torch adds the gradients of the copies in parallel.
+    """
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(max(before, 1) if loss.device.type == "cpu" else before)  # 1: deterministic
+    try:
+        loss.backward()
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 def make_examples(rollout: Rollout, supervised: bool) -> list[Example]:
@@ -484,7 +497,9 @@ def token_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) ->
 def packed_logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: float) -> tuple[Tensor, Tensor]:
     """logprobs with each prompt read once. The head sees only positions that predict an answer token, in blocks."""
     packed = Packed(groups, model.device)
-    hidden = body(model, packed, packed.ids, packed.positions)[0, packed.live]  # [N, H]
+    hidden = body(model, packed, packed.ids, packed.positions)[0]  # [T, H]
+    # index_select, because the backward pass of hidden[live] adds the gradients of one place in any order
+    hidden = hidden.index_select(0, packed.live)  # [N, H]
     targets = torch.cat([answer for _, answers in groups for answer in answers]).to(model.device)  # [N]
     head = model.get_output_embeddings()
     rows = max(1, HEAD_LOGITS // head.weight.shape[0])

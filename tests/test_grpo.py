@@ -2,6 +2,7 @@
 import copy
 import os
 import sys
+import warnings
 from bdb import BdbQuit
 from types import SimpleNamespace
 
@@ -32,7 +33,8 @@ EXPERTS = dict(num_experts_per_tok=2, experts_implementation="eager")
 def build(name, **settings):
     """Make a tiny random model. Norms and biases, which start as ones and zeros, become random too."""
     torch.manual_seed(3)
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SHAPE, **settings))
+    head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, f"{name}{head}")(getattr(transformers, f"{name}Config")(**SHAPE, **settings))
     for p in model.parameters():
         if p.dim() == 1:
             p.data += 0.2 * torch.randn_like(p)
@@ -830,6 +832,44 @@ def test_a_reward_that_is_not_finite_does_not_reach_the_weights(bad):
     assert all(torch.tensor(value).isfinite() for value in metrics.values())
     grpo.update(alone, torch.optim.AdamW(alone.parameters(), lr=0.01), rollouts[1:], settings())
     assert distance(list(model.parameters()), list(alone.parameters())) < 1e-6
+
+
+@pytest.fixture
+def eight_threads():
+    """With several threads torch may add numbers in parallel, in any order, once there are 32,768 of them."""
+    torch.set_num_threads(8)
+    yield
+    torch.set_num_threads(1)
+
+
+WIDE = dict(hidden_size=256, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4)
+FOUR = dict(num_experts_per_tok=4, initializer_range=0.2, head_dim=32)  # without a choice of how the experts are run
+
+
+@pytest.mark.parametrize("name, more", [
+    ("Qwen3", dict(head_dim=32)), ("GPT2", dict(n_embd=256, n_layer=2, n_head=8)), ("Granite", dict(logits_scaling=3.0)),
+    ("GptOss", dict(**FOUR, num_local_experts=8, sliding_window=6)),
+    ("Qwen3Moe", dict(**FOUR, num_experts=8, moe_intermediate_size=16)),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_two_identical_updates_have_the_same_gradients_with_several_threads(name, more, eight_threads):
+    """Where a row is read several times (a prompt's end by its answers, a token by its experts), its gradients were
+    added in parallel, in any order. Then no run could be repeated."""
+    model = build(name, **({} if name == "GPT2" else WIDE) | more)
+    prompt, *answers = ids(40, *[24] * 8)
+    rollouts = [grpo.Rollout(prompt, answers, [torch.zeros(24)] * 8, [True] * 8, torch.arange(8.0))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # these answers were not sampled here
+        first, *others = [gradients(model, rollouts)[0] for _ in range(10)]
+    assert all(torch.equal(a, b) for seen in others for a, b in zip(seen, first))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_prompts_end_gets_its_gradients_in_order_in_any_backward_pass(eight_threads):
+    """update orders the additions itself. A backward pass that a reader calls has no such help."""
+    model, (prompt, *answers) = build("Qwen3", **WIDE, head_dim=32), ids(40, *[24] * 8)
+    seen = [value_and_gradient(model, lambda: torch.cat(grpo.answer_logprobs(model, prompt, answers)))[1]
+            for _ in range(10)]
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(other, seen[0]))
 
 
 # ---------------------------------------------------------------------------------------------------- supervised
