@@ -8,6 +8,8 @@ Shapes: L prompt tokens, R answer tokens, N answer tokens of a batch laid end to
 heads, K key heads, D numbers a head.
 """
 import contextlib
+import copy
+import dataclasses
 import inspect
 
 import torch
@@ -19,6 +21,7 @@ from plumbing.batches import split_by_size
 
 SHARED_ATTENTION = "grpo_shared"  # its name in transformers
 SHORT_ANSWERS = 128  # short answers attend in one call, up to this many tokens: fewer calls, and little is masked
+ALIGNED = 8  # CUDA's fast kernels need multiples of it: numbers a head, and where the rows of a mask start
 QUERY_BLOCK = 1024  # queries in one call, with a window or for a long answer: no mask is then [L, L] or [R, L + R]
 
 
@@ -65,6 +68,51 @@ def body(model, layout, ids: Tensor, positions: Tensor) -> Tensor:
     return model.base_model(ids, position_ids=positions, use_cache=False, layout=layout)[0]
 
 
+def head_logits(model, output, hidden: Tensor) -> Tensor:
+    """Return the model's logits for the last hidden states of its layers, [n, H] -> [n, V].
+
+    Runs the model's own forward, which may scale or cap logits, and gives it these states in place of its layers'.
+    output: what the layers have returned before.
+    """
+    def layers(*_, **__):
+        return dataclasses.replace(output, last_hidden_state=hidden[None])
+
+    # what some models ask of their layers: FalconH1 a number, and OPT calls model.decoder(...)
+    vars(layers).update(vars(model.base_model), decoder=layers)
+    headed = object.__new__(type(model))  # the same model, except for its layers; the model itself does not change
+    headed.__dict__ = vars(model) | {model.base_model_prefix: layers}
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    return type(model).forward(headed, ids, use_cache=False).logits[0]
+
+
+def small_model(model):
+    """Return a model of the same structure, random, in fp32 on the CPU, to try what a structure allows.
+
+    In bf16, rounding alone makes two exact layouts of a mixture of experts differ. The widths are kept. Of the layers
+    only the first are, so many that each kind of layer is there, and not as the last one. A window becomes short.
+    """
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    count = text.num_hidden_layers
+    lists = [name for name, value in vars(text).items() if isinstance(value, list) and len(value) == count]
+    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    layers = stacks[0] if stacks else [None] * count
+    kinds = [(repr(layer), *(getattr(text, name)[i] for name in lists)) for i, layer in enumerate(layers)]
+    text.num_hidden_layers = min(count, 2 + max(map(kinds.index, kinds)))
+    for name in lists:
+        setattr(text, name, getattr(text, name)[: text.num_hidden_layers])
+    text.initializer_range = text.hidden_size**-0.5  # scores and logits that are far from equal
+    text.vocab_size, text.pad_token_id = min(text.vocab_size, 64), 0
+    if getattr(text, "sliding_window", None):
+        text.sliding_window = min(text.sliding_window, 4)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the same on all ranks
+        small = type(model)(config).float().eval()
+        for p in small.parameters():  # norms and biases too
+            p.data += 0.2 * torch.randn_like(p) if p.dim() == 1 else 0
+    return small
+
+
 def shared_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, layout=None, **settings):
     """Attend by the layout. transformers calls this function in each layer of a model that shares prompts.
 
@@ -80,6 +128,8 @@ def shared_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
 
 
 AttentionInterface.register(SHARED_ATTENTION, shared_attention)  # no mask function, so transformers builds no masks
+# cuDNN makes a plan for each new shape, which takes about 0.4 s. Here almost every prompt and answer has a new shape.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -92,16 +142,17 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor
     if sinks is not None:
         # A sink [Q] is the score of one extra key with value 0. One extra coordinate gives this score: sink / scale in
         # the queries, 1 in the extra first key, 0 in the others. An extra first query keeps the causal diagonal.
-        q = torch.cat([q, (sinks / scale).to(q).view(1, -1, 1, 1).expand(-1, -1, n, -1)], -1)
-        k = torch.cat([F.one_hot(torch.tensor([k.shape[-1]])).to(k).expand(1, groups, 1, -1), F.pad(k, (0, 1))], 2)
-        v = F.pad(v, (0, 1, 1, 0))
+        D = k.shape[-1]
+        q = torch.cat([q, F.pad((sinks / scale).to(q).view(1, -1, 1, 1), (0, ALIGNED - 1)).expand(-1, -1, n, -1)], -1)
+        sink = F.one_hot(torch.tensor(D), D + ALIGNED).to(k).expand(1, groups, 1, -1)
+        k, v = torch.cat([sink, F.pad(k, (0, ALIGNED))], 2), F.pad(v, (0, ALIGNED, 1, 0))
         q = F.pad(q, (0, 0, 1, 0)) if mask is None else q
     # Each key head serves Q / K query heads. With the key heads as the batch, the keys need not be repeated.
     q = q.reshape(groups, heads // groups, -1, q.shape[-1])  # [K, Q/K, n, D]
     k, v = (x.transpose(0, 1).expand(-1, heads // groups, -1, -1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     if sinks is not None:
-        out = out[:, :, -n:, :-1]
+        out = out[:, :, -n:, :-ALIGNED]
     return out.reshape(1, heads, n, -1).transpose(1, 2)
 
 
@@ -148,8 +199,10 @@ class Packed:
             seen = ((key_run == -1) | (key_run == run[:, None])) & (key_place <= place[:, None])
             if window is not None:
                 seen &= place[:, None] - key_place < window
-            seen = F.pad(seen, (int(sink), 0), value=True)
-            self.masks[key] = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -torch.inf).to(like.device)
+            width = sink + before + len(run)
+            seen = F.pad(seen, (int(sink), -width % ALIGNED), value=True)
+            mask = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -torch.inf).to(like.device)
+            self.masks[key] = mask[:, :width]
         return self.masks[key]
 
     def in_blocks(self, q: Tensor, k: Tensor, v: Tensor, longest: int, scale: float, window, sinks) -> Tensor:
