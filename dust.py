@@ -158,6 +158,7 @@ if __name__ == "__main__":  # here, because --help and a wrong option need not w
         print(f"dust: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch; else memory fragments
 import torch  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 from tqdm import tqdm  # noqa: E402

@@ -11,6 +11,7 @@ key heads, so that no matrix product has to copy the keys.
 from collections import defaultdict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -43,14 +44,14 @@ class SharedCache:
         self.place_rows()
 
     def place_rows(self) -> None:
-        """Give each row one of B * G places, G for each prompt. If the counts differ, some places stay empty."""
+        """Give each row one of B * G places, G for each prompt. If the counts differ, some places repeat a row."""
         counts = self.prompt_of_row.bincount(minlength=len(self.length))  # [B]
-        first_row = counts.cumsum(0) - counts  # [B]
-        number = torch.arange(len(self.prompt_of_row), device=counts.device) - first_row[self.prompt_of_row]  # [n]
         self.G = int(counts.max())
-        self.place = self.prompt_of_row * self.G + number  # [n]
-        self.places = len(counts) * self.G
-        self.masks: dict = {}
+        self.place = self.row_at = slice(None)  # all of them, because the rows are in the order of their prompts
+        if len(self.prompt_of_row) < len(counts) * self.G:
+            taken = (torch.arange(self.G, device=counts.device) < counts[:, None]).flatten()  # [B * G]
+            self.place, self.row_at = taken.nonzero().squeeze(-1), taken.cumsum(0) - 1  # [n], [B * G]
+        self.masks = {}
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows [n'], and only the prompts that they need."""
@@ -76,7 +77,7 @@ class SharedCache:
         if at not in self.answer:
             self.answer[at] = x.new_empty(x.shape[1], len(x), 32, x.shape[3])
         elif self.steps == self.answer[at].shape[2]:
-            self.answer[at] = torch.cat([self.answer[at], torch.empty_like(self.answer[at])], 2)
+            self.answer[at] = F.pad(self.answer[at], (0, 0, 0, self.steps))
         self.answer[at][:, :, self.steps] = x[:, :, 0].transpose(0, 1)
         end = self.steps + 1
         return self.answer[at].flatten(0, 1)[:, max(0, end - (window or end)) : end]
@@ -93,18 +94,14 @@ class SharedCache:
         return self.masks[window]
 
     def by_prompt(self, x: Tensor) -> Tensor:
-        """Join the rows of each prompt, [K * n, Q/K, X] -> [K * B, G * Q/K, X]. Empty places hold zeros."""
-        if len(self.place) < self.places:
-            rows = x.unflatten(0, (-1, len(self.place)))  # [K, n, Q/K, X]
-            x = x.new_zeros(len(rows), self.places, *x.shape[1:]).index_copy_(1, self.place, rows).flatten(0, 1)
-        return x.reshape(-1, self.G * x.shape[1], x.shape[2])
+        """Join the rows of each prompt, [K * n, Q/K, X] -> [K * B, G * Q/K, X]."""
+        x = x.unflatten(0, (-1, len(self.prompt_of_row)))[:, self.row_at]  # [K, B * G, Q/K, X]
+        return x.reshape(-1, self.G * x.shape[2], x.shape[3])
 
     def by_row(self, x: Tensor) -> Tensor:
         """Undo by_prompt, [K * B, G * Q/K, X] -> [K * n, Q/K, X]."""
-        x = x.reshape(-1, x.shape[1] // self.G, x.shape[2])
-        if len(self.place) < self.places:
-            x = x.unflatten(0, (-1, self.places))[:, self.place].flatten(0, 1)
-        return x
+        x = x.reshape(-1, len(self.length) * self.G, x.shape[1] // self.G, x.shape[2])  # [K, B * G, Q/K, X]
+        return x[:, self.place].flatten(0, 1)
 
     def attend(self, module, q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks) -> Tensor:
         """Add k and v of the newest token [n, K, 1, D], then attend from q [n, Q, 1, D] to all tokens -> [n, 1, Q, D].

@@ -8,6 +8,8 @@ Shapes: L prompt tokens, R answer tokens, N answer tokens of a batch laid end to
 heads, K key heads, D numbers a head.
 """
 import contextlib
+import copy
+import dataclasses
 import inspect
 
 import torch
@@ -15,8 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from plumbing.batches import split_by_size
+
 SHARED_ATTENTION = "grpo_shared"  # its name in transformers
 SHORT_ANSWERS = 128  # short answers attend in one call, up to this many tokens: fewer calls, and little is masked
+ALIGNED = 8  # CUDA's fast kernels need multiples of it: numbers a head, and where the rows of a mask start
 QUERY_BLOCK = 1024  # queries in one call, with a window or for a long answer: no mask is then [L, L] or [R, L + R]
 
 
@@ -58,15 +63,59 @@ def has_key_cache(model) -> bool:
 def positions_follow_longest_row(model) -> bool:
     """Return whether the rotary positions of one row depend on the longest row of its batch."""
     config = model.config.get_text_config()
-    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    rotaries = [rotary, *(part for part in rotary.values() if isinstance(part, dict))]  # one for each type of layer
-    kinds = [str(part.get("rope_type") or part.get("type")) for part in rotaries]
-    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+    # as text, because a config may hold one kind of positions, or a dictionary for each type of layer
+    rotary = str([getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")])
+    return "dynamic" in rotary or "longrope" in rotary
 
 
 def body(model, layout, ids: Tensor, positions: Tensor) -> Tensor:
     """Run the model without its head; attention uses the layout: ids, positions [b, t] -> hidden [b, t, H]."""
     return model.base_model(ids, position_ids=positions, use_cache=False, layout=layout)[0]
+
+
+def head_logits(model, output, hidden: Tensor) -> Tensor:
+    """Return the model's logits for the last hidden states of its layers, [n, H] -> [n, V].
+
+    Runs the model's own forward, which may scale or cap logits, and gives it these states in place of its layers'.
+    output: what the layers have returned before.
+    """
+    def layers(*_, **__):
+        return dataclasses.replace(output, last_hidden_state=hidden[None])
+
+    # what some models ask of their layers: FalconH1 a number, and OPT calls model.decoder(...)
+    vars(layers).update(vars(model.base_model), decoder=layers)
+    headed = object.__new__(type(model))  # the same model, except for its layers; the model itself does not change
+    headed.__dict__ = vars(model) | {model.base_model_prefix: layers}
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    return type(model).forward(headed, ids, use_cache=False).logits[0]
+
+
+def small_model(model):
+    """Return a model of the same structure, random, in fp32 on the CPU, to try what a structure allows.
+
+    In bf16, rounding alone makes two exact layouts of a mixture of experts differ. The widths are kept. Of the layers
+    only the first are, so many that each kind of layer is there, and not as the last one. A window becomes short.
+    """
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    count = text.num_hidden_layers
+    lists = [name for name, value in vars(text).items() if isinstance(value, list) and len(value) == count]
+    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    layers = stacks[0] if stacks else [None] * count
+    kinds = [(repr(layer), *(getattr(text, name)[i] for name in lists)) for i, layer in enumerate(layers)]
+    text.num_hidden_layers = min(count, 2 + max(map(kinds.index, kinds)))
+    for name in lists:
+        setattr(text, name, getattr(text, name)[: text.num_hidden_layers])
+    text.initializer_range = text.hidden_size**-0.5  # scores and logits that are far from equal
+    text.vocab_size, text.pad_token_id = min(text.vocab_size, 64), 0
+    if getattr(text, "sliding_window", None):
+        text.sliding_window = min(text.sliding_window, 4)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the same on all ranks
+        small = type(model)(config).float().eval()
+        for p in small.parameters():  # norms and biases too
+            p.data += 0.2 * torch.randn_like(p) if p.dim() == 1 else 0
+    return small
 
 
 def shared_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, layout=None, **settings):
@@ -84,6 +133,8 @@ def shared_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
 
 
 AttentionInterface.register(SHARED_ATTENTION, shared_attention)  # no mask function, so transformers builds no masks
+# cuDNN makes a plan for each new shape, which takes about 0.4 s. Here almost every prompt and answer has a new shape.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -96,16 +147,17 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor
     if sinks is not None:
         # A sink [Q] is the score of one extra key with value 0. One extra coordinate gives this score: sink / scale in
         # the queries, 1 in the extra first key, 0 in the others. An extra first query keeps the causal diagonal.
-        q = torch.cat([q, (sinks / scale).to(q).view(1, -1, 1, 1).expand(-1, -1, n, -1)], -1)
-        k = torch.cat([F.one_hot(torch.tensor([k.shape[-1]])).to(k).expand(1, groups, 1, -1), F.pad(k, (0, 1))], 2)
-        v = F.pad(v, (0, 1, 1, 0))
+        D = k.shape[-1]
+        q = torch.cat([q, F.pad((sinks / scale).to(q).view(1, -1, 1, 1), (0, ALIGNED - 1)).expand(-1, -1, n, -1)], -1)
+        sink = F.one_hot(torch.tensor(D), D + ALIGNED).to(k).expand(1, groups, 1, -1)
+        k, v = torch.cat([sink, F.pad(k, (0, ALIGNED))], 2), F.pad(v, (0, ALIGNED, 1, 0))
         q = F.pad(q, (0, 0, 1, 0)) if mask is None else q
     # Each key head serves Q / K query heads. With the key heads as the batch, the keys need not be repeated.
     q = q.reshape(groups, heads // groups, -1, q.shape[-1])  # [K, Q/K, n, D]
     k, v = (x.transpose(0, 1).expand(-1, heads // groups, -1, -1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     if sinks is not None:
-        out = out[:, :, -n:, :-1]
+        out = out[:, :, -n:, :-ALIGNED]
     return out.reshape(1, heads, n, -1).transpose(1, 2)
 
 
@@ -121,28 +173,23 @@ class Packed:
     """
 
     def __init__(self, groups: list[tuple[Tensor, list[Tensor]]], device: torch.device, keep: bool = False):
-        ids, positions, live, at = [], [], [torch.zeros(0, dtype=torch.long)], 0
+        ids, positions, live = [], [], []
         self.groups = []  # for each group (L, [[tokens of an answer, ...], ...]); answers in one list attend together
         self.sizes = []  # for each group the tokens of its prompt, then the tokens of each such list
         for prompt, answers in groups:
-            L, together = len(prompt), []
-            ids.append(prompt.cpu())
-            positions.append(torch.arange(L))
-            last, at = at + L - 1, at + L
+            L, last = len(prompt), len(positions) + len(prompt) - 1
+            ids += [prompt, *(answer[:-1] for answer in answers)]
+            positions += range(L)
             for answer in answers:
-                r = max(len(answer) - 1, 0)
-                ids.append(answer.cpu()[:r])
-                positions.append(torch.arange(L, L + r))
-                live.append(torch.cat([torch.tensor([last]), torch.arange(at, at + r)])[: len(answer)])
-                if together and sum(together[-1]) + r <= SHORT_ANSWERS:
-                    together[-1].append(r)
-                elif r:
-                    together.append([r])
-                at += r
+                live += [last, *range(len(positions), len(positions) + len(answer) - 1)][: len(answer)]
+                positions += range(L, L + len(answer) - 1)
+            lengths = [len(answer) - 1 for answer in answers if len(answer) > 1]
+            together = [lengths[part] for part in split_by_size(lengths, SHORT_ANSWERS)]
             self.groups.append((L, together))
             self.sizes += [L, *map(sum, together)]
-        self.ids, self.positions = torch.cat(ids)[None].to(device), torch.cat(positions)[None].to(device)  # [1, T]
-        self.live = torch.cat(live).to(device)  # [N]
+        self.ids = torch.cat([x.cpu() for x in ids])[None].to(device)  # [1, T]
+        self.positions = torch.tensor(positions, device=device)[None]  # [1, T]
+        self.live = torch.tensor(live, dtype=torch.long, device=device)  # [N]
         self.masks, self.kept = {}, {} if keep else None
 
     def mask(self, like: Tensor, before: int, lengths: list[int], window: int | None, sink: bool) -> Tensor:
@@ -157,15 +204,20 @@ class Packed:
             seen = ((key_run == -1) | (key_run == run[:, None])) & (key_place <= place[:, None])
             if window is not None:
                 seen &= place[:, None] - key_place < window
-            seen = F.pad(seen, (int(sink), 0), value=True)
-            self.masks[key] = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -torch.inf).to(like.device)
+            width = sink + before + len(run)
+            seen = F.pad(seen, (int(sink), -width % ALIGNED), value=True)
+            mask = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -torch.inf).to(like.device)
+            self.masks[key] = mask[:, :width]
         return self.masks[key]
 
     def in_blocks(self, q: Tensor, k: Tensor, v: Tensor, longest: int, scale: float, window, sinks) -> Tensor:
         """Attend from the last n of m tokens, q [1, Q, n, D] to k, v [1, K, m, D] -> [1, n, Q, D], block by block. A
-        block gets the keys up to its end. longest: the largest n of this prompt, so that its answers share a mask.
+        block gets the keys up to its end. longest: the largest n of this prompt, so that its answers share a mask. A
+        whole prompt without a window needs neither blocks nor masks.
         """
         at, sink, out = k.shape[2] - q.shape[2], sinks is not None, []
+        if at == 0 and (window is None or longest <= window):
+            return fused_attention(q, k, v, scale, sinks, None)
         last = at + (longest - 1) // QUERY_BLOCK * QUERY_BLOCK
         for part in q.split(QUERY_BLOCK, 2):
             end = at + part.shape[2]
@@ -192,13 +244,9 @@ class Packed:
         out = []
         for L, together in self.groups:
             q_prompt, k_prompt, v_prompt = next(parts)
-            if last_layer:
-                end = self.in_blocks(q_prompt[:, :, -1:], k_prompt, v_prompt, 1, scale, window, sinks)
-                out.append(F.pad(end, (0, 0, 0, 0, L - 1, 0)))
-            elif window is None or L <= window:
-                out.append(fused_attention(q_prompt, k_prompt, v_prompt, scale, sinks, None))
-            else:
-                out.append(self.in_blocks(q_prompt, k_prompt, v_prompt, L, scale, window, sinks))
+            n = 1 if last_layer else L
+            read = self.in_blocks(q_prompt[:, :, -n:], k_prompt, v_prompt, n, scale, window, sinks)
+            out += [read.new_zeros(1, L - n, *read.shape[2:]), read]
             for lengths in together:
                 q_own, k_own, v_own = next(parts)
                 keys, values = torch.cat([k_prompt, k_own], 2), torch.cat([v_prompt, v_own], 2)

@@ -1,7 +1,9 @@
 """Test grpo.py. Each test is named after the bug that it guards against. Inputs are random and of unequal lengths."""
 import copy
 import os
+import subprocess
 import sys
+import warnings
 from bdb import BdbQuit
 from types import SimpleNamespace
 
@@ -9,7 +11,8 @@ import pytest
 import torch
 import transformers
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 import grpo
 from grpo import Sampling
 from plumbing import shared_prompt
@@ -32,7 +35,8 @@ EXPERTS = dict(num_experts_per_tok=2, experts_implementation="eager")
 def build(name, **settings):
     """Make a tiny random model. Norms and biases, which start as ones and zeros, become random too."""
     torch.manual_seed(3)
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SHAPE, **settings))
+    head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, f"{name}{head}")(getattr(transformers, f"{name}Config")(**SHAPE, **settings))
     for p in model.parameters():
         if p.dim() == 1:
             p.data += 0.2 * torch.randn_like(p)
@@ -49,17 +53,17 @@ def qwen3_untied():
     return qwen3(tie_word_embeddings=False)
 
 
-def qwen3_moe():
-    return build("Qwen3Moe", **SIZE, **EXPERTS, num_experts=4, moe_intermediate_size=16)
+def qwen3_moe(**changes):
+    return build("Qwen3Moe", **SIZE | EXPERTS | changes, num_experts=4, moe_intermediate_size=16)
 
 
 def llama():
     return build("Llama", **SIZE)
 
 
-def gpt_oss():
+def gpt_oss(**changes):
     """A model with attention sinks, and in every second layer a window that is shorter than the prompts."""
-    return build("GptOss", **SIZE, **EXPERTS, num_local_experts=4, sliding_window=6)
+    return build("GptOss", **SIZE | EXPERTS | changes, num_local_experts=4, sliding_window=6)
 
 
 def mistral():
@@ -81,6 +85,18 @@ def gpt2():
     model = transformers.GPT2LMHeadModel(config)
     grpo.enable_sharing(model)
     return model.train()
+
+
+def opt():
+    """A model whose head calls `model.decoder(...)`, not `model(...)`."""
+    sizes = dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32)
+    return build("OPT", **sizes, dropout=0.0, init_std=0.2)
+
+
+def falcon_h1():
+    """A model whose head asks its layers for a number, with attention and a state space in each layer."""
+    return build("FalconH1", **SIZE, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8,
+                 lm_head_multiplier=3.0)
 
 
 def mamba():
@@ -120,7 +136,7 @@ def dynamic():
     return qwen3(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0))
 
 
-SHARING = [qwen3, qwen3_untied, qwen3_moe, llama, gpt_oss, mistral, deepseek, gpt2]
+SHARING = [qwen3, qwen3_untied, qwen3_moe, llama, gpt_oss, mistral, deepseek, gpt2, opt]
 
 
 def ids(*lengths, seed=0):
@@ -456,20 +472,56 @@ def test_a_model_that_cannot_share_falls_back_and_says_why(make, reason):
     assert distance(seen, expected) < 1e-5
 
 
-@pytest.mark.parametrize("error", [BdbQuit, torch.OutOfMemoryError])
-def test_leaving_a_debugger_inside_the_self_check_is_not_a_finding_about_the_model(monkeypatch, error):
-    """After `q` at a breakpoint in the self-check, the run took the model for one that cannot share, and was slow. A
-    full GPU must not have this effect either."""
+@pytest.mark.parametrize("error", [
+    BdbQuit(), torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory: you tried ..."),
+], ids=["debugger", "cuda", "python", "cpu"])
+def test_what_ends_the_self_check_from_outside_is_not_a_finding_about_the_model(monkeypatch, error):
+    """After `q` at a breakpoint in the self-check, the run took the model for one that cannot share, and was slow. Full
+    memory must not have this effect either."""
     def quit_here(model):
         raise error
 
     model = unshared(qwen3())
     monkeypatch.setattr(grpo, "find_difference", quit_here)
-    with pytest.raises(error):
+    with pytest.raises(type(error)):
         grpo.enable_sharing(model)
     assert not grpo.shares_prompts(model)
     monkeypatch.undo()
     assert grpo.enable_sharing(model) == "" and grpo.shares_prompts(model)
+
+
+@pytest.mark.parametrize("make", [qwen3, qwen3_moe, gpt_oss])
+def test_rounding_in_bf16_is_not_a_finding_about_the_model(make):
+    """Two exact layouts of a random mixture of experts differ by up to 0.7 nats a token in bf16, because a rounded score
+    can choose another expert. So the check refused models that share prompts exactly."""
+    model = unshared(make(hidden_size=256, initializer_range=0.3, num_hidden_layers=6)).bfloat16()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model itself was run"))
+    assert grpo.enable_sharing(model) == "" and model.dtype == torch.bfloat16
+
+
+def test_the_check_of_a_model_tries_each_kind_of_layer_but_not_each_layer():
+    """A layer of another kind may come late, and a list of kinds does not have to say so. All 48 layers of a large
+    model in fp32 would not fit beside it."""
+    moe = dict(mlp_only_layers=[0, 1], num_experts=4, moe_intermediate_size=16, **EXPERTS)
+    model = build("Qwen3Moe", **SIZE | moe | dict(num_hidden_layers=12)).bfloat16()
+    small = shared_prompt.small_model(model)
+    assert [hasattr(layer.mlp, "experts") for layer in small.model.layers] == [False, False, True, True]
+    assert small.dtype == torch.float32 and small.model.layers[3].mlp.gate.weight.shape == (4, 32)
+    assert model.config.num_hidden_layers == 12 and shared_prompt.small_model(model).lm_head.weight.equal(
+        small.lm_head.weight)
+    kinds = ["full_attention"] * 4 + ["linear_attention"] + ["full_attention"] * 7
+    late = build("Qwen3Next", **SIZE | dict(num_hidden_layers=12, layer_types=kinds, num_experts=4), **EXPERTS)
+    assert grpo.enable_sharing(late) == "not all of its layers attend"
+
+
+def test_the_check_of_a_model_tries_a_long_window(monkeypatch):
+    """A window of more than 1,024 tokens was never tried, because it needs a prompt that is longer."""
+    model = unshared(build("Mistral", **SIZE, sliding_window=4000))
+    assert grpo.enable_sharing(model) == "" and model.config.sliding_window == 4000
+    in_blocks = Packed.in_blocks
+    monkeypatch.setattr(Packed, "in_blocks", lambda *a: in_blocks(*a[:6], None, a[7]))  # without the window
+    assert "is off by" in grpo.enable_sharing(unshared(model))
 
 
 def test_a_model_that_shares_prompts_is_copied_and_saved_as_an_ordinary_one(tmp_path):
@@ -514,26 +566,37 @@ def test_a_rollout_that_is_interrupted_leaves_the_model_as_it_was(monkeypatch):
 def test_the_plain_form_asks_for_logits_of_answers_only(make):
     """The logits of 8 whole rows with their prompts are the first tensors to fill the memory."""
     model, (prompt, *answers), rows = make(), ids(19, 7, 12, 3), []
-    model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:2]))
+    model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
     logp, _ = grpo.plain_logprobs(model, prompt, answers, 0.7)
-    assert rows == [(3, 12)]
+    assert rows == [7 + 12 + 3]
     expected = torch.cat([full_logps(model, prompt, answer, 0.7) for answer in answers])
     torch.testing.assert_close(logp, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_plain_form_scores_what_it_sampled_a_block_at_a_time(monkeypatch):
-    """Eight long answers at once need logits [8, R, V]: 20 GB at 8,192 tokens and a vocabulary of 150,000."""
+@pytest.mark.parametrize("make", [qwen3, mamba, qwen3_next, gemma2, granite, phi3, opt, falcon_h1])
+def test_the_plain_form_has_logits_of_a_few_positions_at_a_time(make, monkeypatch):
+    """All of them are [G, R, V] numbers, several times: 40 GB at 8,192 tokens and a vocabulary of 150,000. The models
+    cap or scale their logits after the head, or call their layers in a way of their own."""
+    model, (prompt, *answers) = unshared(make()).eval(), ids(19, 7, 12, 3)
+    expected = value_and_gradient(model, lambda: torch.cat([full_logps(model, prompt, a, 0.7) for a in answers]))
+    monkeypatch.setattr(grpo, "HEAD_LOGITS", 5 * 37)
+    rows, layers = [], []
+    model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
+    model.base_model.register_forward_pre_hook(lambda _, args: layers.append(1))
+    logp, gradient = value_and_gradient(model, lambda: grpo.plain_logprobs(model, prompt, answers, 0.7)[0])
+    assert rows[:5] == [5, 5, 5, 5, 2] and sorted(rows[5:]) == [2, 5, 5, 5, 5]  # forward, then in the backward pass
+    assert len(layers) == 1
+    torch.testing.assert_close(logp, expected[0], atol=1e-5, rtol=1e-5)
+    assert distance(gradient, expected[1]) < 1e-5
+
+
+def test_the_plain_form_scores_what_it_sampled_a_row_at_a_time(monkeypatch):
+    """Otherwise 256 answers would be read at once, which needs more memory than drawing them."""
     model, rows = mamba(), []
-    monkeypatch.setattr(grpo, "HEAD_LOGITS", 20 * 37)
     score = grpo.plain_logprobs
-
-    def spy(model, prompt, answers, temperature):
-        rows.append(sum(map(len, answers)))
-        return score(model, prompt, answers, temperature)
-
-    monkeypatch.setattr(grpo, "plain_logprobs", spy)
+    monkeypatch.setattr(grpo, "plain_logprobs", lambda *args: rows.append(len(args[2])) or score(*args))
     r = draw(model, ids(6), answers=5, max_new_tokens=8, sampling=Sampling(0.7))[0]
-    assert len(rows) > 1 and max(rows) <= 20 and sum(rows) == sum(map(len, r.answers))
+    assert rows == [1] * 5
     for answer, logp in zip(r.answers, r.logps):
         torch.testing.assert_close(logp, full_logps(model, r.prompt, answer, 0.7), atol=1e-5, rtol=1e-5)
 
@@ -565,6 +628,7 @@ def test_no_mask_of_a_long_answer_is_answer_by_row(make, monkeypatch):
     def attend(q, k, v, scale, sinks, mask):
         if mask is not None:
             assert mask.shape == (q.shape[2], k.shape[2] + (sinks is not None)) and len(mask) <= 8
+            assert mask.stride(0) % 8 == 0 and mask.stride(1) == 1 and mask.storage_offset() % 8 == 0
             masks[mask.untyped_storage().data_ptr()] = mask.untyped_storage().nbytes() // 4
         return real(q, k, v, scale, sinks, mask)
 
@@ -572,9 +636,47 @@ def test_no_mask_of_a_long_answer_is_answer_by_row(make, monkeypatch):
     (logp, gradient), (expected, expected_gradient) = both_forms(model, prompt, answers)
     torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
     assert distance(gradient, expected_gradient) < 1e-5
-    whole, windowed = 8 * (1 + 11 + 48), 8 * (1 + 6 + 8)  # a mask for all blocks, and one for blocks behind a window
-    short = 4 * (1 + 11 + 4)
+    # a mask for all blocks, and one for blocks behind a window; the length of a row is a multiple of 8
+    whole, windowed, short = 8 * (1 + 11 + 48 + 4), 8 * (1 + 6 + 8 + 1), 4 * (1 + 11 + 4)
     assert max(masks.values()) <= whole and sum(masks.values()) <= whole + 2 * windowed + 4 * short
+
+
+@pytest.mark.parametrize("make", [qwen3, gpt_oss, mistral])
+def test_attention_gets_only_shapes_that_a_gpu_is_fast_with(make, monkeypatch):
+    """CUDA's fast kernels take multiples of eight numbers a head, and masks whose rows start at such. With 65 numbers,
+    one more for the sinks, only the kernel that holds all scores was left. Other masks were copied in each call."""
+    model, seen, real = make(), [], torch.nn.functional.scaled_dot_product_attention
+
+    def attend(q, k, v, attn_mask=None, **settings):
+        seen.append(attn_mask)
+        assert all(x.shape[-1] % 8 == 0 for x in (q, k, v))
+        if attn_mask is not None:
+            assert attn_mask.stride(0) % 8 == 0 and attn_mask.stride(1) == 1 and attn_mask.storage_offset() % 8 == 0
+        return real(q, k, v, attn_mask=attn_mask, **settings)
+
+    monkeypatch.setattr(shared_prompt.F, "scaled_dot_product_attention", attend)
+    prompt, *answers = ids(19, 7, 2, 3)
+    grpo.packed_logprobs(model, [(prompt, answers)], 0.7)
+    assert any(mask is not None for mask in seen)
+
+
+def test_a_gpus_settings_are_made_before_they_are_needed():
+    """cuDNN's attention plans each new shape for 0.4 s. The allocator reads its setting when torch is imported; without
+    it, rows of many lengths leave memory in pieces. No GPU measures it here."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    code = """if True:
+        import os, sys
+        class Watch:
+            def find_spec(self, name, *rest):
+                if name == "torch":
+                    print(os.environ["PYTORCH_CUDA_ALLOC_CONF"], flush=True)
+                    os._exit(0)
+        sys.meta_path.insert(0, Watch())
+        import dust"""
+    for given, seen in ({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"):
+        env = {key: value for key, value in os.environ.items() if key != "PYTORCH_CUDA_ALLOC_CONF"} | given
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.stdout.strip() == seen, done.stderr
 
 
 @pytest.mark.parametrize("names", [
@@ -600,6 +702,13 @@ def test_checkpointed_layers_run_again_with_the_same_attention(monkeypatch):
     monkeypatch.setattr(Packed, "attend", lambda self, *args: (calls.append(self), attend(self, *args))[1])
     seen, _ = gradients(checkpointed, rollouts)
     assert distance(seen, expected) < 1e-6 and calls.count(calls[-1]) == 2 * 2  # each of two layers twice
+
+
+def test_a_gpu_gets_larger_blocks_of_logits():
+    """Blocks that suit a CPU leave a GPU idle between their many small operations."""
+    config = transformers.Qwen3Config(vocab_size=151936)
+    rows = [grpo.head_rows(SimpleNamespace(device=torch.device(name), config=config)) for name in ("cpu", "cuda:1")]
+    assert rows == [2**24 // 151936, 2**26 // 151936]
 
 
 def test_the_head_sees_answer_positions_only_and_in_blocks(monkeypatch):
@@ -830,6 +939,44 @@ def test_a_reward_that_is_not_finite_does_not_reach_the_weights(bad):
     assert all(torch.tensor(value).isfinite() for value in metrics.values())
     grpo.update(alone, torch.optim.AdamW(alone.parameters(), lr=0.01), rollouts[1:], settings())
     assert distance(list(model.parameters()), list(alone.parameters())) < 1e-6
+
+
+@pytest.fixture
+def eight_threads():
+    """With several threads torch may add numbers in parallel, in any order, once there are 32,768 of them."""
+    torch.set_num_threads(8)
+    yield
+    torch.set_num_threads(1)
+
+
+WIDE = dict(hidden_size=256, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4)
+FOUR = dict(num_experts_per_tok=4, initializer_range=0.2, head_dim=32)  # without a choice of how the experts are run
+
+
+@pytest.mark.parametrize("name, more", [
+    ("Qwen3", dict(head_dim=32)), ("GPT2", dict(n_embd=256, n_layer=2, n_head=8)), ("Granite", dict(logits_scaling=3.0)),
+    ("GptOss", dict(**FOUR, num_local_experts=8, sliding_window=6)),
+    ("Qwen3Moe", dict(**FOUR, num_experts=8, moe_intermediate_size=16)),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_two_identical_updates_have_the_same_gradients_with_several_threads(name, more, eight_threads):
+    """Where a row is read several times (a prompt's end by its answers, a token by its experts), its gradients were
+    added in parallel, in any order. Then no run could be repeated."""
+    model = build(name, **({} if name == "GPT2" else WIDE) | more)
+    prompt, *answers = ids(40, *[24] * 8)
+    rollouts = [grpo.Rollout(prompt, answers, [torch.zeros(24)] * 8, [True] * 8, torch.arange(8.0))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # these answers were not sampled here
+        first, *others = [gradients(model, rollouts)[0] for _ in range(10)]
+    assert all(torch.equal(a, b) for seen in others for a, b in zip(seen, first))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_prompts_end_gets_its_gradients_in_order_in_any_backward_pass(eight_threads):
+    """update orders the additions itself. A backward pass that a reader calls has no such help."""
+    model, (prompt, *answers) = build("Qwen3", **WIDE, head_dim=32), ids(40, *[24] * 8)
+    seen = [value_and_gradient(model, lambda: torch.cat(grpo.answer_logprobs(model, prompt, answers)))[1]
+            for _ in range(10)]
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(other, seen[0]))
 
 
 # ---------------------------------------------------------------------------------------------------- supervised
