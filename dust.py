@@ -165,7 +165,7 @@ from tqdm import tqdm  # noqa: E402
 
 import grpo  # noqa: E402
 from grpo import Rollout, Sampling  # noqa: E402
-from plumbing import batches, models, ranks, report, runs  # noqa: E402
+from plumbing import fast_decode, models, ranks, report, runs  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ what flows through
 
@@ -265,7 +265,7 @@ def rows_at_a_time(model, prompts: list[torch.Tensor], args: Args) -> int:
     """
     if args.rows or model.device.type != "cuda" or not prompts:
         return args.rows or 256
-    return batches.rows_that_fit(model, max(map(len, prompts)), args.max_new_tokens, models.room(args.device))
+    return fast_decode.rows_that_fit(model, max(map(len, prompts)), args.max_new_tokens, models.room(args.device))
 
 
 # -------------------------------------------------------------------------------- section 2.2: sample, label, group

@@ -1,14 +1,5 @@
 """Cut work into batches that fit into memory. An example has a prompt and an answer; a group shares one prompt."""
-from math import ceil, log2
-
-import torch
-from transformers import DynamicCache
-
 from plumbing import ranks
-from plumbing.shared_prompt import cache_argument, plain_attention, takes
-
-MOST_ROWS = 512  # a stage that is killed loses at most this many answers
-SPARE = 0.1  # of the free memory, for activations and for the gaps between allocations
 
 
 def my_micro_batches(groups: list[list], micro_tokens: int, shared: bool) -> list[tuple[list[list], bool]]:
@@ -48,22 +39,3 @@ def split_by_size(sizes: list[int], bound: int) -> list[slice]:
             used = 0
         used += size
     return [slice(*ends) for ends in zip(starts, [*starts[1:], len(sizes)])]
-
-
-@torch.no_grad()
-def rows_that_fit(model, prompt_tokens: int, answer_tokens: int, free: float) -> int:
-    """Return how many answers can be decoded at a time in `free` bytes, at least 1, each to a prompt of its own.
-
-    prompt_tokens, answer_tokens: of the longest prompt and of the longest answer. The model reads two rows of 8 tokens,
-    and what it keeps of them is measured. While decoding, the room for an answer doubles as it grows.
-    """
-    cache, config = DynamicCache(config=model.config), model.config.get_text_config()
-    ids = torch.zeros(2, 8, dtype=torch.long, device=model.device)
-    last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
-    with plain_attention(model):
-        model(ids, use_cache=True, **{cache_argument(model): cache}, **last)
-    kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    a_token = sum(tensor.nbytes for tensor in kept if tensor is not None) / ids.numel()
-    a_row = a_token * (prompt_tokens + 2 ** ceil(log2(answer_tokens))) + 4 * model.dtype.itemsize * config.vocab_size
-    fitting = ((1 - SPARE) * free - ranks.gathered_bytes(model)) / a_row
-    return min(max(int(fitting), 1), MOST_ROWS)

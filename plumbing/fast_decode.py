@@ -9,16 +9,21 @@ tokens so far, V vocabulary; Q query heads, K key heads, D numbers a head. The f
 key heads, so that no matrix product has to copy the keys.
 """
 from collections import defaultdict
+from math import ceil, log2
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
+from plumbing import ranks
 from plumbing.batches import split_by_size
-from plumbing.shared_prompt import Packed, body
+from plumbing.shared_prompt import Packed, body, cache_argument, plain_attention, takes
 
 PREFILL_TOKENS = 8192  # prompt tokens in one forward: bounds its memory
+MOST_ROWS = 512  # a stage that is killed loses at most this many answers
+SPARE = 0.1  # of the free memory, for activations and for the gaps between allocations
 
 
 class SharedCache:
@@ -123,3 +128,22 @@ class SharedCache:
         to_prompt, to_own, *_ = weights.split([score.shape[-1] for score in scores], -1)
         out = torch.baddbmm(self.by_row(torch.bmm(to_prompt, prompt_v)), self.by_row(to_own), own_v)  # [K * n, Q/K, D]
         return out.unflatten(0, (K, n)).transpose(0, 1).reshape(n, 1, q.shape[1] * K, -1)
+
+
+@torch.no_grad()
+def rows_that_fit(model, prompt_tokens: int, answer_tokens: int, free: float) -> int:
+    """Return how many answers can be decoded at a time in `free` bytes, at least 1, each to a prompt of its own.
+
+    prompt_tokens, answer_tokens: of the longest prompt and of the longest answer. The model reads two rows of 8 tokens,
+    and what it keeps of them is measured. While decoding, the room for an answer doubles as it grows.
+    """
+    cache, config = DynamicCache(config=model.config), model.config.get_text_config()
+    ids = torch.zeros(2, 8, dtype=torch.long, device=model.device)
+    last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+    with plain_attention(model):
+        model(ids, use_cache=True, **{cache_argument(model): cache}, **last)
+    kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    a_token = sum(tensor.nbytes for tensor in kept if tensor is not None) / ids.numel()
+    a_row = a_token * (prompt_tokens + 2 ** ceil(log2(answer_tokens))) + 4 * model.dtype.itemsize * config.vocab_size
+    fitting = ((1 - SPARE) * free - ranks.gathered_bytes(model)) / a_row
+    return min(max(int(fitting), 1), MOST_ROWS)

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3Co
 
 import dust
 import grpo
-from plumbing import batches
+from plumbing import fast_decode
 
 SHAPES = {
     "Qwen3-4B": Qwen3Config(
@@ -38,7 +38,7 @@ def grow(cache, tokens: int) -> None:
 ])
 def test_rows_follow_the_memory_that_is_free(name, gigabytes, weights, rows):
     """By hand: Qwen3-4B keeps 2 x 36 x 8 x 128 numbers of 2 bytes a token, and a row has 1000 + 8192 tokens."""
-    assert batches.rows_that_fit(on_meta(SHAPES[name]), 1000, 8192, (gigabytes - weights) * 1e9) == rows
+    assert fast_decode.rows_that_fit(on_meta(SHAPES[name]), 1000, 8192, (gigabytes - weights) * 1e9) == rows
 
 
 def test_the_rows_that_are_counted_are_those_that_the_decoder_holds():
@@ -47,7 +47,7 @@ def test_the_rows_that_are_counted_are_those_that_the_decoder_holds():
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).eval()
     prompts, n, tokens = [torch.arange(3, 40), torch.arange(5, 30)], 4, 70
     free = 10 * 2**20
-    counted = free * (1 - batches.SPARE) / batches.rows_that_fit(model, 37, tokens, free)  # bytes a row, rounded up
+    counted = free * (1 - fast_decode.SPARE) / fast_decode.rows_that_fit(model, 37, tokens, free)  # bytes a row, rounded up
     plain = grpo.PlainCache(model, prompts, [2, 2])
     grow(plain, tokens)
     held = sum(x.nbytes for layer in plain.cache.layers for x in (layer.keys, layer.values))
@@ -60,9 +60,9 @@ def test_the_rows_that_are_counted_are_those_that_the_decoder_holds():
 
 
 def test_rows_are_never_too_many_and_a_model_without_keys_gets_some():
-    assert batches.rows_that_fit(on_meta(LlamaConfig(**SMALL)), 10, 10, 1e12) == batches.MOST_ROWS
+    assert fast_decode.rows_that_fit(on_meta(LlamaConfig(**SMALL)), 10, 10, 1e12) == fast_decode.MOST_ROWS
     mamba = MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4)
-    assert batches.rows_that_fit(on_meta(mamba), 10, 10, 1e6) >= 1
+    assert fast_decode.rows_that_fit(on_meta(mamba), 10, 10, 1e6) >= 1
 
 
 def test_the_device_is_asked_at_the_start_of_each_stage(monkeypatch):
@@ -72,7 +72,7 @@ def test_the_device_is_asked_at_the_start_of_each_stage(monkeypatch):
 
     free = iter([64e9, 8e9])
     monkeypatch.setattr(dust.models, "room", lambda device: next(free))
-    monkeypatch.setattr(batches, "rows_that_fit", lambda model, *asked: asked)
+    monkeypatch.setattr(fast_decode, "rows_that_fit", lambda model, *asked: asked)
     prompts, args = [torch.zeros(3), torch.zeros(7), torch.zeros(5)], dust.Args(device="cuda", max_new_tokens=64)
     assert [dust.rows_at_a_time(Model, prompts, args) for _ in range(2)] == [(7, 64, 64e9), (7, 64, 8e9)]
     assert dust.rows_at_a_time(Model, prompts, dust.replace(args, rows=5)) == 5
