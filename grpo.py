@@ -35,7 +35,8 @@ from plumbing.batches import my_micro_batches, split_by_size
 from plumbing.fast_decode import SharedCache
 from plumbing.models import lora_disabled
 from plumbing.shared_prompt import (SHARED_ATTENTION, Packed, body, cache_argument, has_key_cache, head_logits,
-                                    plain_attention, positions_follow_longest_row, shares_prompts, small_model, takes)
+                                    layers_name, plain_attention, positions_follow_longest_row, shares_prompts,
+                                    small_model, takes)
 
 MAX_GRADIENT_NORM = 1.0
 DRAWS_AHEAD = 64  # uniform random numbers that are made at a time for each answer
@@ -232,7 +233,7 @@ def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict
 def backward_in_order(loss: Tensor) -> None:
     """Call loss.backward(), on a CPU so that gradients are added in a fixed order, with any number of threads.
 
-    transformers' experts read a row once for each of its experts, and torch adds the gradients of the copies in parallel.
+    transformers' experts copy a row for each expert that it goes to, and torch adds the copies' gradients in parallel.
     """
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode(max(before, 1) if loss.device.type == "cpu" else before)  # 1: deterministic
@@ -546,7 +547,7 @@ def plain_logprobs(model, prompt: Tensor, answers: list[Tensor], temperature: fl
     # padded on the right: tokens look back only, so the padding changes nothing
     ids = pad_sequence(rows, batch_first=True).to(model.device)  # [G, L + R - 1]
     with plain_attention(model):
-        output = model.base_model(ids, use_cache=False)
+        output = getattr(model, layers_name(model))(ids, use_cache=False)
     live = [row[len(prompt) - 1 :][: len(answer)] for row, answer in zip(output.last_hidden_state, answers)]
     head = partial(head_logits, model, output)
     return blockwise_logprobs(head, torch.cat(live), torch.cat(answers).to(model.device), temperature, head_rows(model))

@@ -68,9 +68,14 @@ def positions_follow_longest_row(model) -> bool:
     return "dynamic" in rotary or "longrope" in rotary
 
 
+def layers_name(model) -> str:
+    """Return the name of the part of a model that holds its layers; the other part is its head."""
+    return model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"  # Llama 4's prefix is wrong
+
+
 def body(model, layout, ids: Tensor, positions: Tensor) -> Tensor:
     """Run the model without its head; attention uses the layout: ids, positions [b, t] -> hidden [b, t, H]."""
-    return model.base_model(ids, position_ids=positions, use_cache=False, layout=layout)[0]
+    return getattr(model, layers_name(model))(ids, position_ids=positions, use_cache=False, layout=layout)[0]
 
 
 def head_logits(model, output, hidden: Tensor) -> Tensor:
@@ -83,9 +88,9 @@ def head_logits(model, output, hidden: Tensor) -> Tensor:
         return dataclasses.replace(output, last_hidden_state=hidden[None])
 
     # what some models ask of their layers: FalconH1 a number, and OPT calls model.decoder(...)
-    vars(layers).update(vars(model.base_model), decoder=layers)
+    vars(layers).update(vars(getattr(model, layers_name(model))), decoder=layers)
     headed = object.__new__(type(model))  # the same model, except for its layers; the model itself does not change
-    headed.__dict__ = vars(model) | {model.base_model_prefix: layers}
+    headed.__dict__ = vars(model) | {layers_name(model): layers}
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
     return type(model).forward(headed, ids, use_cache=False).logits[0]
 

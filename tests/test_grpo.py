@@ -32,11 +32,12 @@ SIZE = dict(
 EXPERTS = dict(num_experts_per_tok=2, experts_implementation="eager")
 
 
-def build(name, **settings):
+def build(name, config=None, **settings):
     """Make a tiny random model. Norms and biases, which start as ones and zeros, become random too."""
     torch.manual_seed(3)
     head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
-    model = getattr(transformers, f"{name}{head}")(getattr(transformers, f"{name}Config")(**SHAPE, **settings))
+    config = getattr(transformers, config or f"{name}Config")(**SHAPE, **settings)
+    model = getattr(transformers, f"{name}{head}")(config)
     for p in model.parameters():
         if p.dim() == 1:
             p.data += 0.2 * torch.randn_like(p)
@@ -97,6 +98,11 @@ def falcon_h1():
     """A model whose head asks its layers for a number, with attention and a state space in each layer."""
     return build("FalconH1", **SIZE, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8,
                  lm_head_multiplier=3.0)
+
+
+def llama4():
+    """A model that gives a wrong name for its layers."""
+    return build("Llama4", "Llama4TextConfig", **SIZE, intermediate_size_mlp=48, num_local_experts=2)
 
 
 def mamba():
@@ -493,8 +499,8 @@ def test_what_ends_the_self_check_from_outside_is_not_a_finding_about_the_model(
 
 @pytest.mark.parametrize("make", [qwen3, qwen3_moe, gpt_oss])
 def test_rounding_in_bf16_is_not_a_finding_about_the_model(make):
-    """Two exact layouts of a random mixture of experts differ by up to 0.7 nats a token in bf16, because a rounded score
-    can choose another expert. So the check refused models that share prompts exactly."""
+    """Two exact layouts of a random mixture of experts differ by up to 0.7 nats a token in bf16, because a rounded
+    score can choose another expert. So the check refused models that share prompts exactly."""
     model = unshared(make(hidden_size=256, initializer_range=0.3, num_hidden_layers=6)).bfloat16()
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model itself was run"))
     assert grpo.enable_sharing(model) == "" and model.dtype == torch.bfloat16
@@ -573,7 +579,7 @@ def test_the_plain_form_asks_for_logits_of_answers_only(make):
     torch.testing.assert_close(logp, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("make", [qwen3, mamba, qwen3_next, gemma2, granite, phi3, opt, falcon_h1])
+@pytest.mark.parametrize("make", [qwen3, mamba, qwen3_next, gemma2, granite, phi3, opt, falcon_h1, llama4])
 def test_the_plain_form_has_logits_of_a_few_positions_at_a_time(make, monkeypatch):
     """All of them are [G, R, V] numbers, several times: 40 GB at 8,192 tokens and a vocabulary of 150,000. The models
     cap or scale their logits after the head, or call their layers in a way of their own."""
@@ -582,7 +588,8 @@ def test_the_plain_form_has_logits_of_a_few_positions_at_a_time(make, monkeypatc
     monkeypatch.setattr(grpo, "HEAD_LOGITS", 5 * 37)
     rows, layers = [], []
     model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
-    model.base_model.register_forward_pre_hook(lambda _, args: layers.append(1))
+    body = getattr(model, shared_prompt.layers_name(model))
+    body.register_forward_pre_hook(lambda *_: layers.append(1))
     logp, gradient = value_and_gradient(model, lambda: grpo.plain_logprobs(model, prompt, answers, 0.7)[0])
     assert rows[:5] == [5, 5, 5, 5, 2] and sorted(rows[5:]) == [2, 5, 5, 5, 5]  # forward, then in the backward pass
     assert len(layers) == 1
@@ -673,8 +680,9 @@ def test_a_gpus_settings_are_made_before_they_are_needed():
                     os._exit(0)
         sys.meta_path.insert(0, Watch())
         import dust"""
-    for given, seen in ({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"):
-        env = {key: value for key, value in os.environ.items() if key != "PYTORCH_CUDA_ALLOC_CONF"} | given
+    name, ours = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+    for given, seen in ({}, ours), ({name: "backend:native"}, "backend:native"):
+        env = {key: value for key, value in os.environ.items() if key != name} | given
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.stdout.strip() == seen, done.stderr
 
@@ -954,7 +962,8 @@ FOUR = dict(num_experts_per_tok=4, initializer_range=0.2, head_dim=32)  # withou
 
 
 @pytest.mark.parametrize("name, more", [
-    ("Qwen3", dict(head_dim=32)), ("GPT2", dict(n_embd=256, n_layer=2, n_head=8)), ("Granite", dict(logits_scaling=3.0)),
+    ("Qwen3", dict(head_dim=32)), ("Granite", dict(logits_scaling=3.0)),
+    ("GPT2", dict(n_embd=256, n_layer=2, n_head=8)),
     ("GptOss", dict(**FOUR, num_local_experts=8, sliding_window=6)),
     ("Qwen3Moe", dict(**FOUR, num_experts=8, moe_intermediate_size=16)),
 ], ids=lambda x: x if isinstance(x, str) else "")
