@@ -92,7 +92,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor
         # A sink [Q] is the score of one extra key with value 0. One extra coordinate gives this score: sink / scale in
         # the queries, 1 in the extra first key, 0 in the others. An extra first query keeps the causal diagonal.
         q = torch.cat([q, (sinks / scale).to(q).view(1, -1, 1, 1).expand(-1, -1, n, -1)], -1)
-        k = torch.cat([F.one_hot(torch.tensor([k.shape[-1]])).to(k).expand(1, groups, 1, -1), F.pad(k, (0, 1))], 2)
+        k = torch.cat([F.pad(k.new_ones(1, 1), (k.shape[-1], 0)).expand(1, groups, 1, -1), F.pad(k, (0, 1))], 2)
         v = F.pad(v, (0, 1, 1, 0))
         q = F.pad(q, (0, 0, 1, 0)) if mask is None else q
     # Each key head serves Q / K query heads. With the key heads as the batch, the keys need not be repeated.

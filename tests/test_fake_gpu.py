@@ -39,9 +39,9 @@ SHORT = ["--limit", "6", "--eval-limit", "4", "--max-new-tokens", "6", "--steps"
 EVALUATION, TOP_P = grpo.Sampling(0.6, 0.95, 20), grpo.Sampling(1.0, 0.9)
 
 
-def grouped_experts(make):
+def grouped_experts(make, **changes):
     """Make a mixture of experts whose layers run as transformers runs them on a GPU, without a loop over experts."""
-    model = make()
+    model = make(**changes)
     model.set_experts_implementation("grouped_mm")
     return model
 
@@ -55,6 +55,12 @@ def with_lora(make):
     model = make()
     add_lora(model, rank=4, seed=0)
     return model
+
+
+def gpt_oss(num_hidden_layers):
+    """Make a model with attention sinks, and in every second layer a window."""
+    sizes = models.SIZE | models.EXPERTS | dict(num_local_experts=4, sliding_window=6)
+    return models.build("GptOss", **sizes | dict(num_hidden_layers=num_hidden_layers))
 
 
 # --------------------------------------------------------------------------------------- the same as on the CPU
@@ -231,6 +237,7 @@ CHECKS = {
     "waits_plain": partial(waits_a_step, partial(plain, models.qwen3), 2),
     "waits_top_p": partial(waits_a_step, models.qwen3, 2, TOP_P),
     "waits_update": partial(waits_of_an_update, models.qwen3),
+    "waits_update_sinks": partial(waits_of_an_update, partial(grouped_experts, gpt_oss)),
     "run": same_run,
 }
 
