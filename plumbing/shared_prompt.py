@@ -154,7 +154,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor
         # the queries, 1 in the extra first key, 0 in the others. An extra first query keeps the causal diagonal.
         D = k.shape[-1]
         q = torch.cat([q, F.pad((sinks / scale).to(q).view(1, -1, 1, 1), (0, ALIGNED - 1)).expand(-1, -1, n, -1)], -1)
-        sink = F.one_hot(torch.tensor(D), D + ALIGNED).to(k).expand(1, groups, 1, -1)
+        sink = F.pad(k.new_ones(1), (D, ALIGNED - 1)).expand(1, groups, 1, -1)
         k, v = torch.cat([sink, F.pad(k, (0, ALIGNED))], 2), F.pad(v, (0, ALIGNED, 1, 0))
         q = F.pad(q, (0, 0, 1, 0)) if mask is None else q
     # Each key head serves Q / K query heads. With the key heads as the batch, the keys need not be repeated.
