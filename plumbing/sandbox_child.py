@@ -526,11 +526,10 @@ def run_child(control: socket.socket, room: Room, files: "list[int]", timeout: f
 
 def watch(control: socket.socket, child: int, deadline: float, memory: int) -> "tuple[str, int]":
     """Wait until the child ends, its time is up, its tree holds too much memory, or the caller is dead."""
-    with contextlib.ExitStack() as stack:
-        waiting, tick = [control], 0.001
-        if hasattr(os, "pidfd_open"):
-            waiting, tick = [control, os.pidfd_open(child)], 0.025
-            stack.callback(os.close, waiting[1])
+    waiting, tick = [control], 0.001
+    if hasattr(os, "pidfd_open"):
+        waiting, tick = [control, os.pidfd_open(child)], 0.025
+    try:
         while True:
             left = deadline - time.monotonic()
             ready, _, _ = select.select(waiting, [], [], max(0, min(tick, left)))
@@ -543,6 +542,9 @@ def watch(control: socket.socket, child: int, deadline: float, memory: int) -> "
                 return "timeout", 0
             if LINUX and memory_of(descendants()) > memory:
                 return "memory", 0
+    finally:
+        for pidfd in waiting[1:]:
+            os.close(pidfd)
 
 
 def descendants(pid: "int | str" = "self") -> "set[int]":
