@@ -1,7 +1,7 @@
 """Measure on a GPU what is only calculated elsewhere, in less than eight minutes on one H100.
 
-    python tests/gpu_check.py                               # all parts; each line is printed as soon as it is known
-    python tests/gpu_check.py --write data/results/gpu.md   # and keep the tables in this file, also of a check cut short
+    python tests/gpu_check.py                               # all parts; a line is printed as soon as it is known
+    python tests/gpu_check.py --write data/results/gpu.md   # and keep the tables in this file, renewed after each part
     python tests/gpu_check.py --only step,update            # some parts
     python tests/gpu_check.py --device cpu --tiny           # the same code with small shapes: does it run at all?
 
@@ -218,16 +218,18 @@ def about(check: Check) -> None:
 
 
 def attention(check: Check) -> None:
-    for family in FAMILIES:
-        check.measure(f"{family}, bf16: calls of each kernel", lambda: chosen_kernels(check, family))
+    """Find out which attention kernels are used, and what it costs that every prompt and answer has its own length."""
     model = big(check, num_hidden_layers=2, vocab_size=1024)
     for allowed in (False, True):
-        state = "allowed" if allowed else "off"
-        check.measure(f"update of two layers, cuDNN attention {state}", lambda: new_lengths(check, model, allowed))
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+        state = f"cuDNN's attention {'allowed' if allowed else 'off'}"
+        for family in FAMILIES:
+            check.measure(f"{state}: kernels of {family}", lambda: chosen_kernels(check, family))
+        check.measure(f"{state}: update of two layers", lambda: new_lengths(check, model, first=400 + allowed))
 
 
 def chosen_kernels(check: Check, family: str) -> str:
-    """Return the kernels for a prompt, short answers that attend in one call, and a long answer."""
+    """Return how often each kernel is called for a prompt, short answers in one call, and a long answer, in bf16."""
     long = 150 if check.tiny else 500
     model, groups = build(check, family, torch.bfloat16), [(ids(long + 1), [ids(50), ids(60), ids(long - 1)])]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -238,21 +240,19 @@ def chosen_kernels(check: Check, family: str) -> str:
     return ", ".join(f"{name} {count}" for name, count in found.items())
 
 
-def new_lengths(check: Check, model, allowed: bool) -> str:
-    """Time a forward and a backward pass for lengths that no call has had, then for the same again."""
-    torch.backends.cuda.enable_cudnn_sdp(allowed)
-    long, count = (50, 1) if check.tiny else (400, 6)
-    gradients(model, [(ids(long - 20), [ids(long // 2), ids(40)])])  # the very first call loads kernels
-    batches = []
-    for i in range(count):
-        more = 2 * i + allowed  # no length twice
-        batches.append([(ids(long + more), [ids(long // 2 + 20 + more), ids(60 + more)])])
+def new_lengths(check: Check, model, first: int) -> str:
+    """Time a forward and a backward pass for lengths that no call has had, then for the same again. first: a length."""
+    gradients(model, [(ids(first - 20), [ids(first - 30), ids(30)])])  # the very first call loads kernels
+    count, batches = 1 if check.tiny else 6, []
+    for more in range(0, 2 * count, 2):  # every other length, because both states come here
+        batches.append([(ids(first + more), [ids(first - 150 + more), ids(60 + more)])])
     new, known = [[timed(check, lambda: gradients(model, batch)) for batch in batches] for _ in range(2)]
     new, known = (1e3 * sum(seconds) / count for seconds in (new, known))
     return f"{new:.0f} ms with lengths never met, {known:.0f} ms with the same again"
 
 
 def step(check: Check) -> None:
+    """Time decoding, by the difference of two lengths, so that reading the prompts does not count in a step."""
     model = big(check)
     weights = sum(p.numel() for p in model.parameters())
     check.measure(f"enable_sharing, {weights / 1e9:.2f} B weights in bf16", lambda: shares(model))
@@ -310,6 +310,7 @@ def launches(check: Check, decode) -> str:
 
 
 def update(check: Check) -> None:
+    """Time optimiser steps; the first one also makes the optimiser's state."""
     model = big(check)
     models.checkpoint_layers(model)
     optimizer = models.make_optimizer(model, "kahan", 1e-6)
@@ -330,6 +331,7 @@ def update(check: Check) -> None:
 
 
 def exact(check: Check) -> None:
+    """Compare numbers that have to be the same but for rounding."""
     prompts, answers = ([150, 70], [110, 60, 20, 5]) if check.tiny else ([1500, 700], [1100, 300, 40, 5])
     groups = [(ids(prompt), [ids(length) for length in answers]) for prompt in prompts]
     for family in FAMILIES:
@@ -408,6 +410,7 @@ def read_back(check: Check) -> tuple[str, bool]:
 
 
 def variants(check: Check) -> None:
+    """Run dust.py for one training step in ways that the default run does not take."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
     ways = {
         "adapters on bf16 weights (--lora 4)": ((), ["--lora", "4", "--optimizer", "kahan"]),
@@ -423,6 +426,7 @@ def variants(check: Check) -> None:
 
 
 def run(check: Check) -> None:
+    """Run dust.py as a user does, kill it in its training, resume it, and look at its report."""
     out, options = Path(check.folder, "run"), SHORT_RUN if check.tiny else []
     process, steps = start(check, out, *options), out / "metrics.jsonl"
     while process.poll() is None and count_lines(steps) < 2 and time.monotonic() < check.until - KEPT_BACK:
@@ -431,7 +435,7 @@ def run(check: Check) -> None:
     made = count_lines(steps)
     check.say(f"killed after {made} training steps", "as it should be" if made else last_words(out), made > 0)
     check.measure("resumed, up to its end", lambda: finished(check, start(check, out, *options, "--resume"), out))
-    check.measure("seconds of its stages", lambda: stages(out))
+    check.measure("seconds from file to file, restart included", lambda: stages(out))
     check.measure("training", lambda: training(out))
     if check.tiny:  # it has too few problems for the intervals of the full run
         known = Path(check.folder, "whole")
@@ -510,6 +514,7 @@ def be_part(check: Check) -> int:
     """Run one part, after a line on standard input that says until when. Return the exit code of its process."""
     warnings.simplefilter("ignore")  # rollouts that nobody has sampled
     transformers.logging.set_verbosity_error()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length; the part "attention" measures both
     check.until = float(sys.stdin.readline())
     try:
         about(check)
@@ -527,8 +532,10 @@ def be_part(check: Check) -> int:
 def open_part(check: Check) -> subprocess.Popen:
     """Start the process of a part. It imports torch, then waits until `watch` lets it begin."""
     command = [sys.executable, __file__, "--part", json.dumps(asdict(check))]
-    environment = os.environ | {"KINETO_LOG_LEVEL": "99"}  # or the profiler talks between our lines
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, text=True, start_new_session=True)
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ
+    environment["KINETO_LOG_LEVEL"] = "99"  # or the profiler prints between our lines
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, text=True, start_new_session=True)
 
 
 def begin(process: subprocess.Popen, until: float) -> None:
@@ -560,17 +567,17 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def run_plan(groups: list[dict], make, keep) -> None:
-    """Run parts, group after group. groups: {part: the time of its alarm, in seconds after its beginning}.
+def run_plan(groups: list[dict], last: float, make, keep) -> None:
+    """Run parts, group after group. groups: {part: the seconds from its beginning to its alarm}.
 
-    make: part -> Check. keep() is called whenever a part has ended. The processes of a group start while the group
-    before it runs, so that nothing waits for their imports.
+    last: when all of them have to be over, as time.monotonic() has it. make: part -> Check. keep() is called whenever a
+    part has ended. The processes of a group start while the group before it runs, so nothing waits for their imports.
     """
     opened = {}
     try:
         for group, following in zip(groups, [*groups[1:], {}]):
             opened |= {part: open_part(make(part)) for part in {**group, **following} if part not in opened}
-            alarms = {part: time.monotonic() + seconds for part, seconds in group.items()}
+            alarms = {part: min(time.monotonic() + seconds, last) for part, seconds in group.items()}
             for part, alarm in alarms.items():
                 begin(opened[part], alarm)
             for part, alarm in alarms.items():
@@ -625,6 +632,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the tables are written then, too
     slow, began = SLOW if options.tiny else 1, time.monotonic()
     groups = [{part: slow * seconds for part, seconds in group.items() if part in options.only} for group in PLAN]
+    groups, last = [group for group in groups if group], began + slow * options.seconds
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
 
         def keep() -> None:
@@ -632,8 +640,7 @@ def main() -> int:
                 Path(options.write).write_text(tables(folder), encoding="utf-8")
 
         try:
-            run_plan(list(filter(None, groups)), lambda part: Check(part, options.device, options.tiny, folder, began),
-                     keep)
+            run_plan(groups, last, lambda part: Check(part, options.device, options.tiny, folder, began), keep)
         finally:
             keep()
             print(f"\n{tables(folder)}", flush=True)

@@ -275,4 +275,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     fake_gpu.install()
     names = [name for name in sys.argv[1:] if name in CHECKS]
-    print("\n" + json.dumps(run_checks(names, sys.argv[1 + len(names) :])))
+    found = run_checks(names, sys.argv[1 + len(names) :])
+    print(*found.values(), sep="\n", file=sys.stderr)
+    print("\n" + json.dumps(found))

@@ -35,10 +35,11 @@ def plan(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_check, "open_part", open_part)
 
-    def run(*groups, kept=None):
+    def run(*groups, kept=None, last=600):
         seconds = [{part: 60 if part == "works" else 3 for part in group} for group in groups]
-        make = lambda part: Check(part, "cpu", True, str(tmp_path), time.monotonic())
-        run_plan(seconds, make, lambda: kept is not None and kept.append(tables(str(tmp_path))))
+        folder, kept = str(tmp_path), [] if kept is None else kept
+        run_plan(seconds, time.monotonic() + last, lambda part: Check(part, "cpu", True, folder, time.monotonic()),
+                 lambda: kept.append(tables(folder)))
         return {line["part"]: line["result"] for line in read_lines(str(tmp_path))}
 
     return run
@@ -56,6 +57,12 @@ def test_part_that_hangs_is_cut_with_its_children_and_the_next_one_runs(plan, tm
         time.sleep(0.1)
     else:
         raise AssertionError("the child of the part that was cut still runs")
+
+
+def test_parts_end_with_the_time_for_all_of_them(plan, tmp_path):
+    began = time.monotonic()
+    lines = plan(["hangs"], ["works"], last=1)
+    assert time.monotonic() - began < 30 and "alarm" in lines["hangs"]
 
 
 def running(pid: int) -> bool:
@@ -106,4 +113,5 @@ def test_missing_gpu_is_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "--device cuda:99 does not work here" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
-    assert "does not work here" in (tmp_path / "gpu.md").read_text() and "exact" not in (tmp_path / "gpu.md").read_text()
+    kept = (tmp_path / "gpu.md").read_text()
+    assert "does not work here" in kept and "exact" not in kept
