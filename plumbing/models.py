@@ -1,5 +1,6 @@
 """Hugging Face models: loading, chat templates, memory, LoRA, optimisers for bf16 weights, checkpoints and saving."""
 import contextlib
+import copy
 import json
 import os
 import pickle
@@ -124,26 +125,52 @@ def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: s
     """
     # a shard is its own fp32 master: the forward casts what it has gathered
     dtype = torch.float32 if optimizer == "fp32" or (shard and optimizer == "masters") else torch.bfloat16
+    if dtype == torch.float32 and device.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = True  # products of fp32 with bf16's speed and 11 significant bits
     with loading(option, name):
         folder, config = load_config(name, option)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if not tokenizer("x y 1").input_ids:
             raise BadInput(f"{option} {name}: its tokenizer is empty")
         check_template(tokenizer, name, effort)
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+        if shard:
+            model, whole = read_on_first(folder, config, dtype)
+        else:
+            model, whole = read_weights(folder, config, dtype), None
     with loading(option, name, "cannot be saved"), tempfile.TemporaryDirectory() as trial:  # now, not after training
         for part in (model.config, that_saves(model.generation_config), tokenizer):
             part.save_pretrained(trial)
-    if dtype == torch.float32:
-        model.float()  # with transformers 5.17 (not with 5.24) what was quantised comes as bf16
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # a probability that is not in the configuration
     if sum(p.numel() for p in model.parameters()) > LARGE:
         checkpoint_layers(model)
     if shard:
-        ranks.shard_model(model, torch.float32 if optimizer == "fp32" else torch.bfloat16, device)
+        ranks.shard_model(model, torch.float32 if optimizer == "fp32" else torch.bfloat16, device, whole)
     return model.to(device).eval(), tokenizer
+
+
+def read_weights(folder: str, config, dtype: torch.dtype):
+    """Return a model with its weights, on the CPU."""
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    if dtype == torch.float32:
+        model.float()  # with transformers 5.17 (not with 5.24) what was quantised comes as bf16
+    return model
+
+
+def read_on_first(folder: str, config, dtype: torch.dtype) -> tuple:
+    """Return (model on the meta device, on rank 0 also the model with its weights). The other ranks read no weights."""
+    whole = []
+
+    def read():
+        whole.append(read_weights(folder, config, dtype))
+        return whole[0].config, whole[0].generation_config  # reading has changed both
+
+    config, generation_config = ranks.on_first(read)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.generation_config = generation_config
+    return model, whole[0] if whole else None
 
 
 def checkpoint_layers(model) -> None:
@@ -409,12 +436,14 @@ def choose_optimizer(args, given: str) -> tuple[str, str]:
     """Return the optimiser of a run, and the plan's line about memory. args: dust.Args; given: the user's choice.
 
     Without a choice it is the first one that leaves half of the memory to the KV cache and the activations, or else the
-    smallest. LoRA's adapters are not counted. Raises BadInput where a model is missing or is not a language model.
+    smallest. A GPU computes in fp32 many times slower than in bf16, so there only the user chooses fp32. LoRA's adapters
+    are not counted. Raises BadInput where a model is missing or is not a language model.
     """
     parameters, there = count_parameters(args.model), min(ranks.gather(room(args.device)))
     frozen = parameters * ((args.kl > 0 or args.mode == "sft") and not args.lora)  # the reference or the teacher
     frozen = count_parameters(args.teacher, "--teacher") if args.teacher else frozen
-    for kind in [given] if given else BYTES:
+    kinds = [kind for kind in BYTES if kind != "fp32" or not args.device.startswith("cuda")]
+    for kind in [given] if given else kinds:
         weight = 4 if kind == "fp32" or args.shard and kind == "masters" else 2  # as load_model loads them
         need = parameters * (weight if args.lora or args.eval_only else BYTES[kind])
         need = (need + frozen * weight * (not args.eval_only)) / (ranks.world() if args.shard else 1)
@@ -433,30 +462,74 @@ def in_words(size: float) -> str:
 
 
 def save_checkpoint(path: Path, model, optimizer, step: int) -> None:
-    """Write trained weights, optimiser and step to one file, all of it or nothing. Sharded tensors become full ones."""
+    """Write trained weights, optimiser and step, all of it or nothing: to one file, or shards to a folder beside it."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {"model": ranks.full_state(trained), "optimizer": ranks.full_state(optimizer.state_dict()), "step": step}
-    if ranks.rank() == 0:
+    if isinstance(model, ranks.FSDPModule):
+        state = {"model": trained, "optimizer": state_by_name(model, optimizer)}
+        ranks.save_shards(path.with_suffix(""), state, step)
+    elif ranks.rank() == 0:
+        state = {"model": trained, "optimizer": optimizer.state_dict(), "step": step}
         torch.save(state, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
+
+
+def state_by_name(model, optimizer) -> dict[str, dict]:
+    """Return parameter name -> the optimiser's state of that parameter (the dict itself, not a copy)."""
+    return {name: optimizer.state[p] for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
 def load_checkpoint(path: Path, model, optimizer) -> int:
     """Load a checkpoint into model and optimiser; return its step, 0 where there is none."""
+    damages = (ValueError, LookupError, TypeError, EOFError, OSError, pickle.UnpicklingError)
+    if isinstance(model, ranks.FSDPModule):  # there a RuntimeError says that another rank has ended
+        path, load = path.with_suffix(""), load_shards
+    else:
+        load, damages = load_file, (RuntimeError, *damages)
+    try:
+        return load(path, model, optimizer)
+    except damages as error:
+        raise BadInput(f"{path} cannot be read ({first_line(error)}); delete it, and training starts again") from None
+
+
+def load_file(path: Path, model, optimizer) -> int:
+    """Do load_checkpoint's work for a model in one piece."""
     if not path.exists():
         return 0
-    try:
-        state = torch.load(path, map_location="cpu", mmap=model.device.type != "cpu")
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        for name, p in trained:
-            p.copy_(ranks.sharded(state["model"][name], p))
-        for index, values in state["optimizer"]["state"].items():
-            p = trained[index][1]  # optimizer.load_state_dict would round masters and moments to its dtype
-            optimizer.state[p] = {name: ranks.sharded(value, p) for name, value in values.items()}
-        return state["step"]
-    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise BadInput(f"{path} cannot be read ({first_line(error)}); delete it, and training starts again") from None
+    state = torch.load(path, map_location="cpu", mmap=model.device.type != "cpu")
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for name, p in trained:
+        p.copy_(state["model"][name])
+    for index, values in state["optimizer"]["state"].items():
+        p = trained[index][1]  # optimizer.load_state_dict would round masters and moments to its dtype
+        optimizer.state[p] = {k: v.to(p.device) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+    return state["step"]
+
+
+def load_shards(folder: Path, model, optimizer) -> int:
+    """Do load_checkpoint's work for a sharded model. The number of ranks may have changed."""
+    step, saved = ranks.on_first(lambda: ranks.newest_shards(folder))
+    if not step:
+        return 0
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for key, kept in saved.items():
+        part, _, key = key.partition(".")
+        name, _, field = key.rpartition(".")
+        if part == "optimizer":  # make room: a new optimiser has no state
+            p = trained[name]
+            optimizer.state[p][field] = ranks.room_for(kept, p)
+    state = {"model": {name: p.detach() for name, p in trained.items()}, "optimizer": state_by_name(model, optimizer)}
+    ranks.load_shards(folder, state, step)
+    return step
+
+
+def with_turn_end(config: GenerationConfig, tokenizer) -> GenerationConfig:
+    """Return a copy that names the template's end of a turn too: other programs stop where the config says, as we do."""
+    config, end = copy.deepcopy(config), turn_end(tokenizer)
+    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if end not in (None, *stops):
+        config.eos_token_id = [*(stop for stop in stops if stop is not None), end]
+    return config
 
 
 def that_saves(config: GenerationConfig) -> GenerationConfig:
@@ -476,18 +549,20 @@ def that_saves(config: GenerationConfig) -> GenerationConfig:
 def save_model(folder: Path, model, tokenizer) -> None:
     """Write an ordinary model folder, even from shards or adapters. The model does not change. Collective.
 
-    Each adapter is added to its layer's weight in fp32: in bf16 up to half of what it learned would be rounded away. A
-    new model without weights writes the folder: transformers would save adapters alone, or give weights that were once
+    All weights are collected on the CPU of rank 0. Each adapter is added to its layer's weight there, in fp32: in bf16
+    up to half of what it learned would be rounded away, and a GPU that just holds the model has no room for that. A new
+    model without weights writes the folder: transformers would save adapters alone, or give weights that were once
     quantised their 4-bit names back (with 5.17).
     """
-    state = ranks.full_state(model.state_dict())
+    state = ranks.first_has(model)
+    if ranks.rank():
+        return
     state = {key.replace(".base_layer.", "."): weight for key, weight in state.items() if ".lora_" not in key}
     for name, layer in lora_layers(model):
         (adapter,) = layer.active_adapters
-        state[f"{name}.weight"] = layer.get_base_layer().weight.float() + layer.get_delta_weight(adapter).float()
-    if ranks.rank() == 0:
-        with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
-        plain.generation_config = that_saves(model.generation_config)
-        plain.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
+        state[f"{name}.weight"] = state[f"{name}.weight"].float() + layer.get_delta_weight(adapter).float().cpu()
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    plain.generation_config = that_saves(with_turn_end(model.generation_config, tokenizer))
+    plain.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)

@@ -6,13 +6,21 @@ there is one rank, and nothing here communicates.
 """
 import contextlib
 import os
+import shutil
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+
+from plumbing.problems import first_line
+
+LONG = timedelta(days=7)  # a rank may wait as long as this for the answers of another
 
 
 def world() -> int:
@@ -33,14 +41,15 @@ def local_world() -> int:
 def start() -> None:
     """Join the other ranks, if torchrun started this process. A wrong address is noticed after five minutes.
 
-    Later a rank may wait long for the answers of another. One that has died is noticed without a timeout: its
-    connection closes (gloo), or torchrun ends the others.
+    Later a rank may wait long for the answers of another, also in the store, where NCCL's ranks meet before their first
+    collective. One that has died is noticed without a timeout: its connection closes (gloo), or torchrun ends the others.
     """
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or dist.is_initialized():
         return
     store, number, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+    store.set_timeout(LONG)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timedelta(days=7))
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=LONG)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
 
@@ -106,8 +115,11 @@ def sum_gradients(parameters) -> None:
 # -------------------------------------------------------------------------------------------------- sharded weights
 
 
-def shard_model(model, compute: torch.dtype, device: str) -> None:
+def shard_model(model, compute: torch.dtype, device: str, whole=None) -> None:
     """Spread a model over the ranks (FSDP2): each keeps 1 / world of every weight, its gradient and optimiser state.
+
+    A model on the meta device gets its weights from `whole`, the same model with weights, which only rank 0 has to
+    have: no other rank ever holds more than one whole weight.
 
     A layer's weights are gathered for each pass, in the compute dtype. Gradients are summed in fp32, not averaged: the
     loss has the denominator of all ranks. All ranks make each forward, through `run_forward` or inside `unsharded`.
@@ -118,8 +130,21 @@ def shard_model(model, compute: torch.dtype, device: str) -> None:
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+    if model.device.type == "meta":
+        model.to_empty(device=device)
+        take_weights(model, whole)
     run_forward(model, lambda model: None)  # the first module to run forward becomes FSDP's root: make it the model
     model.reshard()
+
+
+@torch.no_grad()
+def take_weights(model, whole) -> None:
+    """Copy the weights and buffers of rank 0's `whole` into a sharded model. Collective."""
+    state = whole.state_dict() if rank() == 0 else {}
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    buffers = on_first(lambda: dict(whole.named_buffers()))
+    for name, buffer in model.named_buffers():  # some, as a rotary embedding's, are not in the state dict
+        buffer.copy_(buffers[name])
 
 
 def run_forward(model, forward, *inputs):
@@ -155,17 +180,51 @@ def gathered_bytes(model) -> int:
     return sum(2 * p.numel() for p in model.parameters() if isinstance(p, DTensor))
 
 
-def full_state(state):
-    """Return the same nested dicts, with every sharded tensor in full on the CPU. Collective."""
-    if isinstance(state, dict):
-        return {key: full_state(value) for key, value in state.items()}
-    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
+def full_state(value):
+    """Return a sharded tensor in full, on the CPU; anything else unchanged. Collective."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
-def sharded(value, like: torch.Tensor):
-    """Move a tensor to the device of `like` and cut it as `like` is cut; return anything else unchanged."""
-    if isinstance(value, torch.Tensor):
-        value = value.to(like.device)
-        if isinstance(like, DTensor) and value.shape == like.shape:
-            return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-    return value
+def first_has(model) -> dict:
+    """Return a model's state dict, in full and on the CPU, on rank 0; an empty dict on the others. Collective."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def save_shards(folder: Path, state: dict, step: int) -> None:
+    """Write a nested dict of tensors and numbers to folder/STEP, each rank its shards. Then delete older steps.
+
+    torch writes the file .metadata last: a folder without it is of a run that was killed while writing. Collective.
+    """
+    try:
+        dcp.save(state, checkpoint_id=folder / str(step))
+    except dcp.CheckpointException as error:  # it is no Exception, and holds those of the ranks
+        raise next(iter(error.failures.values()))[0] from None
+    for older in folder.iterdir() if rank() == 0 else ():
+        if older.name != str(step):
+            shutil.rmtree(older, ignore_errors=True)
+
+
+def newest_shards(folder: Path) -> tuple[int, dict]:
+    """Return the last step that was saved as a whole, and name -> metadata of what it holds; (0, {}) without one."""
+    steps = [int(path.parent.name) for path in folder.glob("*/.metadata")]
+    if not steps:
+        return 0, {}
+    reader = dcp.FileSystemReader(folder / str(max(steps)))
+    return max(steps), reader.read_metadata().state_dict_metadata
+
+
+def room_for(kept, like: torch.Tensor):
+    """Return what the saved value of this metadata can be read into: a tensor, cut as `like` if it has its shape."""
+    if not isinstance(kept, dcp.metadata.TensorStorageMetadata):
+        return None  # a number takes no room
+    if kept.size == like.shape:
+        return torch.empty_like(like, dtype=kept.properties.dtype)
+    return torch.empty(kept.size, dtype=kept.properties.dtype, device=like.device)
+
+
+def load_shards(folder: Path, state: dict, step: int) -> None:
+    """Read what save_shards wrote into a dict like the one that was saved. ValueError if it is damaged. Collective."""
+    try:
+        dcp.load(state, checkpoint_id=folder / str(step))
+    except dcp.CheckpointException as error:
+        raise ValueError(first_line(next(iter(error.failures.values()))[0])) from None
