@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -282,8 +283,8 @@ def peak(do) -> float:
 def test_no_rank_but_the_first_ever_holds_a_sharded_model_in_full(tmp_path):
     """Eight copies of 61 GB do not fit a machine, nor do eight of weights and optimiser at each checkpoint.
 
-    The model has 100 MB, and its largest weight 8. Before, each rank grew by 136 MB when it was loaded, by 310 when a
-    checkpoint was saved, and by 120 when the model was saved.
+    The model has 96 MB, and its largest weight 8. Before, each rank grew by 96 MB when it was loaded, by 296 when a
+    checkpoint was saved (rank 0 also when it was read), and by 104 when the model was saved.
     """
     config = Qwen3Config(vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=5, head_dim=64,
                          num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False)
@@ -311,10 +312,10 @@ def test_no_rank_but_the_first_ever_holds_a_sharded_model_in_full(tmp_path):
 
     first, second = results(tmp_path, task)
     print(f"{size:.0f} MB:", first, second)
-    assert first["load"] < 1.8 * size and second["load"] < 0.9 * size
+    assert first["load"] < 1.7 * size and second["load"] < 0.7 * size  # on the CPU, beside half of the model as shards
     for grown in (first, second):
-        assert grown["save"] < 0.3 * size and grown["resume"] < 1.3 * size  # new moments, and its own shards
-    assert first["save the model"] < 1.5 * size and second["save the model"] < 0.5 * size
+        assert grown["save"] < 0.3 * size and grown["resume"] < 0.3 * size
+    assert first["save the model"] < 1.4 * size and second["save the model"] < 0.4 * size
 
 
 def sharded_run():
@@ -328,14 +329,13 @@ def sharded_run():
     return model, optimizer
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-@pytest.mark.parametrize("when", ["write_data", "finish"])
+@pytest.mark.parametrize("killed, when", [(0, "write_data"), (1, "write_data"), (0, "finish")])
 def test_a_rank_killed_while_shards_are_written_leaves_the_checkpoint_before(killed, when, tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     results(tmp_path, lambda rank: save_checkpoint(path, *sharded_run(), 1))
 
     def die(rank):
-        def kill(*_):
+        def kill(*_, **__):
             time.sleep(0.5)  # the other has written its shards by then
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -351,10 +351,9 @@ def test_a_rank_killed_while_shards_are_written_leaves_the_checkpoint_before(kil
         return step, load_checkpoint(path, model, optimizer), [p.name for p in (tmp_path / "checkpoint").iterdir()]
 
     codes = in_ranks(die, tmp_path)
-    if when == "write_data" or killed == 0:  # only rank 0 finishes
-        assert codes[killed] == -signal.SIGKILL and 0 not in codes
+    assert codes[killed] == -signal.SIGKILL and 0 not in codes
     for first, second, kept in results(tmp_path, go_on):
-        assert (first, second, kept) == (1, 2, ["2"]) or (when, killed, first) == ("finish", 1, 2)
+        assert (first, second, kept) == (1, 2, ["2"])
 
 
 @pytest.mark.parametrize("file", ["1/.metadata", "1/__0_0.distcp", "1/__1_0.distcp"])
@@ -391,7 +390,7 @@ def test_a_disk_that_is_full_at_one_rank_is_its_own_error_on_every_rank(tmp_path
 def test_the_store_waits_as_long_as_the_ranks_do(tmp_path):
     """NCCL's ranks meet in the store at their first collective: after five minutes of waiting the run ended."""
     found = results(tmp_path, lambda rank: torch.distributed.distributed_c10d._get_default_store().timeout)
-    assert found == [ranks.LONG, ranks.LONG]
+    assert found == [timedelta(days=7)] * 2
 
 
 def test_a_weight_that_one_rank_did_not_use_is_summed_all_the_same(tmp_path):
