@@ -163,8 +163,12 @@ def read_on_first(folder: str, config, dtype: torch.dtype) -> tuple:
     whole = []
 
     def read():
-        whole.append(read_weights(folder, config, dtype))
-        return whole[0].config, whole[0].generation_config  # reading has changed both
+        model = read_weights(folder, config, dtype)
+        head = model.get_output_embeddings()
+        if head is not None and head.weight is not model.get_input_embeddings().weight:
+            model.config.tie_word_embeddings = False  # whatever it says: the files decide
+        whole.append(model)
+        return model.config, model.generation_config  # reading has changed both
 
     config, generation_config = ranks.on_first(read)
     with torch.device("meta"):

@@ -23,6 +23,7 @@ from plumbing.models import (SmallStepAdam, add_lora, answer_text, check_templat
                              load_model, lora_disabled, make_optimizer, render, save_checkpoint, save_model,
                              show_first)
 from dust import Candidate, Group
+from test_batches import SHAPES
 from test_dust import check_run, error_of, run_dust
 
 torch.set_num_threads(1)
@@ -413,9 +414,8 @@ def test_a_run_is_loaded_as_its_model_and_a_short_name_as_the_hubs(tmp_path, hub
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
 
-def test_mxfp4_weights_become_ordinary_ones_and_are_saved_as_such(tmp_path):
-    """GPT-OSS ships its experts in 4 bits, two to a byte and a scale for 32; the configuration goes on saying so."""
-    folder = make_model(tmp_path / "model", "gpt-oss")
+def quantise(folder) -> dict[str, torch.Tensor]:
+    """Give a GPT-OSS random experts in 4 bits, two to a byte and a scale for 32; return what they stand for."""
     weights, wanted = load_file(folder / "model.safetensors"), {}
     torch.manual_seed(0)
     for name in [n for n in weights if n.endswith("_proj") and "experts" in n]:
@@ -429,6 +429,13 @@ def test_mxfp4_weights_become_ordinary_ones_and_are_saved_as_such(tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    return wanted
+
+
+def test_mxfp4_weights_become_ordinary_ones_and_are_saved_as_such(tmp_path):
+    """GPT-OSS ships its experts so, and the configuration goes on saying it."""
+    folder = make_model(tmp_path / "model", "gpt-oss")
+    wanted = quantise(folder)
     assert count_parameters(str(folder)) > 0
     model, tokenizer = load_model(str(folder), optimizer="fp32", shard=False, device="cpu")
     state = model.state_dict()
@@ -501,6 +508,17 @@ def test_a_generation_config_that_loads_is_saved_too(settings, saved, tmp_path, 
     again = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert again.items() >= saved.items() and again["eos_token_id"] == [3, 5]
     assert not model.generation_config.do_sample or "do_sample" in settings  # the model itself does not change
+
+
+@pytest.mark.parametrize("stops, saved", [([3, 2], [3, 2, 5]), (3, [3, 5]), (None, [5]), ([5, 3], [5, 3]), (5, 5)])
+def test_what_is_saved_names_the_end_of_a_turn(stops, saved, tmp_path):
+    """Another program stops only where the saved config says so: a base model that was taught to rank never would."""
+    model, tokenizer = tiny(), make_tokenizer(QWEN)
+    model.generation_config.eos_token_id = stops
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 5
+    save_model(tmp_path, model, tokenizer)
+    again = json.loads((tmp_path / "generation_config.json").read_text())
+    assert again["eos_token_id"] == saved and model.generation_config.eos_token_id == stops
 
 
 @pytest.mark.parametrize("part", [Qwen3Config, PreTrainedTokenizerFast])
@@ -717,6 +735,26 @@ def test_what_adapters_learned_in_small_steps_is_not_rounded_away_in_what_is_sav
     saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).model.layers[1].mlp.up_proj.weight
     torch.testing.assert_close(saved - before.float(), change, atol=1e-7, rtol=1e-2)
 
+
+def test_adapters_are_merged_on_the_cpu(tmp_path, monkeypatch):
+    """On a GPU of 24 GB the merged weights of a 4 B model, in fp32, were beside the model: out of memory at the end.
+
+    Here the meta device is the GPU.
+    """
+    pytest.importorskip("peft")
+    model, saved = tiny().bfloat16(), {}
+    add_lora(model, 4, seed=0)
+    model.to("meta")
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.zeros_like(tensor, device="cpu"))
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device=None, *rest, **named: tensor.cpu()
+                        if device in ("cpu", torch.device("cpu")) else to(tensor, device, *rest, **named))
+    monkeypatch.setattr(Qwen3ForCausalLM, "save_pretrained", lambda plain, folder, state_dict: saved.update(state_dict))
+    save_model(tmp_path, model, NoTokenizer())
+    merged = [weight for weight in saved.values() if weight.dtype == torch.float32]
+    assert len(merged) == 2 * 7 and {weight.device.type for weight in saved.values()} == {"cpu"}
+
+
 def test_adapters_are_on_gpt2s_own_linear_layers_and_leave_experts_alone():
     """GPT-2 has no torch.nn.Linear: its adapters were refused. Adapters of experts would copy them in each forward."""
     pytest.importorskip("peft")
@@ -772,6 +810,48 @@ def test_the_optimiser_is_the_first_that_leaves_half_of_the_memory(monkeypatch):
     assert choice(monkeypatch, QWEN3_4B, 24 * GB, lora=16)[0] == "masters"
     assert choice(monkeypatch, QWEN3_4B, 300 * GB, "kahan")[0] == "kahan"  # what is given stays
     assert choice(monkeypatch, 844_032, 4 * GB)[0] == "fp32"  # the shipped model on a laptop
+
+
+@pytest.mark.parametrize("name, there, expected, needed, settings", [
+    # by hand, for 4.02 and 30.5 billion weights: 16 or 14 bytes each, and 2 of the reference; adapters: 2
+    ("Qwen3-4B", 24, "kahan", 64.4, {}), ("Qwen3-4B", 80, "kahan", 64.4, {}), ("Qwen3-4B", 141, "kahan", 64.4, {}),
+    ("Qwen3-4B", 160, "masters", 72.4, {}), ("Qwen3-4B", 24, "masters", 8.0, {"lora": 16}),
+    ("Qwen3-4B", 80, "masters", 8.0, {"lora": 16}), ("Qwen3-4B", 141, "masters", 8.0, {"eval_only": True}),
+    ("Qwen3-30B", 24, "kahan", 488.5, {}), ("Qwen3-30B", 80, "kahan", 61.1, {"lora": 16}),
+    ("Qwen3-30B", 141, "masters", 61.1, {"lora": 16}),
+    # spread over eight: 16 bytes each and 4 of the reference, or 14 and 2
+    ("Qwen3-30B", 80, "kahan", 61.1, {"shard": True}), ("Qwen3-30B", 141, "kahan", 61.1, {"shard": True}),
+    ("Qwen3-30B", 160, "masters", 76.3, {"shard": True}),
+])
+def test_a_gpu_gets_bf16_weights_that_train(name, there, expected, needed, settings, monkeypatch):
+    """fp32 was tried first: with adapters on 80 GB a run computed in fp32, many times slower than in bf16."""
+    monkeypatch.setattr(models, "load_config", lambda *_: ("", SHAPES[name]))
+    monkeypatch.setattr(models, "room", lambda device: there * GB)
+    monkeypatch.setattr(models.ranks, "gather", lambda value: [value])
+    monkeypatch.setattr(models.ranks, "world", lambda: 8)
+    args = dust.Args(device="cuda:0", **settings)
+    kind, line = choose_optimizer(args, "")
+    assert kind == expected and line.startswith(f"{needed} GB of {there:.1f} GB")
+    assert ("will not fit" in line) == (needed > there)
+    assert choose_optimizer(args, "fp32")[0] == "fp32"  # the user's choice
+
+
+def test_fp32_weights_on_a_gpu_are_multiplied_in_tf32(tmp_path, monkeypatch):
+    """Only there, and only if they were chosen. (Nothing is loaded here: there is no GPU.)"""
+    matmul, folder = torch.backends.cuda.matmul, make_model(tmp_path / "model", "qwen3")
+
+    def unreadable(*_, **__):
+        raise ValueError("no GPU")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", unreadable)
+    choices = [("fp32", "cpu", False), ("kahan", "cuda:0", False), ("fp32", "cuda:0", True)]
+    try:
+        for optimizer, device, expected in choices:
+            with pytest.raises(BadInput, match="no GPU"):
+                load_model(str(folder), optimizer=optimizer, shard=False, device=device)
+            assert matmul.allow_tf32 == expected
+    finally:
+        matmul.allow_tf32 = False
 
 
 def test_the_plan_says_what_is_needed_and_what_to_do_where_it_does_not_fit(monkeypatch):

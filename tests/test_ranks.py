@@ -1,26 +1,32 @@
 """Two processes that share a run, on the CPU: equal gradients, equal results, and a rank that dies."""
 import copy
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemWriter
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import dust
 import grpo
 from plumbing import ranks
-from plumbing.problems import Problem
-from plumbing.models import load_checkpoint, make_optimizer, save_checkpoint, save_model
+from plumbing.problems import BadInput, Problem
+from plumbing.models import load_checkpoint, load_model, make_optimizer, save_checkpoint, save_model
 from plumbing.ranks import full_state, shard_model
 from test_grpo import distance, qwen3, scored, settings
+from test_models import QWEN, make_model, make_tokenizer, quantise
 
 torch.set_num_threads(1)
 ROOT = Path(dust.__file__).resolve().parent
@@ -193,6 +199,198 @@ def test_a_sharded_model_may_be_called_inside_a_forward_and_is_saved_in_full(tmp
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
     assert saved.keys() == model.state_dict().keys()
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family, optimizer", [("qwen3", "kahan"), ("gpt-oss", "fp32"), ("llama", "masters")])
+def test_a_model_that_only_rank_0_reads_is_the_same_on_every_rank(family, optimizer, tmp_path):
+    """Weights in 4 bits, tied ones, and such as the configuration calls tied, but they are not (Llama).
+
+    And what no state dict holds: rotary frequencies, and the ids of the end.
+    """
+    folder = make_model(tmp_path / "model", family)
+    if family == "gpt-oss":
+        quantise(folder)
+    else:
+        config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+        (folder / "config.json").write_text(json.dumps(config))
+    if family == "qwen3":
+        weights = load_file(folder / "model.safetensors")
+        del weights["lm_head.weight"]
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 5, 7], "do_sample": true, "top_k": 9}')
+    ids, read = torch.arange(40)[None] % 20, AutoModelForCausalLM.from_pretrained
+
+    def task(rank):
+        def counted(*arguments, **named):
+            assert rank == 0, "every rank reads the weights"
+            return read(*arguments, **named)
+
+        AutoModelForCausalLM.from_pretrained = counted
+        model, _ = load_model(str(folder), optimizer=optimizer, shard=True, device="cpu")
+        logits = ranks.run_forward(model, lambda model, ids: model(ids).logits, ids).detach()
+        state = {name: full_state(value) for name, value in model.state_dict().items()}
+        parameters = len(list(model.parameters()))
+        return state, dict(model.named_buffers()), logits, model.generation_config.to_dict(), parameters
+
+    alike = "fp32" if optimizer == "masters" else optimizer  # a shard is its own fp32 master
+    whole, _ = load_model(str(folder), optimizer=alike, shard=False, device="cpu")
+    for state, buffers, logits, generation, parameters in results(tmp_path, task):
+        for mine, expected in ((state, whole.state_dict()), (buffers, dict(whole.named_buffers()))):
+            assert mine.keys() == expected.keys()
+            assert all(torch.equal(mine[name], expected[name]) for name in mine)
+            assert all(mine[name].dtype == expected[name].dtype for name in mine)
+        near = 1e-5 if optimizer == "fp32" else 0.02
+        assert torch.allclose(logits.float(), whole(ids).logits.float(), atol=near)
+        assert generation == whole.generation_config.to_dict() and parameters == len(list(whole.parameters()))
+
+
+def test_a_model_that_rank_0_cannot_read_is_one_error_on_every_rank(tmp_path):
+    """The other ranks would wait for its weights."""
+    folder = make_model(tmp_path / "model", "llama")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+    def task(rank):
+        with pytest.raises(BadInput) as error:
+            load_model(str(folder), optimizer="fp32", shard=True, device="cpu")
+        return str(error.value)
+
+    one, other = results(tmp_path, task)
+    assert one == other and one.startswith(f"--model {folder} does not load: ") and "\n" not in one
+
+
+def in_memory() -> float:
+    """MB of this process that are no file's."""
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+
+
+def peak(do) -> float:
+    """By how many MB this process grew, at most, while do() ran."""
+    seen, ended = [in_memory()], threading.Event()
+
+    def watch():
+        while not ended.wait(0.002):
+            seen.append(in_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    do()
+    ended.set()
+    watcher.join()
+    return max(seen) - seen[0]
+
+
+def test_no_rank_but_the_first_ever_holds_a_sharded_model_in_full(tmp_path):
+    """Eight copies of 61 GB do not fit a machine, nor do eight of weights and optimiser at each checkpoint.
+
+    The model has 96 MB, and its largest weight 8. Before, each rank grew by 96 MB when it was loaded, by 296 when a
+    checkpoint was saved (rank 0 also when it was read), and by 104 when the model was saved.
+    """
+    config = Qwen3Config(vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=5, head_dim=64,
+                         num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(config)
+    size = sum(p.nbytes for p in model.parameters()) / 2**20
+    model.bfloat16().save_pretrained(tmp_path / "model")  # read as fp32: so it is not just mapped from the disk
+    make_tokenizer(QWEN).save_pretrained(tmp_path / "model")
+    del model
+
+    def task(rank):
+        ctypes.CDLL(None).mallopt(-3, 2**16)  # what is freed goes back to the system (M_MMAP_THRESHOLD)
+        loaded, grown, file = [], {}, tmp_path / "checkpoint.pt"
+        grown["load"] = peak(lambda: loaded.extend(
+            load_model(str(tmp_path / "model"), optimizer="fp32", shard=True, device="cpu")))
+        model, tokenizer = loaded
+        optimizer = make_optimizer(model, "fp32", 1e-3)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+        grown["save"] = peak(lambda: save_checkpoint(file, model, optimizer, 1))
+        grown["resume"] = peak(lambda: load_checkpoint(file, model, optimizer))
+        grown["save the model"] = peak(lambda: save_model(tmp_path / "saved", model, tokenizer))
+        return grown
+
+    first, second = results(tmp_path, task)
+    print(f"{size:.0f} MB:", first, second)
+    assert first["load"] < 1.7 * size and second["load"] < 0.7 * size  # on the CPU, beside half of the model as shards
+    for grown in (first, second):
+        assert grown["save"] < 0.3 * size and grown["resume"] < 0.3 * size
+    assert first["save the model"] < 1.4 * size and second["save the model"] < 0.4 * size
+
+
+def sharded_run():
+    """A sharded model, and its optimiser after a step."""
+    model = qwen3()
+    shard_model(model, torch.float32, "cpu")
+    optimizer = make_optimizer(model, "fp32", 1e-3)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("killed, when", [(0, "write_data"), (1, "write_data"), (0, "finish")])
+def test_a_rank_killed_while_shards_are_written_leaves_the_checkpoint_before(killed, when, tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    results(tmp_path, lambda rank: save_checkpoint(path, *sharded_run(), 1))
+
+    def die(rank):
+        def kill(*_, **__):
+            time.sleep(0.5)  # the other has written its shards by then
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        ranks.start()
+        if rank == killed:
+            monkeypatch.setattr(FileSystemWriter, when, kill)
+        save_checkpoint(path, *sharded_run(), 2)
+
+    def go_on(rank):
+        model, optimizer = sharded_run()
+        step = load_checkpoint(path, model, optimizer)
+        save_checkpoint(path, model, optimizer, step + 1)
+        return step, load_checkpoint(path, model, optimizer), [p.name for p in (tmp_path / "checkpoint").iterdir()]
+
+    codes = in_ranks(die, tmp_path)
+    assert codes[killed] == -signal.SIGKILL and 0 not in codes
+    for first, second, kept in results(tmp_path, go_on):
+        assert (first, second, kept) == (1, 2, ["2"])
+
+
+@pytest.mark.parametrize("file", ["1/.metadata", "1/__0_0.distcp", "1/__1_0.distcp"])
+def test_damaged_shards_are_one_line_on_every_rank(file, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    results(tmp_path, lambda rank: save_checkpoint(path, *sharded_run(), 1))
+    shard = tmp_path / "checkpoint" / file
+    shard.write_bytes(shard.read_bytes()[:100])
+
+    def task(rank):
+        with pytest.raises(BadInput) as error:
+            load_checkpoint(path, *sharded_run())
+        return str(error.value)
+
+    for line in results(tmp_path, task):
+        assert line.startswith(f"{tmp_path / 'checkpoint'} cannot be read (") and "\n" not in line
+
+
+def test_a_disk_that_is_full_at_one_rank_is_its_own_error_on_every_rank(tmp_path, monkeypatch):
+    """torch raises a BaseException there, which no `except Exception` sees."""
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def task(rank):
+        if rank == 1:
+            monkeypatch.setattr(FileSystemWriter, "write_data", full)
+        with pytest.raises(OSError) as error:
+            save_checkpoint(tmp_path / "checkpoint.pt", *sharded_run(), 1)
+        return dust.runs.what_to_do(error.value)
+
+    assert results(tmp_path, task) == ["the disk is full: make room"] * 2
+
+
+def test_the_store_waits_as_long_as_the_ranks_do(tmp_path):
+    """NCCL's ranks meet in the store at their first collective: after five minutes of waiting the run ended."""
+    found = results(tmp_path, lambda rank: torch.distributed.distributed_c10d._get_default_store().timeout)
+    assert found == [timedelta(days=7)] * 2
 
 
 def test_a_weight_that_one_rank_did_not_use_is_summed_all_the_same(tmp_path):
