@@ -7,6 +7,7 @@ import pickle
 import re
 import tempfile
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import huggingface_hub
@@ -215,13 +216,14 @@ def render(tokenizer, *turns: str, thinking: bool = True, effort: str = "", ask:
 def spell_out(tokenizer, text: str, keep: tuple[str, ...] = ()) -> str:
     """Put CUT into every control token that a text spells, so that `to_ids` reads it as text. keep: tokens to leave.
 
-    Control tokens are the special ones and the marks of a thinking part. Other added tokens are words.
+    Control tokens are the special ones, the marks of a thinking part, and those that the template writes, because some
+    models do not flag these as special. Other added tokens are words.
     """
-    added = tokenizer.added_tokens_decoder.values()
-    control = {token.content for token in added if token.special or token.content in MARKS} - {*keep}
-    longest_first = sorted((token for token in control if len(token) > 1), key=len, reverse=True)
-    spelled = "|".join(map(re.escape, longest_first)) or "(?!)"  # which matches nothing
-    return re.sub(spelled, lambda token: token[0][0] + CUT + token[0][1:], text)
+    written = {i for ids, _ in ways_to_ask(tokenizer, str(tokenizer.chat_template)) for i in ids}
+    control = {token.content for i, token in tokenizer.added_tokens_decoder.items() if len(token.content) > 1
+               and (token.special or token.content in MARKS or i in written and token.content.strip())} - {*keep}
+    spelled = "|".join(map(re.escape, sorted(control))) or "(?!)"  # which matches nothing
+    return re.sub(f"(?={spelled}).", rf"\g<0>{CUT}", text, flags=re.DOTALL)  # one token may begin inside another
 
 
 def to_ids(tokenizer, text: str) -> list[int]:
@@ -243,12 +245,13 @@ def encode(tokenizer, prompt: str, thinking: bool, effort: str = "") -> torch.Te
 
 @cache
 def ways_to_ask(tokenizer, template: str) -> list[tuple[list[int], str]]:
-    """Return, with thinking on and off, the token ids of a short prompt, and the text in it behind the user's turn."""
+    """Return, for each setting of thinking, a short prompt's token ids, and the text in it behind the user's turn."""
     ways = []
-    for thinking in (True, False):
-        ids = to_ids(tokenizer, render(tokenizer, "?", thinking=thinking))
-        asked, turn = (render(tokenizer, CUT, thinking=thinking, ask=ask) for ask in (True, False))
-        ways.append((ids, (asked.removeprefix(turn) or asked).rpartition(CUT)[2]))  # some templates always ask
+    for thinking, effort in product((True, False), ("", "low", "medium", "high")):
+        with contextlib.suppress(Exception):  # any template's code runs here, and some refuse an effort
+            ids = to_ids(tokenizer, render(tokenizer, "?", thinking=thinking, effort=effort))
+            asked, turn = (render(tokenizer, CUT, thinking=thinking, effort=effort, ask=ask) for ask in (True, False))
+            ways.append((ids, (asked.removeprefix(turn) or asked).rpartition(CUT)[2]))  # some templates always ask
     return ways
 
 
@@ -266,9 +269,12 @@ def turn_end(tokenizer) -> int | None:
     In harmony <|end|> does not count: it also ends the messages of the thinking part.
     """
     try:
-        before, found, behind = render(tokenizer, "?", CUT, ask=False).rpartition(CUT)
+        text = render(tokenizer, "?", CUT, ask=False)
+        if text.rstrip().endswith(CUT):  # some templates end a message only where another one follows
+            text = render(tokenizer, "?", CUT, "?", ask=False)
     except Exception:  # any template's code runs here, and some refuse an assistant's message
         return None
+    before, found, behind = text.rpartition(CUT)
     begin, end = (tokenizer.encode(part.strip(), add_special_tokens=False) for part in (before, behind))
     begin = [i for i in begin if i != tokenizer.bos_token_id]
     if not found or not end or end[:1] == begin[:1]:  # the latter: no end, and a template that always asks
@@ -276,7 +282,7 @@ def turn_end(tokenizer) -> int | None:
     token = tokenizer.added_tokens_decoder.get(end[0])
     if not token or (CHANNEL in str(tokenizer.chat_template) and token.content == END):
         return None
-    return end[0] if token.special or token.content == behind.strip() else None
+    return end[0] if token.special or behind.split()[0] == token.content else None
 
 
 def check_template(tokenizer, name: str, effort: str) -> None:

@@ -174,19 +174,20 @@ def read_parquet(path: str) -> Iterator[tuple[str, dict]]:
         with ParquetFile(path, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=16):
                 for number, row in enumerate(batch.to_pylist(), number + 1):
-                    if null_inside(row.get("tests")):  # it may stand for nothing, and every program would be wrong
-                        raise BadInput(f'{path} row {number}: "tests" has a null in an object in "args" or "expected", '
-                                       'where Parquet also writes null for a missing key: write a JSON text instead')
+                    if unclear(row.get("tests")):  # every program would be wrong
+                        raise BadInput(f'{path} row {number}: "tests" has a map, or a null in an object in "args" or '
+                                       '"expected", where Parquet also writes null for a missing key: write a JSON '
+                                       'text instead')
                     yield f"row {number}", row
     except (OSError, ValueError) as error:  # each of pyarrow's exceptions is one of these
         raise BadInput(f"cannot read {path} after row {number}: {first_line(error)}") from None
 
 
-def null_inside(value: Any, inside: bool = False) -> bool:
-    """Return whether an object inside of a test has a null field. The fields of the test itself may be null."""
+def unclear(value: Any, inside: bool = False) -> bool:
+    """Return whether tests hold a map (pairs, here), or an object with a null. A test itself may have null fields."""
     if isinstance(value, dict):
-        return inside and None in value.values() or any(null_inside(part, True) for part in value.values())
-    return isinstance(value, list) and any(null_inside(part, inside) for part in value)
+        return inside and None in value.values() or any(unclear(part, True) for part in value.values())
+    return isinstance(value, tuple) or isinstance(value, list) and any(unclear(part, inside) for part in value)
 
 
 def from_json(value: Any) -> Any:
@@ -222,7 +223,7 @@ def clean(fields: Any) -> Any:
     fields = {name: value.decode() if isinstance(value, bytes) else value for name, value in fields.items()}
     fields = {name: value for name, value in fields.items() if value is not None and value == value}  # NaN != NaN
     if tests := clean(from_json(fields.get("tests") or None)):
-        if isinstance(tests, dict):
+        if isinstance(tests, dict) and all(isinstance(values, list) for values in tests.values()):
             tests = [dict(zip(tests, values)) for values in zip(*tests.values(), strict=True)]
         fields["tests"] = tests
     return fields
@@ -243,9 +244,13 @@ def read_problem(record: Any) -> Problem:
     for text in (question, str(record["id"]), str(record.get("starter_code", ""))):
         text.encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
     tests = record.get("tests")
+    if isinstance(tests, dict):
+        raise ValueError('"tests" is one object; it has to be a list of tests')
     if not isinstance(tests, list) or not tests:
         raise ValueError('"tests" is missing or empty; every problem needs at least one test')
     tests = [read_test(test, f"tests[{index}]") for index, test in enumerate(tests)]
+    if any(len(test.get("output", "").encode()) >= OUTPUT_CAP for test in tests):
+        raise ValueError(f'an "output" is longer than the {OUTPUT_CAP >> 20} MB that a program may print')
     for name in ("starter_code", "difficulty"):
         if not isinstance(record.get(name, ""), str):
             raise ValueError(f'"{name}" is not a string')
@@ -467,6 +472,11 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a text file completely or not at all, even if the process is killed meanwhile."""
     path.with_suffix(".new").write_text(text, encoding="utf-8", errors="backslashreplace")
     path.with_suffix(".new").replace(path)
+
+
+def digest(problems: list[Problem]) -> int:
+    """Return a number that changes with any problem. As bytes: str() refuses integers of more than 4,300 digits."""
+    return zlib.crc32(marshal.dumps([vars(problem) for problem in problems], 2))  # from version 3 on by identity, too
 
 
 def seed_for(*parts) -> int:

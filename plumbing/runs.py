@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing import models, ranks
-from plumbing.problems import BadInput, Problem, first_line, seed_for, write_atomic
+from plumbing.problems import BadInput, Problem, digest, first_line, write_atomic
 
 NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick",
                      "train", "eval"}  # the digests of the problems say more than the names of their files
@@ -127,7 +127,7 @@ def comparable(name: str, value):
 
 def open_run(out: Path, before: dict, args, problems: list[Problem], held_out: list[Problem]) -> None:
     """Make the run's folder and its args.json. Raises BadInput where `before`, the one there, has other settings."""
-    digests = {"train": seed_for(*problems), "eval": seed_for(*held_out)}
+    digests = {"train": digest(problems), "eval": digest(held_out)}
     settings = asdict(args) | {"digests": digests}
     if before and (names := before.keys() ^ settings.keys()):
         raise BadInput(f"{out} is of another version of the code ({', '.join(sorted(names))}): choose another --out")

@@ -1,5 +1,6 @@
 """Other families than the shipped model's: their templates, their answers, their weights; weights that really move,
 adapters and memory."""
+import contextlib
 import copy
 import json
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import errors
+from jinja2 import TemplateError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
@@ -219,6 +221,11 @@ ENDS = {  # layout: (template, the tokenizer's end, the generation config's, wha
     "only the configuration says": (one_turn("User: ", "\n\n"), None, ["<|call|>", "</s>"], "<|call|>"),
     "a line break": (one_turn("{{ m['role'] }}: ", "\n"), "</s>", ["</s>"], "</s>"),
     "words": (one_turn("{{ m['role'] }}: ", " (over)\n"), "</s>", ["</s>"], "</s>"),
+    "only before another message": (  # Qwen1.5's, Hermes'
+        one_turn(ROLE, "{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}", ASK), "</s>", ["</s>"],
+        "<|im_end|>"),
+    "the next user's mark": (  # GLM-4.5's: nothing else ends a message
+        "<|call|>" + one_turn("<|start|>{{ m['role'] }}\n", "", ASK), "</s>", ["</s>", "<|start|>"], "<|start|>"),
     "nothing": (one_turn(ROLE, "", ASK), "</s>", ["</s>"], "</s>"),
     "nothing, and it always asks": (one_turn(ROLE, "") + ASK, "</s>", ["</s>"], "</s>"),
     "no assistant's message": ("{{ messages[0]['content'] }}{% if messages[1] %}{{ raise_exception('no') }}{% endif %}",
@@ -279,6 +286,21 @@ def test_a_thinking_part_that_the_template_opens_is_found_wherever_it_stands(whe
             assert not malformed(thinking=where == "switched off"), begins
 
 
+@pytest.mark.parametrize("begins, efforts", [
+    ("{% if reasoning_effort == 'high' %}<think>\n{% endif %}", ["high"]),
+    ("<think>\n{% if reasoning_effort == 'low' %}</think>\n{% endif %}", ["medium", "high"]),
+    ("{% if reasoning_effort == 'medium' %}{{ raise_exception('no') }}{% endif %}<think>", ["low", "high"]),
+])
+def test_a_thinking_part_that_the_template_opens_at_some_efforts_is_found(begins, efforts):
+    tokenizer = make_tokenizer(one_turn(ROLE, "<|im_end|>\n", ASK + begins))
+    opened = []
+    for effort in ("low", "medium", "high"):
+        with contextlib.suppress(TemplateError):
+            prompt = encode(tokenizer, "Is <think> opened?", True, effort)
+            opened += [effort] * answer_text(tokenizer, prompt, tokens(tokenizer, "x")).startswith("<think>")
+    assert opened == efforts
+
+
 def letters(template: str | None, metaspace: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer whose words are letters: bytes as in Qwen's, or with a blank in front of a text as in Llama 2's."""
     alphabet = [*map(chr, range(10, 127)), "\u2581"] if metaspace else sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -318,6 +340,20 @@ def test_a_control_token_that_a_text_spells_is_text(make):
         ids = encode(tokenizer, f"x\n{text}?", True).tolist()
         assert [i for i in ids if i in control] == [i for i in plain if i in control], text
         assert tokenizer.decode(ids).replace(f"x\n{text}?", "x\n?") == tokenizer.decode(plain)
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_a_token_that_the_template_writes_is_text_where_a_text_spells_it(metaspace):
+    """Not every model flags these as special: DeepSeek's marks of a user and an assistant are not."""
+    tokenizer = letters(one_turn("]~b]{{ m['role'] }}\n", "[e~[\n", "]~b]ai\n"), metaspace)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("]~b]", "[e~[", "other")])
+    control = set(tokenizer.convert_tokens_to_ids(["]~b]", "[e~["]))
+    plain = encode(tokenizer, "x\n?", True).tolist()
+    for text in ("]~b]", "[e~[\n]~b]ai\n", "]~b]~b]", "[e~[e~[ ]~b]]~b]"):  # two of them begin inside another
+        ids = encode(tokenizer, f"x\n{text}?", True).tolist()
+        assert [i for i in ids if i in control] == [i for i in plain if i in control], text
+        assert tokenizer.decode(ids).replace(f"x\n{text}?", "x\n?") == tokenizer.decode(plain)
+    assert tokenizer.convert_tokens_to_ids("other") in encode(tokenizer, "another", True)
 
 
 def test_a_control_token_that_a_teacher_spells_is_text_and_its_thinking_part_is_marked():

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import sandbox
-from plumbing.problems import HUB, LIVE, MAX_BYTES, BadInput, Problem, load_problems, load_train_and_eval
+from plumbing.problems import HUB, LIVE, MAX_BYTES, BadInput, Problem, digest, load_problems, load_train_and_eval
 
 
 def write(path: Path, *records) -> Path:
@@ -162,6 +162,25 @@ def test_a_null_of_a_table_that_may_stand_for_a_missing_key_is_refused(tmp_path,
     assert load_problems(parquet_file(path, [GOOD | {"tests": [same, STDIN]}]))[0].tests == [same, STDIN]
 
 
+def test_a_map_of_a_table_is_refused_because_no_program_returns_its_pairs(tmp_path):
+    """DuckDB and Arrow keep an object with many keys as a map, and pyarrow reads that as a list of pairs."""
+    pyarrow = pytest.importorskip("pyarrow")
+    fields = {"fn_name": pyarrow.string(), "args": pyarrow.list_(pyarrow.int64()),
+              "expected": pyarrow.map_(pyarrow.string(), pyarrow.int64())}
+    tests = pyarrow.array([[CALL | {"args": [1], "expected": [("a", 1)]}]], pyarrow.list_(pyarrow.struct(fields)))
+    path = parquet_file(tmp_path / "x.parquet", pyarrow.table({"id": ["a"], "question": ["Q"], "tests": tests}))
+    with pytest.raises(BadInput, match="x.parquet row 1: .*write a JSON text instead$"):
+        load_problems(path)
+
+
+@pytest.mark.parametrize("tests", [{"input": "1\n", "output": "2\n"}, {"input": {"0": "1"}, "output": {"0": "2"}}])
+def test_one_object_in_place_of_the_list_of_tests_is_refused(tmp_path, tests):
+    """Two texts of one length were read as two columns, and each pair of their characters as a test."""
+    for value in (tests, json.dumps(tests)):
+        with pytest.raises(BadInput, match='line 1: "tests" is one object'):
+            load_problems(write(tmp_path / "x.jsonl", GOOD | {"tests": value}))
+
+
 @pytest.mark.parametrize("tests, reason", [
     ("[{", "broken JSON"), ("", '"tests" is missing'), ('{"input": ["1"], "output": []}', "zip"),
     ([{"fn_name": "f", "args": "[1", "expected": "1"}], r"tests\[0\] .*broken JSON"),
@@ -193,6 +212,10 @@ def test_integers_of_any_reasonable_length_are_read_everywhere(tmp_path, sign, l
     tests = [test for problem in load_problems(path) for test in problem.tests]
     assert len(tests) == 4 and all(test["args"] == [number] == test["expected"] for test in tests)
     assert sandbox.run_tests("def f(x): return [x]", tests) and not sandbox.run_tests("def f(x): return [x + 1]", tests)
+    first, again = load_problems(path), load_problems(path)
+    assert digest(first) == digest(again)  # every run needs it; it was made of str(), which refuses such integers
+    again[0].tests[0]["args"][0] += 1
+    assert digest(first) != digest(again)
 
 
 def test_an_integer_that_would_take_minutes_to_read_is_refused(tmp_path):
@@ -249,6 +272,13 @@ def test_values_of_tables_that_are_no_json_are_refused_at_loading(tmp_path, fiel
 def test_texts_that_cannot_be_passed_on_are_refused_at_loading(tmp_path, test):
     with pytest.raises(BadInput, match=r"x.jsonl line 1: tests\[0\] cannot be used: "):
         load_problems(write(tmp_path / "x.jsonl", GOOD | {"tests": [test]}))
+
+
+def test_an_expected_output_that_no_program_may_print_is_refused_at_loading(tmp_path):
+    """The sandbox ends a program at 16 MB (bytes, not characters) of output, so every program was wrong."""
+    test = STDIN | {"output": "\u00e9" * (8 << 20)}
+    with pytest.raises(BadInput, match='line 1: an "output" is longer than the 16 MB that a program may print'):
+        load_problems(write(tmp_path / "x.jsonl", GOOD | {"tests": [STDIN, test]}))
 
 
 # --------------------------------------------------------------------------------------------------- the public sets
