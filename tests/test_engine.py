@@ -1,0 +1,282 @@
+"""The client of an inference server: what it sends and takes, and what it does when a server fails."""
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import dust
+import grpo
+from grpo import Sampling
+from plumbing import engine
+from plumbing.engine import Server, start_command
+from plumbing.problems import BadInput, load_problems
+from server import TINY, ModelServer, load, slow
+
+torch.set_num_threads(1)
+ENDS = [258]  # the shipped model's end of text
+GREEDY, FREE = Sampling(0.0), Sampling(1.0)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, tokenizer = load(TINY)
+    problems = load_problems("micro-eval", limit=3)
+    prompts = [dust.program_ids(tokenizer, problem, dust.Args()).tolist() for problem in problems]
+    return model, tokenizer, prompts
+
+
+def client(server: ModelServer, **changes) -> Server:
+    """Return a client whose waiting is short."""
+    fields = dict(url=server.url, command="COMMAND", eos_ids=ENDS, vocabulary=311, model="base", context=1024,
+                  pauses=(0.05,) * 8)
+    return Server(**fields | changes)
+
+
+def connected(server: ModelServer, tiny, weights=True, longest=100, **changes):
+    """Check a server as a run does; return the client and the line that says what was found."""
+    model, tokenizer, prompts = tiny
+
+    def logps_of(ids):
+        return grpo.answer_logprobs(model, torch.tensor(prompts[0]), [torch.tensor(ids)])[0].tolist()
+
+    return client(server, **changes).check(prompts[0], longest, tokenizer.decode, logps_of if weights else None)
+
+
+# ------------------------------------------------------------------------------------------------------ ids in and out
+
+
+def test_answers_are_those_of_the_model_with_ids_log_probs_and_whether_they_ended(tiny):
+    model, _, prompts = tiny
+    seeds = [[11, 12], [21, 22], [31, 32]]
+    ours = grpo.rollout(model, [torch.tensor(p) for p in prompts], seeds, max_new_tokens=60, eos_ids=ENDS)
+    with ModelServer() as server:
+        theirs = client(server).draw(prompts, seeds, FREE, 60)
+    assert {answer.ended for answers in theirs for answer in answers} == {True, False}  # some were cut off
+    for rollout, answers in zip(ours, theirs):
+        assert [a.ids for a in answers] == [ids.tolist() for ids in rollout.answers]
+        assert [a.ended for a in answers] == rollout.finished
+        for answer, logps in zip(answers, rollout.logps):
+            assert answer.logps == pytest.approx(logps.tolist(), abs=1e-4)
+
+
+def test_each_field_of_sampling_is_given(tiny):
+    """A server takes a field that is missing from the model's generation_config.json, for example a penalty."""
+    with ModelServer() as server:
+        client(server).draw([tiny[2][0]], [[5, 6, 7]], Sampling(0.6, 0.95, 20), 9)
+        client(server).draw([tiny[2][0]], [[5]], FREE, 9)
+    first, second = server.log
+    assert first == dict(
+        model="base", prompt=tiny[2][0], n=3, seed=5, max_tokens=9, min_tokens=0, temperature=0.6, top_p=0.95, top_k=20,
+        min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, stop_token_ids=ENDS,
+        ignore_eos=False, logprobs=0, return_token_ids=True, skip_special_tokens=False, stream=False)
+    assert second == first | dict(n=1, temperature=1.0, top_p=1.0, top_k=-1)
+
+
+def test_many_requests_at_a_time_but_no_more_than_asked_for(tiny):
+    with ModelServer(fault=slow(0.2)) as server:
+        answers = client(server, requests=6).draw([tiny[2][0]] * 12, [[i] for i in range(12)], FREE, 3)
+        in_turn = client(server, requests=1).draw([tiny[2][0]] * 12, [[i] for i in range(12)], FREE, 3)
+    assert 2 < server.most <= 6
+    ids = [[a.ids for a in drawn] for drawn in answers]
+    assert ids == [[a.ids for a in drawn] for drawn in in_turn]  # in the order of the prompts, each with its seed
+
+
+# ------------------------------------------------------------------------------------------------- servers that fail
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, "break"])
+def test_a_request_that_fails_is_sent_again(status, tiny):
+    with ModelServer() as server:
+        expected = client(server).draw(tiny[2], [[1], [2], [3]], FREE, 8)
+    with ModelServer(fault=lambda number, body, reply: status if number < 4 and not reply else None) as server:
+        assert client(server).draw(tiny[2], [[1], [2], [3]], FREE, 8) == expected
+    assert len(server.log) == 7
+
+
+def test_an_answer_that_the_server_broke_off_is_drawn_again(tiny):
+    def fault(number, body, reply):
+        if reply and number == 0:
+            reply["choices"][0]["finish_reason"] = "abort"
+
+    with ModelServer(fault=fault) as server:
+        client(server).draw([tiny[2][0]], [[1]], FREE, 8)
+    assert len(server.log) == 2
+
+
+def test_a_server_that_dies_and_comes_back_costs_only_time(tiny):
+    said = []
+    server = ModelServer(fault=slow(0.05))
+    with server:
+        expected = client(server).draw(tiny[2] * 4, [[i] for i in range(12)], FREE, 8)
+        waiting = client(server, requests=2, pauses=(0.1,) * 60, say=said.append)
+        results = []
+        thread = threading.Thread(target=lambda: results.extend(waiting.draw(tiny[2] * 4, [[i] for i in range(12)],
+                                                                             FREE, 8)))
+        thread.start()
+        time.sleep(0.15)
+    time.sleep(0.6)
+    with server:
+        thread.join(60)
+    assert results == expected
+    assert len(said) == 1 and "trying again" in said[0]
+
+
+def test_a_server_that_stays_away_ends_in_one_line_with_the_remedy(tiny):
+    with ModelServer() as server:
+        pass
+    with pytest.raises(BadInput) as caught:
+        client(server, command="vllm serve X").draw(tiny[2], [[1]] * 3, FREE, 8)
+    text = str(caught.value)
+    assert text.startswith(f"--server {server.url} does not answer (") and "\n" not in text
+    assert "vllm serve X" in text and "--resume" in text
+
+
+def test_a_request_that_is_refused_is_not_sent_again_and_its_reason_is_shown(tiny):
+    with ModelServer(fault=lambda number, body, reply: 400) as server:
+        with pytest.raises(BadInput, match="refuses /v1/completions: 400 .*a fault of the test"):
+            client(server).draw([tiny[2][0]], [[1]], FREE, 8)
+    assert len(server.log) == 1
+
+
+def drop(*path):
+    """Return a change of a choice that takes one of its fields away."""
+    def change(choice):
+        for name in path[:-1]:
+            choice = choice[name]
+        del choice[path[-1]]
+    return change
+
+
+def without_end(choice):
+    if choice["finish_reason"] == "stop":
+        choice["token_ids"].pop()
+        choice["logprobs"]["token_logprobs"].pop()
+
+
+CHANGES = {  # what a server may do to a choice -> what the error says
+    "no ids": (drop("token_ids"), "without token ids and log-probs"),
+    "no log-probs": (drop("logprobs"), "without token ids and log-probs"),
+    "no echo": (drop("prompt_token_ids"), "without token ids and log-probs"),
+    "another prompt": (lambda choice: choice["prompt_token_ids"].append(5), "it serves another model"),
+    "unknown ids": (lambda choice: choice["token_ids"].__setitem__(0, 5000), "it serves another model"),
+    "no end": (without_end, "leaves the end of text out"),
+    "one log-prob too few": (lambda choice: choice["logprobs"]["token_logprobs"].pop(), "not as many log-probs"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_answers_of_another_form_end_the_run_with_one_line(kind, tiny):
+    change, message = CHANGES[kind]
+    with ModelServer(fault=lambda number, body, reply: reply and [change(c) for c in reply["choices"]][:0]) as server:
+        with pytest.raises(BadInput, match=message) as caught:
+            client(server).draw([tiny[2][1]], [[0, 1, 2, 3]], FREE, 100)
+    assert "Start it: COMMAND" in str(caught.value) and len(server.log) == 1
+
+
+def test_a_server_that_ignores_n_is_found_out(tiny):
+    with ModelServer(fault=lambda number, body, reply: reply and reply["choices"].__delitem__(slice(1, None))) as server:
+        with pytest.raises(BadInput, match="gives 1 answers where 4 were asked for"):
+            client(server).draw([tiny[2][0]], [[0, 1, 2, 3]], FREE, 8)
+
+
+def test_a_place_that_is_no_such_server_is_one_line(tiny):
+    """Another program may listen there, or the address may be wrong."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=answer_with_a_page, args=(listener,), daemon=True).start()
+    page = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with ModelServer() as server:
+        for place in (page, "http://no-such-host.invalid:80", "http://a:b", "http://"):
+            with pytest.raises(BadInput, match="Start it: COMMAND"):
+                connected(server, tiny, url=place)
+
+
+def answer_with_a_page(listener):
+    connection, _ = listener.accept()
+    connection.recv(10000)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n<html>Hi</html>")
+
+
+# ---------------------------------------------------------------------------------------- checks before work starts
+
+
+def test_a_good_server_passes_with_and_without_the_weights_here(tiny):
+    with ModelServer() as server:
+        checked, found = connected(server, tiny)
+        assert (checked.model, checked.context, len(checked.pauses)) == ("base", 1024, 8)
+        assert "context 1024" in found and "nats of the weights loaded here" in found
+        assert "nats" not in connected(server, tiny, weights=False)[1]
+        assert "base at" in connected(server, tiny)[1]
+
+
+def test_a_server_with_other_weights_is_refused(tiny, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight *= 0.5
+    model.save_pretrained(tmp_path)
+    tiny[1].save_pretrained(tmp_path)
+    with ModelServer(tmp_path) as server, pytest.raises(BadInput, match="it serves other weights. Start it: COMMAND"):
+        connected(server, tiny)
+
+
+def test_a_server_with_another_tokenizer_is_refused_without_the_weights_here(tiny):
+    def fault(number, body, reply):
+        if reply:
+            reply["choices"][0]["text"] = "words of another tokenizer"
+
+    with ModelServer(fault=fault) as server, pytest.raises(BadInput, match="it serves another model. Start it: COMMAND"):
+        connected(server, tiny, weights=False)
+
+
+def test_a_context_that_is_too_short_is_named_before_work_starts(tiny):
+    with ModelServer(context=64) as server, pytest.raises(BadInput, match="context of 64 tokens, too short"):
+        connected(server, tiny)
+
+
+def test_the_check_does_not_wait_for_a_server_that_is_not_there(tiny):
+    with ModelServer() as server:
+        pass
+    began = time.time()
+    with pytest.raises(BadInput, match="does not answer") as caught:
+        connected(server, tiny, pauses=(30,) * 5)
+    assert time.time() - began < 5 and "--resume" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["host:8000", "http://host:8000", "http://host:8000/", "http://host:8000/v1/"])
+def test_an_address_may_be_written_in_each_usual_form(given):
+    assert engine.base_url(given) == "http://host:8000"
+    assert engine.base_url("https://a.b/c/v1") == "https://a.b/c"
+
+
+def test_the_command_names_what_the_run_needs():
+    plain, lora = start_command("runs/a/model", 4096, "float32"), start_command("a/b", 9, lora=12)
+    assert plain.startswith("vllm serve runs/a/model --max-model-len 4096 --dtype float32") and "lora" not in plain
+    assert lora.startswith("VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve a/b")
+    assert lora.endswith("--enable-lora --max-lora-rank 16")
+
+
+# ------------------------------------------------------------------------------------------------------------- Ctrl-C
+
+
+def test_ctrl_c_ends_at_once_while_answers_are_being_drawn(tiny):
+    """A pool of threads waits at the end of the process for its requests, here for a minute."""
+    with ModelServer(fault=slow(60)) as server:
+        code = ("from plumbing.engine import Server\n"
+                f"server = Server({server.url!r}, '', [258], 311, model='base')\n"
+                "print('go', flush=True)\n"
+                "server.draw([[1, 2]] * 8, [[1]] * 8, (1.0, 1.0, 0), 4)")
+        child = subprocess.Popen([sys.executable, "-c", code], cwd=TINY.parent.parent, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE)
+        child.stdout.readline()
+        time.sleep(0.5)
+        began = time.time()
+        os.kill(child.pid, signal.SIGINT)
+        _, errors = child.communicate(timeout=30)
+    assert time.time() - began < 3 and b"KeyboardInterrupt" in errors
