@@ -25,7 +25,7 @@ from pathlib import Path
 
 import rank_prompt
 import sandbox
-from plumbing.problems import BadInput, Problem, load_train_and_eval, seed_for
+from plumbing.problems import BadInput, Problem, load_train_and_eval, read_programs, seed_for
 from plumbing.settings import arg, check_settings, read_options
 
 BEST_OF = 4  # N of Best-of-N: programs in an evaluation group (paper 2.1)
@@ -107,6 +107,15 @@ class Args:
     save_every: int = arg(1, "steps between checkpoints", least=1)
     rows: int = arg(256, "answers that are decoded at a time: changes memory and speed, not the result", least=1)
 
+    server: str = arg("", "address of a vLLM server that draws the answers, for example localhost:8000;\n"
+                      "training stays here", section="answers from elsewhere")
+    server_requests: int = arg(64, "requests to the server at a time", least=1)
+    server_adapters: str = arg("", "the run's folder as the server's machine sees it; without it the same path as here")
+    server_rollouts: bool = arg(False, "with --lora: the server draws the training answers too")
+    is_clip: float = arg(2.0, "limit of the weights that correct for the server's other rounding in training", above=0)
+    programs: str = arg("", "JSONL file of {problem_id, answer} or {problem_id, code}, used in place of sampling;\n"
+                        "candidates.jsonl of another run is such a file")
+
     repeats: int = arg(2, "R, evaluation groups drawn for each problem [10]", least=1, section="evaluation (paper 3.1)")
     eval_temperature: float = arg(0.6, "temperature of programs and rankings in the evaluation [0.6]", least=0)
     top_p: float = arg(0.95, "top-p of the evaluation [0.95]", above=0)
@@ -162,7 +171,8 @@ from tqdm import tqdm  # noqa: E402
 
 import grpo  # noqa: E402
 from grpo import Rollout, Sampling  # noqa: E402
-from plumbing import models, ranks, report, runs  # noqa: E402
+from plumbing import engine, models, ranks, report, runs  # noqa: E402
+from plumbing.engine import Server  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ what flows through
 
@@ -213,14 +223,52 @@ class RankedGroup:
 
 
 def load(name: str, args: Args, option: str = "--model"):
-    """Return the (model, tokenizer) of a name or folder, ready for rollouts and updates. option: names it in errors."""
+    """Return the (model, tokenizer) of a name or folder, ready for rollouts and updates. option: names it in errors.
+
+    With --server and --eval-only the model is empty: nothing is computed here.
+    """
     model, tokenizer = models.load_model(name, optimizer=args.optimizer, shard=args.shard, device=args.device,
-                                         effort=args.reasoning_effort if option == "--model" else "", option=option)
+                                         effort=args.reasoning_effort if option == "--model" else "", option=option,
+                                         weights=not (args.server and args.eval_only))
     if not end_ids(model, tokenizer):
         raise BadInput(f"{option} {name}: nothing names an end-of-text token")
-    if reason := grpo.enable_sharing(model):
+    if model.device.type != "meta" and (reason := grpo.enable_sharing(model)):
         tqdm.write(f"{option} {name} reads a prompt again for each of its answers, which is slower: {reason}")
     return model, tokenizer
+
+
+def connect(model, tokenizer, prompt: torch.Tensor, args: Args) -> Server:
+    """Return the server of --server. It stands where a model stands in all stages that only draw answers.
+
+    prompt: token ids [L], which the server has to answer as this model does. Raises BadInput if it does not.
+    """
+    def logps_of(ids: list[int]) -> list[float]:
+        with torch.no_grad(), ranks.unsharded(model):
+            return grpo.answer_logprobs(model, prompt, [torch.tensor(ids)])[0].tolist()
+
+    here = model.device.type != "meta"
+    dtype = "float32" if here and model.dtype == torch.float32 else "auto"
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    command = engine.start_command(models.find_model(args.model), context or 2 * args.max_new_tokens, dtype, args.lora)
+    vocabulary, ends = model.get_input_embeddings().num_embeddings, end_ids(model, tokenizer)
+    server = Server(engine.base_url(args.server), command, ends, vocabulary, args.server_requests, say=tqdm.write)
+    server, found = server.check(prompt.tolist(), args.max_new_tokens, tokenizer.decode, logps_of if here else None)
+    print(f"  server   {found}")
+    if not args.eval_only and not serves_trained(args):
+        print("           the answers of the trained model are drawn in this process (with --lora: by the server)")
+    return server
+
+
+def serves_trained(args: Args) -> bool:
+    """Return whether the server can draw the trained model's answers: only if that is --model with adapters."""
+    return bool(args.server and args.lora and not args.init)
+
+
+def with_adapter(server: Server, model, args: Args, out: Path) -> Server:
+    """Let the server load the adapters that --lora trains, as they are now. Return the server that draws with them."""
+    weights, folder = models.save_adapter(out / "adapter", model), args.server_adapters or out.resolve()
+    names = f"dust-{seed_for(out.resolve())}-"  # of this run's adapters, if it was stopped before
+    return ranks.on_first(lambda: server.with_adapter(f"{folder}/adapter", f"{names}{weights}", names))
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -244,12 +292,17 @@ def ranking_ids(tokenizer, group: Group, args: Args) -> torch.Tensor:
 
 def fits(model, prompt: torch.Tensor, args: Args) -> bool:
     """Return whether a prompt [L] and the longest answer fit the context, the positions that the model knows."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    is_server = isinstance(model, Server)
+    context = model.context if is_server else getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return not context or len(prompt) + args.max_new_tokens <= context
 
 
 def draw(model, tokenizer, prompts: list[torch.Tensor], seeds: list[list[int]], args: Args, sampling: Sampling):
     """Draw an answer to each prompt [L] for each of its seeds, as one Rollout a prompt. All answers are drawn here."""
+    if isinstance(model, Server):
+        drawn = model.draw([prompt.tolist() for prompt in prompts], seeds, sampling, args.max_new_tokens)
+        return [Rollout(prompt, [torch.tensor(a.ids) for a in answers], [torch.tensor(a.logps) for a in answers],
+                        [a.ended for a in answers]) for prompt, answers in zip(prompts, drawn)]
     return grpo.rollout(model, prompts, seeds, sampling=sampling, max_new_tokens=args.max_new_tokens,
                         eos_ids=end_ids(model, tokenizer), max_rows=args.rows)
 
@@ -275,7 +328,8 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, file: Path, ev
         rollouts = draw(model, tokenizer, [prompts[problem.id] for problem in chunk], seeds, args, sampling)
         return [[[text, ended] for text, ended in zip(texts_of(tokenizer, r), r.finished)] * copies for r in rollouts]
 
-    answers = runs.resumable(file, {problem.id: problem for problem in problems}, answer, max(1, args.rows // count))
+    answers = runs.resumable(file, {problem.id: problem for problem in problems}, answer, max(1, args.rows // count),
+                             requests=isinstance(model, Server) and model.requests)
     candidates = [Candidate(problem_id, text, rank_prompt.extract_code(text))
                   for problem_id, drawn in answers.items() for text, _ in drawn]
     without = sum(candidate.code is None for candidate in candidates)
@@ -355,7 +409,10 @@ def training_groups(model, tokenizer, problems: list[Problem], args: Args, out: 
     if args.until_enough:
         count = min(count, max(1, ceil(enough / (args.candidates // args.group_size))))
     while True:
-        candidates = sample(model, tokenizer, problems[:count], args, out / "samples.jsonl")
+        if args.programs:
+            candidates, count = candidates_of(args.programs, problems), len(problems)
+        else:
+            candidates = sample(model, tokenizer, problems[:count], args, out / "samples.jsonl")
         label(problems, candidates, args, out / "labels.jsonl")
         mixed = make_groups(problems, candidates, args.group_size)
         groups = [group for group in mixed if fits(model, ranking_ids(tokenizer, group, args), args)]
@@ -368,14 +425,21 @@ def training_groups(model, tokenizer, problems: list[Problem], args: Args, out: 
     return groups
 
 
+def candidates_of(file: str, problems: list[Problem]) -> list[Candidate]:
+    """Return the candidates of --programs. The program is read in the answer; a record without an answer holds it."""
+    return [Candidate(record["problem_id"], answer, rank_prompt.extract_code(answer) if answer else record.get("code"))
+            for record in read_programs(file, problems) for answer in [record.get("answer") or ""]]
+
+
 # --------------------------------------------------------------------------------- sections 2.3 and 2.4: the training
 
 
-def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: Args, out: Path) -> None:
+def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: Args, out: Path, server=None) -> None:
     """Train the model to rank (paper 2.4), or as --mode says, and save it as an ordinary model folder in out/model.
 
     A step's random numbers depend only on --seed and its number, so a resumed run makes the same steps. groups: for
-    the modes rank and sft; the other modes sample new candidates for problems.
+    the modes rank and sft; the other modes sample new candidates for problems. server: draws the answers of
+    --server-rollouts.
     """
     supervised = args.mode == "sft"
     teacher = load_teacher(model, tokenizer, args) if supervised else None
@@ -389,7 +453,8 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
         for step in range(first, args.steps):
             began, generator = time.time(), torch.Generator().manual_seed(seed_for(args.seed, "train", step))
             batch = batch_at(groups if args.mode in ("rank", "sft") else problems, step, args)
-            rollouts, metrics = experience(model, tokenizer, batch, step, args, generator, teacher)
+            policy = with_adapter(server, model, args, out) if args.server_rollouts else model
+            rollouts, metrics = experience(policy, tokenizer, batch, step, args, generator, teacher)
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
             metrics |= grpo.update(model, optimizer, rollouts, args, reference=reference, generator=generator)
@@ -405,6 +470,8 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
             if step == first:
                 runs.warn_if_long(bar)
     models.save_model(out / "model", model, tokenizer)
+    if args.lora:
+        models.save_adapter(out / "adapter", model)
 
 
 def experience(model, tokenizer, batch: list, step: int, args: Args, generator, teacher) -> tuple[list[Rollout], dict]:
@@ -593,7 +660,8 @@ def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Pat
         rollouts = draw(model, tokenizer, [prompts[key] for key in chunk], seeds, args, sampling)
         return [texts_of(tokenizer, rollout)[0] for rollout in rollouts]
 
-    answers = runs.resumable(file, {key: key for key in prompts}, answer, size=args.rows)
+    answers = runs.resumable(file, {key: key for key in prompts}, answer, size=args.rows,
+                             requests=isinstance(model, Server) and model.requests)
     ranked = []
     for i, (group, seen) in enumerate(zip(groups, shown)):
         words, k = answers.get(str(i), ""), len(seen.candidates)
@@ -669,29 +737,32 @@ def run(args: Args) -> None:
         models.count_parameters(args.init, "--init")  # raises BadInput for a wrong name now, not in hours
     problems, held_out = load_train_and_eval(args)
     model, tokenizer = load(args.model, args)
+    first_prompt = program_ids(tokenizer, (problems or held_out)[0], args)
+    source = connect(model, tokenizer, first_prompt, args) if args.server else model  # of the answers before training
     runs.open_run(out, before, args, problems, held_out)
     print(f"DuST -> {out}")
     runs.show_plan(args, problems, held_out, BEST_OF, memory)
-    models.show_first(out, "programs", tokenizer, program_ids(tokenizer, (problems or held_out)[0], args))
+    models.show_first(out, "programs", tokenizer, first_prompt)
 
     groups = []
     if args.mode in ("rank", "sft") and not args.eval_only:  # the other modes draw their candidates step by step
-        groups = training_groups(model, tokenizer, problems, args, out)
+        groups = training_groups(source, tokenizer, problems, args, out)
     elif not args.eval_only:
-        problems, _ = fitting_problems(model, tokenizer, problems, args)
+        problems, _ = fitting_problems(source, tokenizer, problems, args)
 
-    base = evaluation_groups(model, tokenizer, held_out, args, out / "base")
-    rows = {"base": rank_all(model, tokenizer, base, args, out / "base")}
+    base = evaluation_groups(source, tokenizer, held_out, args, out / "base")
+    rows = {"base": rank_all(source, tokenizer, base, args, out / "base")}
     if not args.eval_only:
         if args.init:
             del model  # two models may not fit the memory
             model, its_tokenizer = load(args.init, args, "--init")
             if its_tokenizer.get_vocab() != tokenizer.get_vocab():
                 raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
-        train(model, tokenizer, problems, groups, args, out)
-        rows["trained_judge"] = rank_all(model, tokenizer, base, args, out / "judge")
-        drawn = evaluation_groups(model, tokenizer, held_out, args, out / "trained")
-        rows["trained"] = rank_all(model, tokenizer, drawn, args, out / "trained")
+        train(model, tokenizer, problems, groups, args, out, source)
+        trained = with_adapter(source, model, args, out) if serves_trained(args) else model
+        rows["trained_judge"] = rank_all(trained, tokenizer, base, args, out / "judge")
+        drawn = evaluation_groups(trained, tokenizer, held_out, args, out / "trained")
+        rows["trained"] = rank_all(trained, tokenizer, drawn, args, out / "trained")
     ranked = {name: row[0] for name, row in rows.items()}
     finals = {name: row[1] for name, row in rows.items()}
     text = ranks.on_first(lambda: report.write_report(ranked, finals, METRICS, asdict(args), out))

@@ -55,6 +55,9 @@ def at_once(do: Callable, items: list, count: int) -> Iterator[tuple[int, object
 
     The threads are daemons, so after an error or Ctrl-C the process ends without waiting for their requests.
     """
+    if len(items) == 1:
+        yield 0, do(items[0])
+        return
     places, results, stop = iter(range(len(items))), queue.SimpleQueue(), threading.Event()
 
     def work():
@@ -92,7 +95,7 @@ class Server:
     adapter: str = ""  # folder of the adapter, as the server sees it
     say: Callable[[str], None] = print
     pauses: tuple = PAUSES
-    complaints: set = field(default_factory=set)  # already said, until a request succeeds
+    complaints: list = field(default_factory=lambda: [0.0])  # when the server was said to be away
 
     def draw(self, prompts: list[list[int]], seeds: list[list[int]], sampling: tuple, longest: int) -> list:
         """Return a list of Answers for each prompt, one for each of its seeds. All of this may run in a thread.
@@ -206,15 +209,13 @@ class Server:
         for tries, pause in enumerate((*self.pauses, None), 1):
             try:
                 reply = self.call(path, body)
-                result = read(reply) if read else reply
-                self.complaints.clear()
-                return result
+                return read(reply) if read else reply
             except BROKEN as error:
                 reason = first_line(error)
             if pause is None:
                 break
-            if tries > 2 and not self.complaints:
-                self.complaints.add(reason)
+            if tries > 2 and time.time() - self.complaints[-1] > sum(self.pauses):  # once for all threads
+                self.complaints.append(time.time())
                 self.say(f"--server {self.url} does not answer ({reason}); trying again for some minutes")
             time.sleep(pause)
         go_on = "; then the same command with --resume goes on" if self.pauses else ""

@@ -8,13 +8,14 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from huggingface_hub import errors
+from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 from transformers.utils import logging
 
 from plumbing import ranks
-from plumbing.problems import BadInput, first_line, write_atomic
+from plumbing.problems import BadInput, first_line, seed_for, write_atomic
 
 # ------------------------------------------------------------------------------------------------------------ loading
 
@@ -111,11 +112,13 @@ def count_parameters(name: str, option: str = "--model") -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: str = "", option: str = "--model"):
+def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: str = "", option: str = "--model",
+               weights: bool = True):
     """Return (model, tokenizer), with weights in fp32 or bf16 as the optimiser needs them (see make_optimizer).
 
-    effort: --reasoning-effort. option: the command-line option that named the model. Raises BadInput where the model
-    does not load, or where its chat template does not use the effort.
+    effort: --reasoning-effort. option: the command-line option that named the model. weights: False where a server has
+    them; then the model is empty, on the device "meta". Raises BadInput where the model does not load, or where its
+    chat template does not use the effort.
     """
     # a shard is its own fp32 master: the forward casts what it has gathered
     dtype = torch.float32 if optimizer == "fp32" or (shard and optimizer == "masters") else torch.bfloat16
@@ -125,6 +128,12 @@ def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: s
         if not tokenizer("x y 1").input_ids:
             raise BadInput(f"{option} {name}: its tokenizer is empty")
         check_template(tokenizer, name, effort)
+        if not weights:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+            with contextlib.suppress(OSError):  # it need not be there
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+            return model, tokenizer
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     if dtype == torch.float32:
         model.float()  # with transformers 5.17 (not with 5.24) what was quantised comes as bf16
@@ -384,6 +393,18 @@ def load_checkpoint(path: Path, model, optimizer) -> int:
         return state["step"]
     except (RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise BadInput(f"{path} cannot be read ({first_line(error)}); delete it, and training starts again") from None
+
+
+def save_adapter(folder: Path, model) -> int:
+    """Write the adapters in PEFT's format, for a server or for peft. Return a number that their weights determine."""
+    if ranks.rank() > 0:
+        return 0
+    (config,) = model.peft_config.values()
+    config.save_pretrained(folder)
+    named = {name.replace(".default.", "."): p for name, p in model.named_parameters() if ".lora_" in name}
+    weights = {f"base_model.model.{name}": p.detach().cpu().contiguous() for name, p in named.items()}
+    save_file(weights, folder / "adapter_model.safetensors")
+    return seed_for((folder / "adapter_model.safetensors").read_bytes())
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ import functools
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,15 +33,15 @@ class ModelServer:
 
     fault: called with (number of the request to /v1/completions, from 0; its body; the reply or None). Before the model
     answers, the reply is None, and the fault may return a status such as 500, or "break" (the connection closes in the
-    middle of the reply). After it, the fault may change the reply. log: the bodies of all completions. most: the
-    largest number of requests that it had at a time.
+    middle of the reply). After it, the fault may change the reply. slow: seconds that every answer takes at least.
+    log: the bodies of all completions. most: the largest number of requests that it had at a time.
     """
 
-    def __init__(self, folder=TINY, fault: Callable | None = None, context: int = 1024, adapters: bool = True):
+    def __init__(self, folder=TINY, fault: Callable | None = None, context=1024, adapters=True, slow=0.0):
         self.model, self.tokenizer = load(folder)
-        self.folder, self.fault, self.context, self.adapters = folder, fault, context, adapters
+        self.folder, self.fault, self.context, self.adapters, self.slow = folder, fault, context, adapters, slow
         self.log, self.models, self.port, self.now, self.most = [], {}, 0, 0, 0
-        self.lock = threading.Lock()
+        self.lock, self.closing = threading.Lock(), threading.Event()
 
     def __enter__(self):
         outer = self
@@ -53,19 +52,23 @@ class ModelServer:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.now += 1
-                outer.most = max(outer.most, outer.now)
-                outer.reply(self, *outer.answer(self.path, body))
-                outer.now -= 1
+                with outer.lock:
+                    outer.now += 1
+                    outer.most = max(outer.most, outer.now)
+                answer = outer.answer(self.path, body)
+                with outer.lock:
+                    outer.now -= 1
+                outer.reply(self, *answer)
 
             def log_message(self, *_):
                 pass
 
         class Listener(ThreadingHTTPServer):
             request_queue_size = 128
-            daemon_threads = True
+            daemon_threads = False  # __exit__ waits for them: a thread inside torch may not outlive the process
             handle_error = lambda *_: None  # noqa: E731  a client that has gone is no error here
 
+        self.closing.clear()
         self.listener = Listener(("127.0.0.1", self.port), Handler)
         self.port = self.listener.server_port  # the same one when it is started again
         self.url = f"http://127.0.0.1:{self.port}"
@@ -73,6 +76,7 @@ class ModelServer:
         return self
 
     def __exit__(self, *_):
+        self.closing.set()
         self.listener.shutdown()
         self.listener.server_close()
 
@@ -115,6 +119,8 @@ class ModelServer:
             number = len(self.log)
             self.log.append(body)
         status = self.fault(number, body, None) if self.fault else None
+        if self.closing.wait(self.slow):
+            return 503, {"error": {"message": "shutting down"}}
         if status and status != "break":
             return status, {"error": {"message": "a fault of the test"}}
         if body["model"] not in ("base", *self.models):
@@ -136,7 +142,3 @@ class ModelServer:
                 "prompt_token_ids": body["prompt"], "finish_reason": "stop" if ended else "length",
                 "logprobs": {"token_logprobs": logps.tolist()}}
 
-
-def slow(seconds: float) -> Callable:
-    """Return a fault: every answer takes at least so long."""
-    return lambda number, body, reply: reply and time.sleep(seconds)
