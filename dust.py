@@ -266,9 +266,9 @@ def serves_trained(args: Args) -> bool:
 
 def with_adapter(server: Server, model, args: Args, out: Path) -> Server:
     """Let the server load the adapters that --lora trains, as they are now. Return the server that draws with them."""
-    weights, folder = models.save_adapter(out / "adapter", model), args.server_adapters or out.resolve()
-    names = f"dust-{seed_for(out.resolve())}-"  # of this run's adapters, if it was stopped before
-    return ranks.on_first(lambda: server.with_adapter(f"{folder}/adapter", f"{names}{weights}", names))
+    weights, folder = models.save_adapter(out / "served-adapter", model), args.server_adapters or out.resolve()
+    names = f"dust-{seed_for(out.resolve())}-"  # of this run's adapters, also of those before it was stopped
+    return ranks.on_first(lambda: server.with_adapter(f"{folder}/served-adapter", f"{names}{weights}", names))
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -743,6 +743,8 @@ def run(args: Args) -> None:
     print(f"DuST -> {out}")
     runs.show_plan(args, problems, held_out, BEST_OF, memory)
     models.show_first(out, "programs", tokenizer, first_prompt)
+    if not args.eval_only and serves_trained(args):  # a server that loads no adapters should say so now, not in hours
+        with_adapter(source, models.blank_lora(model, args.lora), args, out)
 
     groups = []
     if args.mode in ("rank", "sft") and not args.eval_only:  # the other modes draw their candidates step by step

@@ -210,7 +210,7 @@ def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, g
             optimizer.step()
             totals.update(sums)
     optimizer.zero_grad(set_to_none=True)
-    return averages(totals, norms) | {"zero_variance": (len(groups) - len(taught)) / max(len(groups), 1)}
+    return averages(totals, norms, args.server_rollouts) | {"zero_variance": (len(groups) - len(taught)) / max(len(groups), 1)}
 
 
 def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict[str, float]:
@@ -288,13 +288,15 @@ def remember_logprobs(model, groups: list[list[Example]], name: str, args) -> No
             setattr(example, name, value)
 
 
-def averages(totals: dict[str, float], norms: list[float]) -> dict[str, float]:
-    """Return update's metrics. totals: sums over the steps made. norms: the gradient norm of every step."""
+def averages(totals: dict[str, float], norms: list[float], corrected: bool) -> dict[str, float]:
+    """Return update's metrics. totals: sums over the steps made. norms: the gradient norm of every step.
+
+    corrected: whether there were importance weights.
+    """
     finite = [norm for norm in norms if math.isfinite(norm)]
     tokens, steps, skipped = max(totals["tokens"], 1), max(len(finite), 1), len(norms) - len(finite)
-    metrics = {name: totals[name] / tokens for name in ("entropy", "old_kl", "ref_kl", "rollout_gap")}
-    if totals["is_weight"]:
-        metrics |= {name: totals[name] / tokens for name in ("is_weight", "is_cut")}
+    names = ["entropy", "old_kl", "ref_kl", "rollout_gap"] + ["is_weight", "is_cut"] * corrected
+    metrics = {name: totals[name] / tokens for name in names}
     if metrics["rollout_gap"] > 0.05:
         warnings.warn(f"rollout and update disagree by {metrics['rollout_gap']:.3f} nats a token", stacklevel=3)
     if skipped:

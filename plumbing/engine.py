@@ -202,7 +202,7 @@ class Server:
             replace(self, adapter="").ask("/v1/load_lora_adapter", body)
         except BadInput as error:
             if "already" not in str(error):
-                raise
+                raise BadInput(f"{error}. It has to see the folder {self.adapter} (--server-adapters)") from None
 
     def ask(self, path: str, body: dict | None = None, read: Callable | None = None):
         """Return read(reply) of one request; try again after a pause while the server is away. Raises BadInput."""

@@ -260,6 +260,14 @@ def add_lora(model, rank: int, seed: int) -> None:
         p.data = p.data.float() if p.requires_grad else p.data
 
 
+def blank_lora(model, rank: int):
+    """Return an empty model of this kind, on the device "meta", with adapters that change nothing: save_adapter's."""
+    with torch.device("meta"):
+        blank = AutoModelForCausalLM.from_config(model.config)
+    add_lora(blank, rank, 0)
+    return blank
+
+
 def lora_layers(model) -> list[tuple[str, torch.nn.Module]]:
     """Return the name and the module of each layer that has adapters."""
     return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
@@ -402,7 +410,8 @@ def save_adapter(folder: Path, model) -> int:
     (config,) = model.peft_config.values()
     config.save_pretrained(folder)
     named = {name.replace(".default.", "."): p for name, p in model.named_parameters() if ".lora_" in name}
-    weights = {f"base_model.model.{name}": p.detach().cpu().contiguous() for name, p in named.items()}
+    weights = {f"base_model.model.{name}": torch.zeros(p.shape) if p.is_meta else p.detach().cpu().contiguous()
+               for name, p in named.items()}
     save_file(weights, folder / "adapter_model.safetensors")
     return seed_for((folder / "adapter_model.safetensors").read_bytes())
 

@@ -99,6 +99,10 @@ class ModelServer:
         """Return (status, reply) to a request."""
         if path == "/v1/completions":
             return self.complete(body)
+        with self.lock:  # loading a model changes torch for all threads
+            return self.change_adapters(path, body)
+
+    def change_adapters(self, path: str, body: dict) -> tuple:
         if not self.adapters or path not in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
             return 404, {"detail": "Not Found"}
         name = body["lora_name"]
@@ -110,8 +114,9 @@ class ModelServer:
             from peft import PeftModel
 
             base = AutoModelForCausalLM.from_pretrained(self.folder)
-            self.models[name] = PeftModel.from_pretrained(base, body["lora_path"]).merge_and_unload()
-            grpo.enable_sharing(self.models[name])
+            merged = PeftModel.from_pretrained(base, body["lora_path"]).merge_and_unload()
+            grpo.enable_sharing(merged)
+            self.models[name] = merged
         return 200, "Success"
 
     def complete(self, body: dict) -> tuple:

@@ -1,4 +1,5 @@
-"""The client of an inference server: what it sends and takes, and what it does when a server fails."""
+"""The client of an inference server: what it sends and takes, what it does when a server fails, and runs through it."""
+import json
 import os
 import signal
 import socket
@@ -6,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from collections import Counter
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from transformers import AutoModelForCausalLM
 import dust
 import grpo
 from grpo import Sampling
-from plumbing import engine
+from plumbing import engine, models
 from plumbing.engine import Server, start_command
 from plumbing.problems import BadInput, load_problems
+from test_dust import error_of, run_dust
 from server import TINY, ModelServer, load
 
 torch.set_num_threads(1)
@@ -284,3 +286,188 @@ def test_ctrl_c_ends_at_once_while_answers_are_being_drawn(tiny):
         os.kill(child.pid, signal.SIGINT)
         _, errors = child.communicate(timeout=30)
     assert time.time() - began < 3 and b"KeyboardInterrupt" in errors
+
+
+# ----------------------------------------------------------------------------------------------------- a whole run
+
+
+def eval_texts(out, name="base-samples.jsonl"):
+    return sorted((out / name).read_text().splitlines())
+
+
+SMALL_RUN = ["--eval-limit", "6", "--repeats", "1", "--workers", "2", "--max-new-tokens", "60"]
+SMALL_TRAINING = [*SMALL_RUN, "--limit", "8", "--candidates", "8", "--steps", "2", "--batch", "2", "--answers", "3",
+                  "--mini-batch", "2", "--max-new-tokens", "110"]
+
+
+def test_eval_only_through_a_server_needs_no_weights_here(tmp_path, monkeypatch, capsys):
+    """A laptop can drive a server. The greedy answers are those of a run without one."""
+    options = [*SMALL_RUN, "--eval-only", "--eval-temperature", "0", "--max-new-tokens", "110"]
+    assert run_dust(*options, "--out", tmp_path / "here") == 0
+    with ModelServer() as server:
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+        assert run_dust(*options, "--server", server.url, "--out", tmp_path / "there") == 0
+    assert eval_texts(tmp_path / "here") == eval_texts(tmp_path / "there")
+    assert eval_texts(tmp_path / "here", "base-rankings.jsonl") == eval_texts(tmp_path / "there", "base-rankings.jsonl")
+    assert f"  server   base at {server.url}, context 1024\n" in capsys.readouterr().out
+
+
+def test_a_run_through_a_server_trains_here_and_says_where_the_trained_model_answers(tmp_path, capsys):
+    with ModelServer() as server:
+        assert run_dust(*SMALL_TRAINING, "--server", server.url, "--out", tmp_path / "run") == 0
+    printed = capsys.readouterr().out
+    assert "of the trained model are drawn in this process" in printed.split("sample ")[0]
+    assert {body["model"] for body in server.log} == {"base"}
+    counts = Counter(body["n"] for body in server.log)
+    assert counts[8] == 8 and counts[4] == 6  # candidates, and programs of the base's evaluation
+    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 8
+
+
+def test_with_lora_the_server_draws_for_the_trained_model_too_and_for_training(tmp_path):
+    """Each step's adapter has a name of its own: the server keeps a prompt's keys by the adapter's name."""
+    pytest.importorskip("peft")
+    out = tmp_path / "run"
+    with ModelServer() as server:
+        assert run_dust(*SMALL_TRAINING, "--lora", "4", "--lr", "1e-3", "--server-rollouts", "--server", server.url,
+                        "--out", out) == 0
+    names = list(dict.fromkeys(body["model"] for body in server.log))
+    assert names[0] == "base" and len(names) > 2  # a step of equal rewards changes nothing, nor the name
+    assert list(server.models) == names[-1:]  # those of the past are unloaded
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert any(step["tokens"] for step in steps)
+    for step in steps:  # the server's weights are this step's: rounding is all that is between the two
+        assert step["rollout_gap"] < 1e-4 and step["is_cut"] == 0
+        assert step["is_weight"] == pytest.approx(1, abs=1e-4) or not step["tokens"]
+    assert (out / "adapter" / "adapter_config.json").exists() and (out / "model" / "config.json").exists()
+
+
+def test_a_saved_adapter_is_the_trained_model(tmp_path):
+    """peft reads the adapter, on the model that training started from, as the merged model that is saved beside it."""
+    peft = pytest.importorskip("peft")
+    out = tmp_path / "run"
+    assert run_dust(*SMALL_TRAINING, "--lora", "4", "--lr", "1e-2", "--out", out) == 0
+    ids = torch.arange(20)[None]
+    merged = AutoModelForCausalLM.from_pretrained(out / "model")
+    base = AutoModelForCausalLM.from_pretrained(TINY)
+    before = base(ids).logits
+    adapted = peft.PeftModel.from_pretrained(base, out / "adapter")
+    assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-4)
+    assert not torch.allclose(before, merged(ids).logits, atol=1e-2)
+
+
+def test_a_server_that_was_started_again_gets_its_adapter_again(tiny, tmp_path):
+    pytest.importorskip("peft")
+    model, _ = models.load_model(str(TINY), optimizer="fp32", shard=False, device="cpu")
+    models.add_lora(model, 4, 0)
+    number = models.save_adapter(tmp_path, model)
+    server = ModelServer()
+    with server:
+        adapted = client(server).with_adapter(str(tmp_path), f"dust-1-{number}", "dust-1-")
+        first = adapted.draw(tiny[2], [[1]] * 3, FREE, 8)
+    server.models.clear()
+    with server:
+        assert adapted.draw(tiny[2], [[1]] * 3, FREE, 8) == first
+
+
+def test_a_server_without_adapters_is_named_before_hours_of_training(tmp_path, capsys):
+    pytest.importorskip("peft")
+    with ModelServer(adapters=False) as server:
+        error = error_of(capsys, *SMALL_TRAINING, "--lora", "4", "--server", server.url, "--out", tmp_path / "run")
+    assert "--enable-lora --max-lora-rank 8" in error and "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in error
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
+
+
+def test_a_killed_run_keeps_each_answer_that_came_and_resume_asks_for_the_others_only(tmp_path):
+    options = [*SMALL_RUN, "--eval-only", "--server-requests", "2", "--out", str(tmp_path / "run")]
+    with ModelServer(slow=0.3) as server:
+        command = [sys.executable, "dust.py", *options, "--server", server.url]
+        child = subprocess.Popen(command, cwd=TINY.parent.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        file = tmp_path / "run" / "base-samples.jsonl"
+        while not file.exists() or file.read_text().count("\n") < 2:
+            time.sleep(0.02)
+        child.kill()
+        child.wait()
+        kept = file.read_text().splitlines()
+        assert 2 <= len(kept) < 6
+    with ModelServer() as other:  # the address may change
+        assert run_dust(*options, "--server", other.url, "--resume") == 0
+    assert file.read_text().splitlines()[: len(kept)] == kept
+    asked = Counter(body["n"] for body in other.log)[4]
+    assert asked == 6 - len(kept)
+
+
+def test_ctrl_c_ends_a_run_at_once_with_its_exit_code(tmp_path):
+    with ModelServer() as server:
+        command = [sys.executable, "dust.py", *SMALL_RUN, "--eval-only", "--server", server.url, "--out", tmp_path / "run"]
+        child = subprocess.Popen(list(map(str, command)), cwd=TINY.parent.parent, stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.PIPE, text=True)
+        while len(server.log) < 3:
+            server.slow = 60  # of the stages; the two requests of the check are quick
+            time.sleep(0.02)
+        time.sleep(0.5)
+        began = time.time()
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130 and "--resume" in errors and "Traceback" not in errors
+    assert time.time() - began < 8
+
+
+def test_a_server_that_stays_away_ends_a_run_in_one_line(tmp_path, capsys):
+    error = error_of(capsys, *SMALL_RUN, "--eval-only", "--server", "localhost:9", "--out", tmp_path / "run")
+    assert error.startswith("dust: --server http://localhost:9 does not answer") and "vllm serve" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--server-rollouts", "--server", "a:1"], "--server-rollouts needs --server and --lora"),
+    (["--server-rollouts", "--lora", "4"], "--server-rollouts needs --server and --lora"),
+    (["--server-rollouts", "--lora", "4", "--server", "a:1", "--mode", "sft"], "does not work with --mode sft"),
+    (["--programs", "x.jsonl", "--mode", "generate"], "--programs works only with --mode rank or sft"),
+    (["--programs", "x.jsonl", "--eval-only"], "--programs works only with --mode rank or sft"),
+])
+def test_options_that_do_not_go_together_are_named(options, message, capsys):
+    pytest.importorskip("peft")
+    assert message in error_of(capsys, *options)
+
+
+# ------------------------------------------------------------------------------------------ candidates from elsewhere
+
+
+def test_the_candidates_of_a_run_serve_another_one(llama, tmp_path):
+    """The same groups, and so the same training, without sampling."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_dust(*llama["arguments"], "--out", first) == 0
+    assert run_dust(*llama["arguments"], "--out", second, "--programs", first / "candidates.jsonl") == 0
+    assert not (second / "samples.jsonl").exists()
+    for name in ("candidates.jsonl", "report.json"):
+        assert (first / name).read_text() == (second / name).read_text()
+
+
+def write_programs(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_candidates_for_unknown_problems_and_problems_without_candidates_are_counted(llama, tmp_path, capsys):
+    codes = ["print(1)", "print(2)", "print(1)", "print(3)"] * 2
+    records = [{"problem_id": "p1", "code": code} for code in codes] + [{"problem_id": "elsewhere", "code": "1"}] * 3
+    records += [{"problem_id": "p2", "answer": f"```python\n{code}\n```"} for code in codes]
+    file = write_programs(tmp_path / "programs.jsonl", records)
+    assert run_dust(*llama["arguments"], "--steps", 1, "--out", tmp_path / "run", "--programs", file) == 0
+    assert "16 programs for 2 of 8 problems; 3 more are for problems that are not in --train" in capsys.readouterr().out
+    kept = [json.loads(line) for line in (tmp_path / "run" / "candidates.jsonl").read_text().splitlines()]
+    assert [c["code"].strip() for c in kept] == codes * 2
+    assert Counter(c["correct"] for c in kept) == {True: 8, False: 8}
+
+
+@pytest.mark.parametrize("records, message", [
+    ([], "0 programs for 0 of 8 problems"),
+    ([{"problem_id": "elsewhere", "code": "1"}], "0 programs for 0 of 8 problems; 1 more are for problems that are not"),
+    ([{"problem_id": "p1"}, {"problem_id": 1, "code": "1"}], 'line 2: a record needs "problem_id"'),
+    ([{"problem_id": "p1", "code": ["1"]}], 'line 1: a record needs "problem_id"'),
+    (["p1"], 'line 1: a record needs "problem_id"'),
+    ([{"problem_id": "p1"}, {"problem_id": "p1", "code": None}], "no program is correct"),
+])
+def test_a_file_of_programs_that_cannot_be_used_is_one_line(records, message, llama, tmp_path, capsys):
+    file = write_programs(tmp_path / "programs.jsonl", records)
+    assert message in error_of(capsys, *llama["arguments"], "--out", tmp_path / "run", "--programs", file)
