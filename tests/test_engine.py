@@ -1,5 +1,8 @@
 """The client of an inference server: what it sends and takes, what it does when a server fails, and runs through it."""
+import contextlib
+import copy
 import json
+import math
 import os
 import signal
 import socket
@@ -15,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import dust
 import grpo
-from grpo import Sampling
+from grpo import Sampling, importance_weights
 from plumbing import engine, models
 from plumbing.engine import Server, start_command
 from plumbing.problems import BadInput, load_problems
@@ -430,6 +433,49 @@ def test_options_that_do_not_go_together_are_named(options, message, capsys):
     assert message in error_of(capsys, *options)
 
 
+# ------------------------------------------------------------------------------------------------ importance weights
+
+
+def test_importance_weights_give_the_gradient_of_our_own_distribution():
+    """The mean over what another program draws, each draw with its weight, is the mean over what we draw."""
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(50, requires_grad=True), torch.randn(50)
+    logp, sampled_logp, values = ours.log_softmax(-1), theirs.log_softmax(-1), torch.randn(50)
+    weights, cut = importance_weights(logp, sampled_logp, 1e9)
+    assert not weights.requires_grad and not cut.any()
+    corrected = (sampled_logp.exp() * weights * values).sum()
+    assert torch.allclose(corrected, (logp.exp() * values).sum(), atol=1e-5)
+    assert not torch.allclose((sampled_logp.exp() * values).sum(), corrected, atol=1e-2)
+
+
+def test_importance_weights_are_cut_upwards_only_and_the_cut_ones_are_marked():
+    weights, cut = importance_weights(torch.tensor([0.0, -1.0, -1.0, 0.0]), torch.tensor([0.0, -3.0, -1.5, -9.0]), 2.0)
+    assert weights.tolist() == pytest.approx([1.0, 2.0, math.exp(0.5), 2.0]) and cut.tolist() == [0, 1, 0, 1]
+    assert importance_weights(torch.tensor([-5.0]), torch.tensor([0.0]), 2.0)[0].item() == pytest.approx(math.exp(-5))
+
+
+@pytest.mark.parametrize("limit, factor, cut", [(4.0, 2.0, 0.0), (1.5, 1.5, 1.0)])
+def test_the_update_weighs_each_token_and_says_how_much(limit, factor, cut, tiny):
+    """A server whose log-probs are all lower by log 2 gets weights of 2: the gradient doubles."""
+    model, _, prompts = tiny
+    torch.manual_seed(0)
+    rollouts = grpo.rollout(model, [torch.tensor(prompts[0])], [[1, 2, 3]], max_new_tokens=9, eos_ids=ENDS)
+    rollouts[0].rewards = torch.tensor([1.0, 0.0, 0.5])
+    settings = dict(mini_batch=1, kl=0.0, is_clip=limit)
+    plain = one_update(model, rollouts, **settings, server_rollouts=False)
+    rollouts[0].logps = [logps - math.log(2) for logps in rollouts[0].logps]
+    weighted = one_update(model, rollouts, **settings, server_rollouts=True)
+    assert weighted["grad_norm"] == pytest.approx(factor * plain["grad_norm"], rel=1e-3)
+    assert (weighted["is_weight"], weighted["is_cut"]) == pytest.approx((factor, cut), abs=1e-4)
+    assert "is_weight" not in plain
+
+
+def one_update(model, rollouts, **settings) -> dict:
+    changed = copy.deepcopy(model)
+    with pytest.warns() if settings["server_rollouts"] else contextlib.nullcontext():  # the distance is large
+        return grpo.update(changed, torch.optim.SGD(changed.parameters(), lr=0.0), rollouts, dust.Args(**settings))
+
+
 # ------------------------------------------------------------------------------------------ candidates from elsewhere
 
 
@@ -439,8 +485,9 @@ def test_the_candidates_of_a_run_serve_another_one(llama, tmp_path):
     assert run_dust(*llama["arguments"], "--out", first) == 0
     assert run_dust(*llama["arguments"], "--out", second, "--programs", first / "candidates.jsonl") == 0
     assert not (second / "samples.jsonl").exists()
-    for name in ("candidates.jsonl", "report.json"):
-        assert (first / name).read_text() == (second / name).read_text()
+    assert (first / "candidates.jsonl").read_text() == (second / "candidates.jsonl").read_text()
+    one, other = (json.loads((out / "report.json").read_text()) for out in (first, second))
+    assert one["rows"] == other["rows"]
 
 
 def write_programs(path, records):
