@@ -171,7 +171,7 @@ from tqdm import tqdm  # noqa: E402
 
 import grpo  # noqa: E402
 from grpo import Rollout, Sampling  # noqa: E402
-from plumbing import engine, models, ranks, report, runs  # noqa: E402
+from plumbing import models, ranks, report, runs, served  # noqa: E402
 from plumbing.engine import Server  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ what flows through
@@ -235,40 +235,6 @@ def load(name: str, args: Args, option: str = "--model"):
     if model.device.type != "meta" and (reason := grpo.enable_sharing(model)):
         tqdm.write(f"{option} {name} reads a prompt again for each of its answers, which is slower: {reason}")
     return model, tokenizer
-
-
-def connect(model, tokenizer, prompt: torch.Tensor, args: Args) -> Server:
-    """Return the server of --server. It stands where a model stands in all stages that only draw answers.
-
-    prompt: token ids [L], which the server has to answer as this model does. Raises BadInput if it does not.
-    """
-    def logps_of(ids: list[int]) -> list[float]:
-        with torch.no_grad(), ranks.unsharded(model):
-            return grpo.answer_logprobs(model, prompt, [torch.tensor(ids)])[0].tolist()
-
-    here = model.device.type != "meta"
-    dtype = "float32" if here and model.dtype == torch.float32 else "auto"
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    command = engine.start_command(models.find_model(args.model), context or 2 * args.max_new_tokens, dtype, args.lora)
-    vocabulary, ends = model.get_input_embeddings().num_embeddings, end_ids(model, tokenizer)
-    server = Server(engine.base_url(args.server), command, ends, vocabulary, args.server_requests, say=tqdm.write)
-    server, found = server.check(prompt.tolist(), args.max_new_tokens, tokenizer.decode, logps_of if here else None)
-    print(f"  server   {found}")
-    if not args.eval_only and not serves_trained(args):
-        print("           the answers of the trained model are drawn in this process (with --lora: by the server)")
-    return server
-
-
-def serves_trained(args: Args) -> bool:
-    """Return whether the server can draw the trained model's answers: only if that is --model with adapters."""
-    return bool(args.server and args.lora and not args.init)
-
-
-def with_adapter(server: Server, model, args: Args, out: Path) -> Server:
-    """Let the server load the adapters that --lora trains, as they are now. Return the server that draws with them."""
-    weights, folder = models.save_adapter(out / "served-adapter", model), args.server_adapters or out.resolve()
-    names = f"dust-{seed_for(out.resolve())}-"  # of this run's adapters, also of those before it was stopped
-    return ranks.on_first(lambda: server.with_adapter(f"{folder}/served-adapter", f"{names}{weights}", names))
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -453,7 +419,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
         for step in range(first, args.steps):
             began, generator = time.time(), torch.Generator().manual_seed(seed_for(args.seed, "train", step))
             batch = batch_at(groups if args.mode in ("rank", "sft") else problems, step, args)
-            policy = with_adapter(server, model, args, out) if args.server_rollouts else model
+            policy = served.with_adapter(server, model, args, out) if args.server_rollouts else model
             rollouts, metrics = experience(policy, tokenizer, batch, step, args, generator, teacher)
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
@@ -733,18 +699,21 @@ def run(args: Args) -> None:
     out, before = ranks.on_first(lambda: runs.find_run(args))
     optimizer, memory = models.choose_optimizer(args, args.optimizer or before.get("optimizer", ""))
     args = replace(args, optimizer=optimizer)
+    if args.server and args.eval_only:
+        memory = "none for weights, which the server has"
     if args.init:
         models.count_parameters(args.init, "--init")  # raises BadInput for a wrong name now, not in hours
     problems, held_out = load_train_and_eval(args)
     model, tokenizer = load(args.model, args)
     first_prompt = program_ids(tokenizer, (problems or held_out)[0], args)
-    source = connect(model, tokenizer, first_prompt, args) if args.server else model  # of the answers before training
+    source = model  # of the answers before training
+    if args.server:
+        source = served.connect(model, tokenizer, first_prompt, args, end_ids(model, tokenizer), grpo.answer_logprobs)
     runs.open_run(out, before, args, problems, held_out)
     print(f"DuST -> {out}")
     runs.show_plan(args, problems, held_out, BEST_OF, memory)
     models.show_first(out, "programs", tokenizer, first_prompt)
-    if not args.eval_only and serves_trained(args):  # a server that loads no adapters should say so now, not in hours
-        with_adapter(source, models.blank_lora(model, args.lora), args, out)
+    served.try_adapter(source, model, args, out)
 
     groups = []
     if args.mode in ("rank", "sft") and not args.eval_only:  # the other modes draw their candidates step by step
@@ -761,7 +730,7 @@ def run(args: Args) -> None:
             if its_tokenizer.get_vocab() != tokenizer.get_vocab():
                 raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
         train(model, tokenizer, problems, groups, args, out, source)
-        trained = with_adapter(source, model, args, out) if serves_trained(args) else model
+        trained = served.with_adapter(source, model, args, out) if served.serves_trained(args) else model
         rows["trained_judge"] = rank_all(trained, tokenizer, base, args, out / "judge")
         drawn = evaluation_groups(trained, tokenizer, held_out, args, out / "trained")
         rows["trained"] = rank_all(trained, tokenizer, drawn, args, out / "trained")

@@ -210,7 +210,8 @@ def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, g
             optimizer.step()
             totals.update(sums)
     optimizer.zero_grad(set_to_none=True)
-    return averages(totals, norms, args.server_rollouts) | {"zero_variance": (len(groups) - len(taught)) / max(len(groups), 1)}
+    metrics = averages(totals, norms, corrected=args.server_rollouts)
+    return metrics | {"zero_variance": (len(groups) - len(taught)) / max(len(groups), 1)}
 
 
 def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict[str, float]:

@@ -159,7 +159,7 @@ class Server:
             served = next(entry for entry in once.ask("/v1/models")["data"] if not entry.get("parent"))
             name, context = served["id"], served["max_model_len"]
         except (LookupError, TypeError, StopIteration):
-            raise self.bad("does not say which model it serves and how long its context is") from None
+            raise self.bad("is not vLLM's: it does not say which model it serves, with which context") from None
         if context < len(prompt) + max(longest, PROBE):
             raise self.bad(f"has a context of {context} tokens, too short for a prompt of {len(prompt)} tokens with an "
                            f"answer of {longest}: use a smaller --max-new-tokens, or a larger --max-model-len")

@@ -401,8 +401,9 @@ def test_a_killed_run_keeps_each_answer_that_came_and_resume_asks_for_the_others
 
 def test_ctrl_c_ends_a_run_at_once_with_its_exit_code(tmp_path):
     with ModelServer() as server:
-        command = [sys.executable, "dust.py", *SMALL_RUN, "--eval-only", "--server", server.url, "--out", tmp_path / "run"]
-        child = subprocess.Popen(list(map(str, command)), cwd=TINY.parent.parent, stdout=subprocess.DEVNULL,
+        options = [*SMALL_RUN, "--eval-only", "--server", server.url, "--out", str(tmp_path / "run")]
+        command = [sys.executable, "dust.py", *options]
+        child = subprocess.Popen(command, cwd=TINY.parent.parent, stdout=subprocess.DEVNULL,
                                  stderr=subprocess.PIPE, text=True)
         while len(server.log) < 3:
             server.slow = 60  # of the stages; the two requests of the check are quick
@@ -509,7 +510,7 @@ def test_candidates_for_unknown_problems_and_problems_without_candidates_are_cou
 
 @pytest.mark.parametrize("records, message", [
     ([], "0 programs for 0 of 8 problems"),
-    ([{"problem_id": "elsewhere", "code": "1"}], "0 programs for 0 of 8 problems; 1 more are for problems that are not"),
+    ([{"problem_id": "elsewhere", "code": "1"}], "0 programs for 0 of 8 problems; 1 more are for problems that"),
     ([{"problem_id": "p1"}, {"problem_id": 1, "code": "1"}], 'line 2: a record needs "problem_id"'),
     ([{"problem_id": "p1", "code": ["1"]}], 'line 1: a record needs "problem_id"'),
     (["p1"], 'line 1: a record needs "problem_id"'),
