@@ -243,6 +243,8 @@ class Server:
         if reply.status == 404 and self.adapter:  # a server that was started again has lost it
             self.load_adapter()
             raise ConnectionError("its adapter was lost")
+        if reply.status == 401:
+            raise BadInput(f"--server {self.url} asks for a key: set the environment variable VLLM_API_KEY")
         if reply.status != 200:
             raise self.bad(f"refuses {path}: {reply.status} {said}")
         return json.loads(text) if text.startswith("{") else text
