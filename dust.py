@@ -25,7 +25,7 @@ from pathlib import Path
 
 import rank_prompt
 import sandbox
-from plumbing.problems import BadInput, Problem, load_train_and_eval, seed_for
+from plumbing.problems import BadInput, Problem, load_train_and_eval, read_programs, seed_for
 from plumbing.settings import arg, check_settings, prepare_terminal, read_options
 
 BEST_OF = 4  # N of Best-of-N: programs in an evaluation group (paper 2.1)
@@ -108,6 +108,15 @@ class Args:
     rows: int = arg(0, "answers that are decoded at a time: changes memory and speed, not the result; 0: as many as\n"
                     "fit the memory of a GPU, 256 elsewhere", least=0)
 
+    server: str = arg("", "address of a vLLM server that draws the answers, for example localhost:8000;\n"
+                      "training stays here", section="answers from elsewhere")
+    server_requests: int = arg(64, "requests to the server at a time", least=1)
+    server_adapters: str = arg("", "the run's folder as the server's machine sees it; without it the same path as here")
+    server_rollouts: bool = arg(False, "with --lora: the server draws the training answers too")
+    is_clip: float = arg(2.0, "limit of the weights that correct for the server's other rounding in training", above=0)
+    programs: str = arg("", "JSONL file of {problem_id, answer} or {problem_id, code}, used in place of sampling;\n"
+                        "candidates.jsonl of another run is such a file")
+
     repeats: int = arg(2, "R, evaluation groups drawn for each problem [10]", least=1, section="evaluation (paper 3.1)")
     eval_temperature: float = arg(0.6, "temperature of programs and rankings in the evaluation [0.6]", least=0)
     top_p: float = arg(0.95, "top-p of the evaluation [0.95]", above=0)
@@ -165,7 +174,8 @@ from tqdm import tqdm  # noqa: E402
 
 import grpo  # noqa: E402
 from grpo import Rollout, Sampling  # noqa: E402
-from plumbing import fast_decode, models, ranks, report, runs  # noqa: E402
+from plumbing import fast_decode, models, ranks, report, runs, served  # noqa: E402
+from plumbing.engine import Server  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ what flows through
 
@@ -216,12 +226,16 @@ class RankedGroup:
 
 
 def load(name: str, args: Args, option: str = "--model"):
-    """Return the (model, tokenizer) of a name or folder, ready for rollouts and updates. option: names it in errors."""
+    """Return the (model, tokenizer) of a name or folder, ready for rollouts and updates. option: names it in errors.
+
+    With --server and --eval-only the model is empty: nothing is computed here.
+    """
     model, tokenizer = models.load_model(name, optimizer=args.optimizer, shard=args.shard, device=args.device,
-                                         effort=args.reasoning_effort if option == "--model" else "", option=option)
+                                         effort=args.reasoning_effort if option == "--model" else "", option=option,
+                                         weights=not (args.server and args.eval_only))
     if not end_ids(model, tokenizer):
         raise BadInput(f"{option} {name}: nothing names an end-of-text token")
-    if reason := grpo.enable_sharing(model):
+    if model.device.type != "meta" and (reason := grpo.enable_sharing(model)):
         tqdm.write(f"{option} {name} reads a prompt again for each of its answers, which is slower: {reason}")
     return model, tokenizer
 
@@ -247,13 +261,18 @@ def ranking_ids(tokenizer, group: Group, args: Args) -> torch.Tensor:
 
 def fits(model, prompt: torch.Tensor, args: Args) -> bool:
     """Return whether a prompt [L] and the longest answer fit the context, the positions that the model knows."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    is_server = isinstance(model, Server)
+    context = model.context if is_server else getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return not context or len(prompt) + args.max_new_tokens <= context
 
 
 def draw(model, tokenizer, prompts: list[torch.Tensor], seeds: list[list[int]], args: Args, sampling: Sampling,
          rows: int) -> list[Rollout]:
     """Draw an answer to each prompt [L] for each of its seeds, as one Rollout a prompt. All answers are drawn here."""
+    if isinstance(model, Server):
+        drawn = model.draw([prompt.tolist() for prompt in prompts], seeds, sampling, args.max_new_tokens)
+        return [Rollout(prompt, [torch.tensor(a.ids) for a in answers], [torch.tensor(a.logps) for a in answers],
+                        [a.ended for a in answers]) for prompt, answers in zip(prompts, drawn)]
     return grpo.rollout(model, prompts, seeds, sampling=sampling, max_new_tokens=args.max_new_tokens,
                         eos_ids=end_ids(model, tokenizer), max_rows=rows)
 
@@ -263,7 +282,7 @@ def rows_at_a_time(model, prompts: list[torch.Tensor], args: Args) -> int:
 
     Every rank calls this at the start of a stage, because all of them take part in a sharded model's forward.
     """
-    if args.rows or model.device.type != "cuda" or not prompts:
+    if args.rows or isinstance(model, Server) or model.device.type != "cuda" or not prompts:
         return args.rows or 256
     return fast_decode.rows_that_fit(model, max(map(len, prompts)), args.max_new_tokens, models.room(args.device))
 
@@ -289,8 +308,9 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, file: Path, ev
         rollouts = draw(model, tokenizer, [prompts[problem.id] for problem in chunk], seeds, args, sampling, rows)
         return [[[text, ended] for text, ended in zip(texts_of(tokenizer, r), r.finished)] * copies for r in rollouts]
 
-    rows = rows_at_a_time(model, list(prompts.values()), args)
-    answers = runs.resumable(file, {problem.id: problem for problem in problems}, answer, max(1, rows // count))
+    rows, requests = rows_at_a_time(model, list(prompts.values()), args), isinstance(model, Server) and model.requests
+    work = {problem.id: problem for problem in problems}
+    answers = runs.resumable(file, work, answer, max(1, rows // count), requests)
     candidates = [Candidate(problem_id, text, rank_prompt.extract_code(text))
                   for problem_id, drawn in answers.items() for text, _ in drawn]
     without = sum(candidate.code is None for candidate in candidates)
@@ -372,7 +392,10 @@ def training_groups(model, tokenizer, problems: list[Problem], args: Args, out: 
     if args.until_enough:
         count = min(count, max(1, ceil(enough / (args.candidates // args.group_size))))
     while True:
-        candidates = sample(model, tokenizer, problems[:count], args, out / "samples.jsonl")
+        if args.programs:
+            candidates, count = candidates_of(args.programs, problems), len(problems)
+        else:
+            candidates = sample(model, tokenizer, problems[:count], args, out / "samples.jsonl")
         label(problems, candidates, args, out / "labels.jsonl")
         mixed = make_groups(problems, candidates, args.group_size)
         groups = [group for group in mixed if fits(model, ranking_ids(tokenizer, group, args), args)]
@@ -386,14 +409,21 @@ def training_groups(model, tokenizer, problems: list[Problem], args: Args, out: 
     return groups
 
 
+def candidates_of(file: str, problems: list[Problem]) -> list[Candidate]:
+    """Return the candidates of --programs. The program is read in the answer; a record without an answer holds it."""
+    return [Candidate(record["problem_id"], answer, rank_prompt.extract_code(answer) if answer else record.get("code"))
+            for record in read_programs(file, problems) for answer in [record.get("answer") or ""]]
+
+
 # --------------------------------------------------------------------------------- sections 2.3 and 2.4: the training
 
 
-def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: Args, out: Path) -> None:
+def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: Args, out: Path, server=None) -> None:
     """Train the model to rank (paper 2.4), or as --mode says, and save it as an ordinary model folder in out/model.
 
     A step's random numbers depend only on --seed and its number, so a resumed run makes the same steps. groups: for
-    the modes rank and sft; the other modes sample new candidates for problems.
+    the modes rank and sft; the other modes sample new candidates for problems. server: draws the answers of
+    --server-rollouts.
     """
     supervised = args.mode == "sft"
     teacher = load_teacher(model, tokenizer, args) if supervised else None
@@ -408,7 +438,8 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
         for step in range(first, args.steps):
             began, generator = time.time(), torch.Generator().manual_seed(seed_for(args.seed, "train", step))
             batch = batch_at(groups if args.mode in ("rank", "sft") else problems, step, args)
-            rollouts, metrics = experience(model, tokenizer, batch, step, args, generator, teacher)
+            policy = served.with_adapter(server, model, args, out) if args.server_rollouts else model
+            rollouts, metrics = experience(policy, tokenizer, batch, step, args, generator, teacher)
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
             metrics |= grpo.update(model, optimizer, rollouts, args, reference=reference, generator=generator)
@@ -425,6 +456,8 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
             if step == first:
                 runs.warn_if_long(bar)
     models.save_model(out / "model", model, tokenizer)
+    if args.lora:
+        models.save_adapter(out / "adapter", model)
 
 
 def experience(model, tokenizer, batch: list, step: int, args: Args, generator, teacher) -> tuple[list[Rollout], dict]:
@@ -617,8 +650,8 @@ def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Pat
         rollouts = draw(model, tokenizer, [prompts[key] for key in chunk], seeds, args, sampling, rows)
         return [[texts_of(tokenizer, rollout)[0], rollout.finished[0]] for rollout in rollouts]
 
-    rows = rows_at_a_time(model, list(prompts.values()), args)
-    answers = runs.resumable(file, {key: key for key in prompts}, answer, size=rows)
+    rows, requests = rows_at_a_time(model, list(prompts.values()), args), isinstance(model, Server) and model.requests
+    answers = runs.resumable(file, {key: key for key in prompts}, answer, rows, requests)
     runs.warn_if_cut(file.stem, mean([not ended for _, ended in answers.values()]))
     ranked = []
     for i, (group, seen) in enumerate(zip(groups, shown)):
@@ -693,33 +726,41 @@ def run(args: Args) -> None:
     out, before = ranks.on_first(lambda: runs.find_run(args))
     optimizer, memory = models.choose_optimizer(args, args.optimizer or before.get("optimizer", ""))
     args = replace(args, optimizer=optimizer)
+    if args.server and args.eval_only:
+        memory = "none for weights, which the server has"
     if args.init:
         models.count_parameters(args.init, "--init")  # raises BadInput for a wrong name now, not in hours
     problems, held_out = load_train_and_eval(args)
     model, tokenizer = load(args.model, args)
+    first_prompt = program_ids(tokenizer, (problems or held_out)[0], args)
+    source = model  # of the answers before training
+    if args.server:
+        source = served.connect(model, tokenizer, first_prompt, args, end_ids(model, tokenizer), grpo.answer_logprobs)
     runs.open_run(out, before, args, problems, held_out)
     print(f"DuST -> {out}")
     runs.show_plan(args, problems, held_out, BEST_OF, memory)
-    models.show_first(out, "programs", tokenizer, program_ids(tokenizer, (problems or held_out)[0], args))
+    models.show_first(out, "programs", tokenizer, first_prompt)
+    served.try_adapter(source, model, args, out)
 
     groups = []
     if args.mode in ("rank", "sft") and not args.eval_only:  # the other modes draw their candidates step by step
-        groups = training_groups(model, tokenizer, problems, args, out)
+        groups = training_groups(source, tokenizer, problems, args, out)
     elif not args.eval_only:
-        problems, _ = fitting_problems(model, tokenizer, problems, args)
+        problems, _ = fitting_problems(source, tokenizer, problems, args)
 
-    base = evaluation_groups(model, tokenizer, held_out, args, out / "base")
-    rows = {"base": rank_all(model, tokenizer, base, args, out / "base")}
+    base = evaluation_groups(source, tokenizer, held_out, args, out / "base")
+    rows = {"base": rank_all(source, tokenizer, base, args, out / "base")}
     if not args.eval_only:
         if args.init:
             del model  # two models may not fit the memory
             model, its_tokenizer = load(args.init, args, "--init")
             if its_tokenizer.get_vocab() != tokenizer.get_vocab():
                 raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
-        train(model, tokenizer, problems, groups, args, out)
-        rows["trained_judge"] = rank_all(model, tokenizer, base, args, out / "judge")
-        drawn = evaluation_groups(model, tokenizer, held_out, args, out / "trained")
-        rows["trained"] = rank_all(model, tokenizer, drawn, args, out / "trained")
+        train(model, tokenizer, problems, groups, args, out, source)
+        trained = served.with_adapter(source, model, args, out) if served.serves_trained(args) else model
+        rows["trained_judge"] = rank_all(trained, tokenizer, base, args, out / "judge")
+        drawn = evaluation_groups(trained, tokenizer, held_out, args, out / "trained")
+        rows["trained"] = rank_all(trained, tokenizer, drawn, args, out / "trained")
     ranked = {name: row[0] for name, row in rows.items()}
     finals = {name: row[1] for name, row in rows.items()}
     text = ranks.on_first(lambda: report.write_report(ranked, finals, METRICS, asdict(args), out))

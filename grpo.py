@@ -118,6 +118,17 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, ref_logp: Te
     return loss, diagnostics
 
 
+def importance_weights(logp: Tensor, sampled_logp: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Return factors of the advantages of answers that another program drew, and where they were cut: 1 or 0.
+
+    logp, sampled_logp: one shape, the log-prob of each token by the model as it is here, and as it was drawn; two
+    programs with the same weights round differently. The factor is min(exp(logp - sampled_logp), limit), without
+    gradient: the expected gradient is then that of our own model, except for what the limit cuts off.
+    """
+    ratio = (logp - sampled_logp).detach().exp()
+    return ratio.clamp(max=limit), (ratio > limit).float()
+
+
 def token_weights(lengths: list[int], loss: str) -> list[float]:
     """For each answer of a mini-batch, the weight of each of its tokens in the loss. Over all tokens they sum to 1.
 
@@ -154,9 +165,10 @@ def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, g
 
     args: dust.Args or any object with its fields mode, mini_batch, ppo_epochs, temperature (that of the rollouts), loss
     (see token_weights), clip, clip_high (0: the same as clip), dual_clip (0: none), kl, and micro_tokens, the tokens of
-    one forward (a bound for memory; the gradient does not depend on it). kl > 0 needs a reference, the frozen model
-    that training starts from; with LoRA it is the model itself. generator: torch.Generator for the shuffling. Each rank
-    gets the same rollouts and computes a share of each mini-batch.
+    one forward (a bound for memory; the gradient does not depend on it), server_rollouts (True: another program drew
+    the answers, see importance_weights) and is_clip, the limit of its factors. kl > 0 needs a reference, the frozen
+    model that training starts from; with LoRA it is the model itself. generator: torch.Generator for the shuffling.
+    Each rank gets the same rollouts and computes a share of each mini-batch.
 
     A group is never split between mini-batches. A group of equal rewards is skipped. Only its KL term is lost: the
     denominator still includes it. A mini-batch of only such groups makes no step, because momentum and weight decay
@@ -164,7 +176,8 @@ def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, g
     rewards, logps, finished, clipping and kl.
 
     Returns averages over trained tokens: entropy, clip_share, old_kl, ref_kl, rollout_gap (mean distance to the
-    log-probs at sampling; warns above 0.05); averages over steps: loss, grad_norm (before clipping); and zero_variance
+    log-probs at sampling; warns above 0.05), with server_rollouts is_weight and is_cut (mean factor,
+    share of tokens whose factor was cut); averages over steps: loss, grad_norm (before clipping); and zero_variance
     (share of groups skipped), tokens (each counted once an epoch), stepped (steps made), skipped (steps left out
     because the gradient was not finite; warns).
     """
@@ -199,7 +212,8 @@ def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, g
             optimizer.step()
             totals.update(sums)
     optimizer.zero_grad(set_to_none=True)
-    return averages(totals, norms) | {"zero_variance": (len(groups) - len(taught)) / max(len(groups), 1)}
+    metrics = averages(totals, norms, corrected=args.server_rollouts)
+    return metrics | {"zero_variance": (len(groups) - len(taught)) / max(len(groups), 1)}
 
 
 def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict[str, float]:
@@ -207,21 +221,24 @@ def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict
 
     Each rank computes a share of the groups, then gets the gradients and sums of all.
     """
-    sums = dict.fromkeys(["loss", "clip", "old_kl", "ref_kl", "entropy", "rollout_gap", "tokens"], 0.0)
+    names = ["loss", "clip", "old_kl", "ref_kl", "entropy", "rollout_gap", "tokens", "is_weight", "is_cut"]
+    sums = dict.fromkeys(names, 0.0)
     clips = dict(clip_low=args.clip, clip_high=args.clip_high or args.clip, dual_clip=args.dual_clip or None)
     for micro_batch, counts in my_micro_batches(groups, args.micro_tokens, shares_prompts(model)):
         logp, entropy = ranks.run_forward(model, logprobs, as_pairs(micro_batch), args.temperature)  # [N]
         field = partial(lay_out, micro_batch, logp)  # name -> that field of Example for each token, [N]
         old = logp.detach() if field("old_logp") is None else field("old_logp")  # detached: ratio 1, with gradient
-        loss, diagnostics = policy_loss(logp, old, field("advantage"), field("ref_logp"), kl=args.kl, **clips)
+        sampled = old if field("rollout_logp") is None else field("rollout_logp")
+        factor, cut = importance_weights(old, sampled, args.is_clip) if args.server_rollouts else (1.0, None)
+        loss, diagnostics = policy_loss(logp, old, field("advantage") * factor, field("ref_logp"), kl=args.kl, **clips)
         if supervised:
             loss = -logp
         loss = (loss * field("weight")).sum() * counts
         backward_in_order(loss)
         if not counts:  # this rank has no work left: its forward only keeps up with the other ranks
             continue
-        sampled = old if field("rollout_logp") is None else field("rollout_logp")
         diagnostics |= {"entropy": entropy, "rollout_gap": (old - sampled).abs()}
+        diagnostics |= {"is_weight": factor, "is_cut": cut} if args.server_rollouts else {}
         for name, values in diagnostics.items():
             sums[name] += float(values.sum())
         sums["loss"] += float(loss.detach())
@@ -287,11 +304,15 @@ def remember_logprobs(model, groups: list[list[Example]], name: str, args) -> No
             setattr(example, name, value)
 
 
-def averages(totals: dict[str, float], norms: list[float]) -> dict[str, float]:
-    """Return update's metrics. totals: sums over the steps made. norms: the gradient norm of every step."""
+def averages(totals: dict[str, float], norms: list[float], corrected: bool) -> dict[str, float]:
+    """Return update's metrics. totals: sums over the steps made. norms: the gradient norm of every step.
+
+    corrected: whether there were importance weights.
+    """
     finite = [norm for norm in norms if math.isfinite(norm)]
     tokens, steps, skipped = max(totals["tokens"], 1), max(len(finite), 1), len(norms) - len(finite)
-    metrics = {name: totals[name] / tokens for name in ("entropy", "old_kl", "ref_kl", "rollout_gap")}
+    names = ["entropy", "old_kl", "ref_kl", "rollout_gap"] + ["is_weight", "is_cut"] * corrected
+    metrics = {name: totals[name] / tokens for name in names}
     if metrics["rollout_gap"] > 0.05:
         warnings.warn(f"rollout and update disagree by {metrics['rollout_gap']:.3f} nats a token", stacklevel=3)
     if skipped:

@@ -13,13 +13,14 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from huggingface_hub import errors
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 from transformers.utils import logging
 
 from plumbing import ranks
-from plumbing.problems import BadInput, first_line, write_atomic
+from plumbing.problems import BadInput, first_line, seed_for, write_atomic
 
 # ------------------------------------------------------------------------------------------------------------ loading
 
@@ -118,11 +119,13 @@ def count_parameters(name: str, option: str = "--model") -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: str = "", option: str = "--model"):
+def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: str = "", option: str = "--model",
+               weights: bool = True):
     """Return (model, tokenizer), with weights in fp32 or bf16 as the optimiser needs them (see make_optimizer).
 
-    effort: --reasoning-effort. option: the command-line option that named the model. Raises BadInput where the model
-    does not load, or where its chat template does not use the effort.
+    effort: --reasoning-effort. option: the command-line option that named the model. weights: False where a server has
+    them; then the model is empty, on the device "meta". Raises BadInput where the model does not load, or where its
+    chat template does not use the effort.
     """
     # a shard is its own fp32 master: the forward casts what it has gathered
     dtype = torch.float32 if optimizer == "fp32" or (shard and optimizer == "masters") else torch.bfloat16
@@ -134,6 +137,12 @@ def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: s
         if not tokenizer("x y 1").input_ids:
             raise BadInput(f"{option} {name}: its tokenizer is empty")
         check_template(tokenizer, name, effort)
+        if not weights:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+            with contextlib.suppress(OSError):  # it need not be there
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+            return model, tokenizer
         if shard:
             model, whole = read_on_first(folder, config, dtype)
         else:
@@ -360,6 +369,14 @@ def add_lora(model, rank: int, seed: int) -> None:
         p.data = p.data.float() if p.requires_grad else p.data
 
 
+def blank_lora(model, rank: int):
+    """Return an empty model of this kind, on the device "meta", with adapters that change nothing: save_adapter's."""
+    with torch.device("meta"):
+        blank = AutoModelForCausalLM.from_config(model.config)
+    add_lora(blank, rank, 0)
+    return blank
+
+
 def lora_layers(model) -> list[tuple[str, torch.nn.Module]]:
     """Return the name and the module of each layer that has adapters."""
     return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
@@ -553,6 +570,19 @@ def that_saves(config: GenerationConfig) -> GenerationConfig:
         except ValueError:
             config = GenerationConfig.from_dict(settings)
     return config
+
+
+def save_adapter(folder: Path, model) -> int:
+    """Write the adapters in PEFT's format, for a server or for peft. Return a number that their weights determine."""
+    if ranks.rank() > 0:
+        return 0
+    (config,) = model.peft_config.values()
+    config.save_pretrained(folder)
+    named = {name.replace(".default.", "."): p for name, p in model.named_parameters() if ".lora_" in name}
+    weights = {f"base_model.model.{name}": torch.zeros(p.shape) if p.is_meta else p.detach().cpu().contiguous()
+               for name, p in named.items()}
+    save_file(weights, folder / "adapter_model.safetensors")
+    return seed_for((folder / "adapter_model.safetensors").read_bytes())
 
 
 @torch.no_grad()

@@ -11,22 +11,26 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing import models, ranks
+from plumbing import engine, models, ranks
 from plumbing.problems import BadInput, Problem, digest, first_line, write_atomic
 
 NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick",
+                     "server", "server_requests", "server_adapters",
                      "train", "eval"}  # the digests of the problems say more than the names of their files
 
 # ------------------------------------------------------------------------------------------------- work that goes on
 
 
-def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: int) -> dict:
+def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: int, requests: int = 0) -> dict:
     """Do the items of a stage in chunks, keep each result as a line of `file`, and skip what the file has.
 
     work: key -> item, in order. do: items -> their results, which have to be JSON values. size: items that one process
     does at a time. Several processes share each chunk. Without a file nothing is kept or shown. Returns key -> result
     of all the work. Chunks do not depend on what is done, so that a resumed run repeats the very same computations.
+    requests: where a server does the work, the items that it gets at a time; each result is kept when it comes.
     """
+    if requests:
+        return ranks.on_first(lambda: as_they_come(file, work, do, requests))
     done, keys = ranks.on_first(lambda: read_lines(file) if file else {}), list(work)
     size = min(ranks.gather(size)) * ranks.world()  # the ranks may have unlike memory
     chunks = [keys[i : i + size] for i in range(0, len(keys), size)]
@@ -42,6 +46,20 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
             if chunk is chunks[0]:
                 warn_if_long(bar)
     return {key: done[key] for key in keys}
+
+
+def as_they_come(file: Path, work: dict, do: Callable[[list], list], requests: int) -> dict:
+    """resumable for the items that a server does. Threads wait for it; this one keeps the results."""
+    done = read_lines(file)
+    left = [key for key in work if key not in done]
+    with progress_bar(file.stem, len(work), len(work) - len(left)) as bar:
+        for place, result in engine.at_once(lambda key: do([work[key]])[0], left, requests):
+            append_lines(file, [(left[place], result)])
+            done[left[place]] = result
+            bar.update()
+            if bar.n - bar.initial == requests:  # the first ones alone say nothing about speed
+                warn_if_long(bar)
+    return {key: done[key] for key in work}
 
 
 def progress_bar(name: str | None, total: int, done: int) -> tqdm:
@@ -172,7 +190,8 @@ def show_plan(args, problems: list[Problem], held_out: list[Problem], best_of: i
         if args.mode in ("rank", "sft"):
             sampled, goal = len(problems) * args.candidates, args.steps * args.batch
             until = f", or until there are {goal} mixed groups" * args.until_enough
-            print(f"  sample   {len(problems)} problems x {args.candidates} candidates = {sampled} answers{until}")
+            sampled = args.programs or f"{args.candidates} candidates = {sampled} answers{until}"
+            print(f"  sample   {len(problems)} problems x {sampled}")
         kind, total = "problems" if args.mode == "generate" else "groups", args.steps * args.batch * args.answers
         print(f"  train    {args.mode}: {args.steps} steps x {args.batch} {kind} x {args.answers} = {total} answers")
     times = "once" if args.eval_only else "before and after"

@@ -78,6 +78,12 @@ def check_settings(args) -> None:
         "--init works only without --eval-only; to measure a run's model: --eval-only --model FOLDER":
             args.init and args.eval_only,
         "--teacher works only with --mode sft": args.teacher and args.mode != "sft",
+        "--server-rollouts needs --server and --lora: the server loads the adapters of each step":
+            args.server_rollouts and not (args.server and args.lora),
+        "--server-rollouts does not work with --mode sft or --init, whose answers are not of --model with an adapter":
+            args.server_rollouts and (args.mode == "sft" or args.init),
+        "--programs works only with --mode rank or sft, which train on candidates that are drawn once":
+            args.programs and (args.mode not in ("rank", "sft") or args.eval_only),
         f"--lora {args.lora} needs the package peft: pip install peft (--lora 0 trains all weights)":
             args.lora and not find_spec("peft"),
         "--shard spreads all weights over torchrun's processes: start it with torchrun, without --lora":

@@ -35,7 +35,7 @@ import grpo  # noqa: E402
 ROWS = ((512, 16), (2048, 16), (512, 128))  # prompt and answer tokens
 G = 8
 ARGS = argparse.Namespace(mode="rank", mini_batch=16, ppo_epochs=1, temperature=1.0, loss="sequence", clip=0.2,
-                          clip_high=0.0, dual_clip=0.0, kl=0.0, micro_tokens=16384)
+                          clip_high=0.0, dual_clip=0.0, kl=0.0, micro_tokens=16384, server_rollouts=False)
 REAL_VOCABULARY = 151_936
 SAMPLINGS = {
     "no filter": grpo.Sampling(), "top-k 20, top-p 0.95": grpo.Sampling(0.6, 0.95, 20),

@@ -176,7 +176,7 @@ def scored(model, rewards=((0.0, 1.0, 0.5), (2.0, -1.0, 0.0)), temperature=1.0):
 def settings(**changes):
     """Return the settings that `update` reads of dust.Args: a single step, without KL."""
     args = dict(mode="rank", mini_batch=16, ppo_epochs=1, temperature=1.0, loss="sequence", clip=0.2, clip_high=0.0,
-                dual_clip=0.0, kl=0.0, micro_tokens=16384)
+                dual_clip=0.0, kl=0.0, micro_tokens=16384, server_rollouts=False)
     return SimpleNamespace(**args | changes)
 
 
