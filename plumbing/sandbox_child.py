@@ -132,7 +132,7 @@ class Room:
             except (OSError, AttributeError):
                 self.missing += ["they can use the network and read your files: only the limits hold"]
         if sys.version_info >= (3, 12) and call_counter() is None:
-            self.missing += ["on this Python, programs that call themselves through C code (@cache, max, map) fail early"]
+            self.missing += ["on this Python, deep recursion through C code (@cache, max, map) fails early"]
         os.environ.update(HOME=box, TMPDIR=box)
 
     def choose_user(self) -> None:

@@ -25,7 +25,7 @@ from plumbing.models import (SmallStepAdam, add_lora, answer_text, check_templat
                              load_model, lora_disabled, make_optimizer, render, save_checkpoint, save_model,
                              show_first)
 from dust import Candidate, Group
-from test_batches import SHAPES
+from test_rows import SHAPES
 from test_dust import check_run, error_of, run_dust
 
 torch.set_num_threads(1)
