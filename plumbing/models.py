@@ -176,7 +176,7 @@ def read_on_first(folder: str, config, dtype: torch.dtype) -> tuple:
         model = read_weights(folder, config, dtype)
         head = model.get_output_embeddings()
         if head is not None and head.weight is not model.get_input_embeddings().weight:
-            model.config.tie_word_embeddings = False  # whatever it says: the files decide
+            model.config.tie_word_embeddings = False  # it may say otherwise, but the files decide
         whole.append(model)
         return model.config, model.generation_config  # reading has changed both
 
@@ -463,8 +463,8 @@ def choose_optimizer(args, given: str) -> tuple[str, str]:
     """Return the optimiser of a run, and the plan's line about memory. args: dust.Args; given: the user's choice.
 
     Without a choice it is the first one that leaves half of the memory to the KV cache and the activations, or else the
-    smallest. A GPU computes in fp32 many times slower than in bf16, so there only the user chooses fp32. LoRA's adapters
-    are not counted. Raises BadInput where a model is missing or is not a language model.
+    smallest. fp32 is not tried on a GPU, which computes with it many times slower than with bf16. LoRA's adapters are
+    not counted. Raises BadInput where a model is missing or is not a language model.
     """
     parameters, there = count_parameters(args.model), min(ranks.gather(room(args.device)))
     frozen = parameters * ((args.kl > 0 or args.mode == "sft") and not args.lora)  # the reference or the teacher
@@ -551,7 +551,7 @@ def load_shards(folder: Path, model, optimizer) -> int:
 
 
 def with_turn_end(config: GenerationConfig, tokenizer) -> GenerationConfig:
-    """Return a copy that names the template's end of a turn too: other programs stop where the config says, as we do."""
+    """Return a copy that also names the template's end of a turn, because other programs stop only where it says so."""
     config, end = copy.deepcopy(config), turn_end(tokenizer)
     stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if end not in (None, *stops):
@@ -594,7 +594,7 @@ def save_model(folder: Path, model, tokenizer) -> None:
     model without weights writes the folder: transformers would save adapters alone, or give weights that were once
     quantised their 4-bit names back (with 5.17).
     """
-    state = ranks.first_has(model)
+    state = ranks.full_weights(model)
     if ranks.rank():
         return
     state = {key.replace(".base_layer.", "."): weight for key, weight in state.items() if ".lora_" not in key}

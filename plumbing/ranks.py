@@ -41,8 +41,9 @@ def local_world() -> int:
 def start() -> None:
     """Join the other ranks, if torchrun started this process. A wrong address is noticed after five minutes.
 
-    Later a rank may wait long for the answers of another, also in the store, where NCCL's ranks meet before their first
-    collective. One that has died is noticed without a timeout: its connection closes (gloo), or torchrun ends the others.
+    Later a rank may wait long for the answers of another, also in the store, where ranks meet before NCCL's first
+    collective. One that has died is noticed without a timeout: its connection closes (gloo), or torchrun ends the
+    others.
     """
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or dist.is_initialized():
         return
@@ -118,8 +119,8 @@ def sum_gradients(parameters) -> None:
 def shard_model(model, compute: torch.dtype, device: str, whole=None) -> None:
     """Spread a model over the ranks (FSDP2): each keeps 1 / world of every weight, its gradient and optimiser state.
 
-    A model on the meta device gets its weights from `whole`, the same model with weights, which only rank 0 has to
-    have: no other rank ever holds more than one whole weight.
+    A model on the meta device gets its weights from `whole`, the same model with weights, which only rank 0 needs. The
+    other ranks hold one whole weight at a time.
 
     A layer's weights are gathered for each pass, in the compute dtype. Gradients are summed in fp32, not averaged: the
     loss has the denominator of all ranks. All ranks make each forward, through `run_forward` or inside `unsharded`.
@@ -185,7 +186,7 @@ def full_state(value):
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
-def first_has(model) -> dict:
+def full_weights(model) -> dict:
     """Return a model's state dict, in full and on the CPU, on rank 0; an empty dict on the others. Collective."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 

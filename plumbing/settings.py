@@ -18,7 +18,8 @@ def prepare_terminal() -> None:
     for name in ("stdin", "stdout", "stderr"):
         if not getattr(sys, name):  # closed: a file opened later would take its number, and get what libraries print
             setattr(sys, name, open(os.devnull, "r+"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
 
     def hook(kind: type, error: BaseException, trace) -> None:
         if kind in (KeyboardInterrupt, BrokenPipeError):
