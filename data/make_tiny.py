@@ -328,7 +328,7 @@ def load_init(folder: Path, tokenizer) -> Qwen3ForCausalLM:
 def make_batches(tokenizer, seed: int, chunk: int, batch: int, base: str) -> list[tuple[list, list]]:
     """Return the eight batches of a chunk: lists of (prompt ids, answer ids) of similar lengths, to save padding."""
     drawn = documents(seed, chunk, 8 * batch, base)
-    prompts = tokenizer([render(tokenizer, p, t) for p, _, t in drawn], add_special_tokens=False).input_ids
+    prompts = tokenizer([render(tokenizer, p, thinking=t) for p, _, t in drawn], add_special_tokens=False).input_ids
     answers = tokenizer([a + tokenizer.eos_token for _, a, _ in drawn], add_special_tokens=False).input_ids
     pairs = sorted(zip(prompts, answers), key=lambda pair: len(pair[0]) + len(pair[1]))
     batches = [pairs[i : i + batch] for i in range(0, len(pairs), batch)]
@@ -454,7 +454,7 @@ def probe(model, tokenizer, *, problems: int = 200, seed: int = 5) -> dict[str, 
         groups.append(rng.sample(group, 4))
     asked = [generation_prompt(problem.question) for problem in drawn]
     asked += [ranking_prompt(p.question, [code_of(c) for c, _ in g]) for p, g in zip(drawn, groups)]
-    prompts = [torch.tensor(tokenizer(render(tokenizer, a, True), add_special_tokens=False).input_ids) for a in asked]
+    prompts = [torch.tensor(tokenizer(render(tokenizer, a), add_special_tokens=False).input_ids) for a in asked]
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(model)  # enable_sharing must not change the model in training
     enable_sharing(model)

@@ -87,7 +87,7 @@ def test_every_phrase_of_a_document_is_one_token_and_nothing_is_lost():
     tokenizer = make_tiny.make_tokenizer()
     bytes_allowed = {tokenizer.convert_tokens_to_ids(symbol) for symbol in ",:"}
     for prompt, answer, thinking in make_tiny.documents(0, 1, 64):
-        text = make_tiny.render(tokenizer, prompt, thinking) + answer
+        text = make_tiny.render(tokenizer, prompt, thinking=thinking) + answer
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert tokenizer.decode(ids) == text
         assert all(i >= 256 or i in bytes_allowed for i in ids)
