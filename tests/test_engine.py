@@ -281,6 +281,11 @@ def test_the_command_names_what_the_run_needs():
 # ------------------------------------------------------------------------------------------------------------- Ctrl-C
 
 
+def allow_ctrl_c() -> None:
+    """A job in the background starts without it, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_at_once_while_answers_are_being_drawn(tiny):
     """A pool of threads waits at the end of the process for its requests, here for a minute."""
     with ModelServer(slow=60) as server:
@@ -289,7 +294,7 @@ def test_ctrl_c_ends_at_once_while_answers_are_being_drawn(tiny):
                 "print('go', flush=True)\n"
                 "server.draw([[1, 2]] * 8, [[1]] * 8, (1.0, 1.0, 0), 4)")
         child = subprocess.Popen([sys.executable, "-c", code], cwd=TINY.parent.parent, stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE)
+                                 stderr=subprocess.PIPE, preexec_fn=allow_ctrl_c)
         child.stdout.readline()
         time.sleep(0.5)
         began = time.time()
@@ -417,7 +422,7 @@ def test_ctrl_c_ends_a_run_at_once_with_its_exit_code(tmp_path):
         options = [*SMALL_RUN, "--eval-only", "--server", server.url, "--out", str(tmp_path / "run")]
         command = [sys.executable, "dust.py", *options]
         child = subprocess.Popen(command, cwd=TINY.parent.parent, stdout=subprocess.DEVNULL,
-                                 stderr=subprocess.PIPE, text=True)
+                                 stderr=subprocess.PIPE, text=True, preexec_fn=allow_ctrl_c)
         while child.poll() is None and len(server.log) < 3:
             server.slow = 60  # of the stages; the two requests of the check are quick
             time.sleep(0.02)
