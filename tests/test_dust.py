@@ -296,7 +296,8 @@ def test_an_unknown_model_is_one_line_and_at_once(tmp_path, capsys, name, monkey
         raise ConnectionError("no network in this test")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
-    assert f"--model {name}: no such folder" in error_of(capsys, "--model", name, "--out", tmp_path / "run")
+    arguments = ["--model", name, "--preset", "paper", "--out", tmp_path / "run"]
+    assert f"--model {name}: no such folder" in error_of(capsys, *arguments)
     assert not (tmp_path / "run").exists()
 
 
