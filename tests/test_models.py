@@ -172,7 +172,8 @@ def test_a_harmony_prompt_has_the_effort_asked_for_and_no_date_that_changes():
 
 def test_effort_is_refused_where_the_template_does_not_know_it(tmp_path, capsys, problems):
     model = make_model(tmp_path / "model", "qwen3")
-    line = error_of(capsys, "--model", model, "--train", problems, "--eval", problems, "--reasoning-effort", "high")
+    arguments = ["--model", model, "--preset", "laptop", "--train", problems, "--eval", problems]
+    line = error_of(capsys, *arguments, "--reasoning-effort", "high")
     assert "--reasoning-effort high: the chat template of" in line and "does not use it" in line
 
 

@@ -56,7 +56,7 @@ def test_a_pretrained_llama_goes_through_the_whole_method(smollm2, tmp_path, cap
     names = list(EASY)
     for file, chosen in (("train.jsonl", names[:4]), ("eval.jsonl", names[4:])):
         (tmp_path / file).write_text("\n".join(as_mbpp(i, name) for i, name in enumerate(chosen)) + "\n")
-    settings = "--candidates 8 --max-new-tokens 96 --steps 1 --batch 2 --mini-batch 2 --ppo-epochs 1 --answers 2 --repeats 1"
+    settings = "--preset laptop --lr 1e-6 --candidates 8 --max-new-tokens 96 --steps 1 --batch 2 --mini-batch 2 --answers 2 --repeats 1"
     code = dust.main(["--model", str(smollm2), "--train", str(tmp_path / "train.jsonl"), "--eval",
                       str(tmp_path / "eval.jsonl"), "--out", str(tmp_path / "run"), *settings.split()])
     said = capsys.readouterr()
