@@ -19,12 +19,11 @@ import dust
 import rank_prompt
 from conftest import SMALL
 from plumbing import models, settings
-from plumbing.problems import BadInput, Problem
+from plumbing.problems import BadInput
 from plumbing.models import (SmallStepAdam, add_lora, answer_text, check_template, count_parameters,
                              choose_optimizer, encode, encode_answers, find_model, full_name, load_checkpoint,
                              load_model, lora_disabled, make_optimizer, render, save_checkpoint, save_model,
                              show_first)
-from dust import Candidate, Group
 from test_rows import SHAPES
 from test_dust import check_run, error_of, run_dust
 
