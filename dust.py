@@ -29,6 +29,7 @@ from plumbing.problems import BadInput, Problem, load_train_and_eval, read_progr
 from plumbing.settings import arg, check_settings, prepare_terminal, read_options
 
 BEST_OF = 4  # N of Best-of-N: programs in an evaluation group (paper 2.1)
+CURVE_PROBLEMS = 100  # evaluation problems of each point of the curve (figure 4)
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -105,6 +106,7 @@ class Args:
     lora: int = arg(0, "train adapters of this rank instead of all weights (package peft); 0: all weights", least=0)
     shard: bool = arg(False, "spread weights, gradients and optimiser over torchrun's processes (FSDP2)")
     save_every: int = arg(1, "steps between checkpoints", least=1)
+    keep_every: int = arg(0, "steps between models that are kept, as folders out/model-STEP; 0: only the last", least=0)
     rows: int = arg(0, "answers that are decoded at a time: changes memory and speed, not the result; 0: as many as\n"
                     "fit the memory of a GPU, 256 elsewhere", least=0)
 
@@ -117,7 +119,9 @@ class Args:
     programs: str = arg("", "JSONL file of {problem_id, answer} or {problem_id, code}, used in place of sampling;\n"
                         "candidates.jsonl of another run is such a file")
 
-    repeats: int = arg(2, "R, evaluation groups drawn for each problem [10]", least=1, section="evaluation (paper 3.1)")
+    eval_every: int = arg(10, "steps between the points of the curve, each measured on 100 evaluation problems; 0: none",
+                          least=0, section="evaluation (paper 3.1)")
+    repeats: int = arg(2, "R, evaluation groups drawn for each problem [10]", least=1)
     eval_temperature: float = arg(0.6, "temperature of programs and rankings in the evaluation [0.6]", least=0)
     top_p: float = arg(0.95, "top-p of the evaluation [0.95]", above=0)
     top_k: int = arg(20, "top-k of the evaluation [20]", least=0)
@@ -125,7 +129,7 @@ class Args:
 
 PAPER = dict(  # section 3.1, appendix B, table 4; the paper's other values are the defaults of Args
     candidates=64, batch=64, ppo_epochs=3, steps=180, lr=1e-6, max_new_tokens=32768, repeats=10, save_every=10,
-    until_enough=True,
+    until_enough=True, eval_every=20,
 )
 RELEASE = PAPER | dict(  # where the authors' code differs from the paper
     clip_high=0.28, dual_clip=10.0, loss="token", kl=0.0, weight_decay=0.1, warmup=10, shuffle=False, repeats=6,
@@ -133,7 +137,7 @@ RELEASE = PAPER | dict(  # where the authors' code differs from the paper
 )
 QUICK_REAL = dict(  # a real model on one GPU of 24 GB: adapters, which need a larger learning rate
     limit=500, candidates=16, batch=16, steps=60, lr=2e-5, lora=16, max_new_tokens=8192, repeats=2, save_every=5,
-    optimizer="kahan", until_enough=True,
+    eval_every=20, optimizer="kahan", until_enough=True,
 )
 PRESETS = {"laptop": {}, "paper": PAPER, "release": RELEASE, "quick": QUICK_REAL}
 PURPOSES = {  # of the presets, for the first line of a run
@@ -143,7 +147,7 @@ PURPOSES = {  # of the presets, for the first line of a run
     "release": "the settings of the authors' code, for several GPUs",
 }
 REAL_PROBLEMS = dict(train="rstar-coder", eval="livecodebench-v6")  # the paper's, for every model but the shipped one
-QUICK = dict(limit=60, eval_limit=60, candidates=8, steps=10, repeats=1)  # --quick, on top of any preset
+QUICK = dict(limit=60, eval_limit=60, candidates=8, steps=10, eval_every=5, repeats=1)  # --quick, on top of any preset
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -316,7 +320,7 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, file: Path, ev
     without = sum(candidate.code is None for candidate in candidates)
     cut = sum(not ended for drawn in answers.values() for _, ended in drawn)
     limit = args.max_new_tokens
-    tqdm.write(f"  {len(candidates)} answers, {without} without a program, {cut} cut off at {limit} tokens")
+    runs.say(file, f"  {len(candidates)} answers, {without} without a program, {cut} cut off at {limit} tokens")
     runs.warn_if_cut(file.stem, cut / max(len(candidates), 1))
     return candidates
 
@@ -363,7 +367,7 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, file
         candidate.correct = bool(labels.get((candidate.problem_id, candidate.code), 0))
     if file:
         share = sum(candidate.correct for candidate in candidates) / max(len(candidates), 1)
-        tqdm.write(f"  {len(programs)} different programs; {share:.1%} of the answers are correct")
+        runs.say(file, f"  {len(programs)} different programs; {share:.1%} of the answers are correct")
 
 
 def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) -> list[Group]:
@@ -418,12 +422,13 @@ def candidates_of(file: str, problems: list[Problem]) -> list[Candidate]:
 # --------------------------------------------------------------------------------- sections 2.3 and 2.4: the training
 
 
-def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: Args, out: Path, server=None) -> None:
+def train(model, tokenizer, problems: list[Problem], groups: list[Group], base: list[Group], args: Args, out: Path,
+          server=None) -> None:
     """Train the model to rank (paper 2.4), or as --mode says, and save it as an ordinary model folder in out/model.
 
     A step's random numbers depend only on --seed and its number, so a resumed run makes the same steps. groups: for
-    the modes rank and sft; the other modes sample new candidates for problems. server: draws the answers of
-    --server-rollouts.
+    the modes rank and sft; the other modes sample new candidates for problems. base: the base's evaluation groups, on
+    which --eval-every measures. server: draws the answers of --server-rollouts, and the points of the curve.
     """
     supervised = args.mode == "sft"
     teacher = load_teacher(model, tokenizer, args) if supervised else None
@@ -436,6 +441,10 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
     told = False  # that answers are cut off
     with runs.progress_bar("train", args.steps, first) as bar:
         for step in range(first, args.steps):
+            if step and args.eval_every and step % args.eval_every == 0:
+                measure(served.trained(server, model, args, out), tokenizer, base, step, args, out)
+            if step and args.keep_every and step % args.keep_every == 0:
+                models.save_model(out / f"model-{step}", model, tokenizer)
             began, generator = time.time(), torch.Generator().manual_seed(seed_for(args.seed, "train", step))
             batch = batch_at(groups if args.mode in ("rank", "sft") else problems, step, args)
             policy = served.with_adapter(server, model, args, out) if args.server_rollouts else model
@@ -627,21 +636,24 @@ def evaluation_groups(model, tokenizer, problems: list[Problem], args: Args, ste
             for problem in problems for i in range(0, BEST_OF * args.repeats, BEST_OF)]
 
 
-def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Path) -> list[RankedGroup]:
+def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Path,
+                    places: list[int] | None = None) -> list[RankedGroup]:
     """Ask the model to order each evaluation group (paper 2.1). file: keeps the model's answers, for --resume.
 
+    places: the number of each group among all evaluation groups, which decides its seeds; None: 0, 1, 2 and so on.
     Every model is shown the same shuffle of a group. Answers without a program are not shown and come last. If the
     ranking is malformed or the prompt does not fit the context, the group keeps the shuffled, that is, a random order;
     both count as malformed.
     """
     shown, prompts = [], {}
-    for i, group in enumerate(groups):
-        shuffled = group.shuffled(args.seed, "judge", i)
+    places = list(range(len(groups))) if places is None else places
+    for place, group in zip(places, groups):
+        shuffled = group.shuffled(args.seed, "judge", place)
         shown.append(Group(group.problem, [c for c in shuffled.candidates if c.code is not None]))
-        prompt = ranking_ids(tokenizer, shown[i], args)
-        if len(shown[i].candidates) > 1 and fits(model, prompt, args):
-            prompts[str(i)] = prompt
-    if prompts:
+        prompt = ranking_ids(tokenizer, shown[-1], args)
+        if len(shown[-1].candidates) > 1 and fits(model, prompt, args):
+            prompts[str(place)] = prompt
+    if prompts and not runs.of_curve(file):
         models.show_first(file.parent, "rankings", tokenizer, next(iter(prompts.values())))
 
     def answer(chunk: list[str]) -> list[list]:  # [text, whether the answer ended by itself] a group
@@ -654,8 +666,8 @@ def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Pat
     answers = runs.resumable(file, {key: key for key in prompts}, answer, rows, requests)
     runs.warn_if_cut(file.stem, mean([not ended for _, ended in answers.values()]))
     ranked = []
-    for i, (group, seen) in enumerate(zip(groups, shown)):
-        (words, _), k = answers.get(str(i), ["", True]), len(seen.candidates)
+    for place, group, seen in zip(places, groups, shown):
+        (words, _), k = answers.get(str(place), ["", True]), len(seen.candidates)
         ranking = rank_prompt.parse_ranking(words, k)
         ordered = [seen.candidates[index - 1] for index in ranking or range(1, k + 1)]
         ordered += [c for c in group.candidates if c.code is None]
@@ -681,6 +693,43 @@ def rank_all(model, tokenizer, groups: list[Group], args: Args, stem: Path) -> t
     ranked = rank_candidates(model, tokenizer, groups, args, Path(f"{stem}-rankings.jsonl"))
     finals = final_groups(ranked, args.repeats)
     return ranked, rank_candidates(model, tokenizer, finals, args, Path(f"{stem}-finals.jsonl")) if finals else []
+
+
+def curve_places(base: list[Group], args: Args) -> tuple[list[int], list[int]]:
+    """Return the places in base of the curve's groups, and of the mixed ones among them.
+
+    They are the first groups of 100 problems, evenly spread.
+    """
+    problems = len(base) // args.repeats
+    count = min(CURVE_PROBLEMS, problems)
+    places = [i * problems // count * args.repeats for i in range(count)]
+    return places, [place for place in places if is_mixed(base[place].labels)]
+
+
+def measure(model, tokenizer, base: list[Group], step: int, args: Args, out: Path) -> None:
+    """Measure a point of the curve (figure 4) between two steps: the model's programs, and its order of the base's.
+
+    Every point has the seeds of the evaluation. The random numbers of training stay as they are.
+    """
+    file, (places, mixed) = out / runs.CURVE / f"{step}.jsonl", curve_places(base, args)
+    if ranks.on_first(file.exists):  # measured before the run was stopped
+        return
+    ranks.on_first(lambda: file.parent.mkdir(exist_ok=True))
+    problems, one_group = [base[place].problem for place in places], replace(args, repeats=1)
+    groups = evaluation_groups(model, tokenizer, problems, one_group, file.with_suffix(""))
+    own = rank_candidates(model, tokenizer, groups, args, file.with_name(f"{step}-rankings.jsonl"), places)
+    of_base = [base[place] for place in mixed]
+    judge = rank_candidates(model, tokenizer, of_base, args, file.with_name(f"{step}-judge.jsonl"), mixed)
+    tqdm.write(ranks.on_first(lambda: report.keep_point(file, own, judge, METRICS)))
+
+
+def keep_ends(rows: dict[str, list[RankedGroup]], base: list[Group], args: Args, out: Path) -> None:
+    """Keep the first and the last point of the curve, which are parts of the report's rows."""
+    (out / runs.CURVE).mkdir(exist_ok=True)
+    places, mixed = curve_places(base, args)
+    for step, own, judge in ((0, "base", "base"), (args.steps, "trained", "trained_judge")):
+        own, judge = [rows[own][place] for place in places], [rows[judge][place] for place in mixed]
+        report.keep_point(out / runs.CURVE / f"{step}.jsonl", own, judge, METRICS)
 
 
 def best_of(n: int, ranked: list[int]) -> float:
@@ -756,13 +805,15 @@ def run(args: Args) -> None:
             model, its_tokenizer = load(args.init, args, "--init")
             if its_tokenizer.get_vocab() != tokenizer.get_vocab():
                 raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
-        train(model, tokenizer, problems, groups, args, out, source)
-        trained = served.with_adapter(source, model, args, out) if served.serves_trained(args) else model
+        train(model, tokenizer, problems, groups, base, args, out, source)
+        trained = served.trained(source, model, args, out)
         rows["trained_judge"] = rank_all(trained, tokenizer, base, args, out / "judge")
         drawn = evaluation_groups(trained, tokenizer, held_out, args, out / "trained")
         rows["trained"] = rank_all(trained, tokenizer, drawn, args, out / "trained")
     ranked = {name: row[0] for name, row in rows.items()}
     finals = {name: row[1] for name, row in rows.items()}
+    if args.eval_every and not args.eval_only:
+        ranks.on_first(lambda: keep_ends(ranked, base, args, out))
     text = ranks.on_first(lambda: report.write_report(ranked, finals, METRICS, asdict(args), out))
     tqdm.write(f"\n{text}\nall of it: {out}")
 

@@ -83,7 +83,9 @@ def summarise(rows: dict[str, list], metrics: dict) -> dict:
     """Return "rows", "gains" and "counts" of report.json. A gain is row 2 or 3 minus row 1, the base (table 2)."""
     tables = {name: {m: per_problem(judged, metrics[m]) for m in metrics} for name, judged in rows.items()}
     gains = {gain: row for gain, row in (("judge", "trained_judge"), ("both", "trained")) if row in rows}
+    one_answer = interval([tables["base"]["best_of_4"], tables["trained"]["pass1"]]) if "trained" in rows else None
     return {
+        "one answer against Best-of-4": one_answer,
         "rows": {name: {m: interval([own[m]]) for m in metrics} for name, own in tables.items()},
         "gains": {g: {m: interval([tables["base"][m], tables[row][m]]) for m in metrics} for g, row in gains.items()},
         "counts": {name: {
@@ -93,6 +95,48 @@ def summarise(rows: dict[str, list], metrics: dict) -> dict:
             "answers without a program": sum(len(one.ranked) - len(one.group.candidates) for one in judged),
         } for name, judged in rows.items()},
     }
+
+
+# --------------------------------------------------------------------------------------------------------- the curve
+
+# What a point of the curve shows, and which of its rows: the model's programs in its order, or the base's programs.
+OF_POINT = {"pass1": "own", "ndcg_all": "own", "ndcg_mixed": "judge", "best_of_4": "own"}
+
+
+def keep_point(file: Path, own: list, judge: list, metrics: dict) -> str:
+    """Write a point of the curve, in the form of judged.jsonl. Return its figures as a line of text.
+
+    own: a ranked group of each problem, of the programs of the model itself. judge: those of the base's that are mixed.
+    """
+    write_atomic(file, judged_lines({"own": own, "judge": judge}, {}))
+    point = read_point(file, metrics)
+    figures = ", ".join(f"{COLUMNS[m]} {cell(point[m])}" for m in OF_POINT)
+    return f"  step {point['step']}: {figures}"
+
+
+def read_point(file: Path, metrics: dict) -> dict:
+    """Return a point of the curve: its step, and its figures with intervals over problems."""
+    rows, _ = read_judged(file)
+    figures = {m: interval([per_problem(rows[row], metrics[m])]) if row in rows else None for m, row in OF_POINT.items()}
+    return {"step": int(file.stem)} | figures
+
+
+def read_curve(out: Path, metrics: dict) -> list[dict]:
+    """Return the points of a run's curve, in the order of steps; none if it has no curve."""
+    files = [file for file in (out / "curve").glob("*.jsonl") if file.stem.isdecimal()]
+    return [read_point(file, metrics) for file in sorted(files, key=lambda file: int(file.stem))]
+
+
+def curve_part(curve: list[dict]) -> list[str]:
+    """Return the part of report.md about the curve; nothing if there is none."""
+    if len(curve) < 2:
+        return []
+    lines = [[str(point["step"]), *(cell(point[m]) for m in OF_POINT)] for point in curve]
+    best = max(curve, key=lambda point: point["pass1"]["mean"])
+    note = (f"The highest pass@1 is that of step {best['step']}. It is chosen by hindsight, so it is too good; the "
+            f"result of the run is step {curve[-1]['step']}. Each point is one group of each of some evaluation "
+            "problems, drawn from the same seeds; NDCG mixed is on the base's candidates.")
+    return ["## The curve", markdown_table(["step", *(COLUMNS[m] for m in OF_POINT)], lines), note]
 
 
 # -------------------------------------------------------------------------------------------------------- the tables
@@ -130,6 +174,16 @@ def table(summary: dict) -> str:
     return markdown_table(["", *COLUMNS.values()], lines)
 
 
+def headline(summary: dict) -> str:
+    """Return the paper's headline for this run: is one answer of the trained model as good as the base's Best-of-4?"""
+    difference, rows = summary["one answer against Best-of-4"], summary["rows"]
+    verdict = "as good as" if difference["low"] <= 0 <= difference["high"] else (
+        "better than" if difference["low"] > 0 else "not as good as")
+    return (f"One answer of the trained model is {verdict} Best-of-4 of the base: pass@1 "
+            f"{rows['trained']['pass1']['mean']:.1f} against {rows['base']['best_of_4']['mean']:.1f}, a paired difference of "
+            f"{cell(difference, '+')}.")
+
+
 def curve_table(figures: dict) -> str:
     """Return `curves` as a Markdown table. An N larger than a problem's number of programs gets no column."""
     shown = [str(n) for n in CURVE if any(str(n) in own["oracle"] for own in figures.values())]
@@ -159,9 +213,11 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
     for mark in marks if len(marks) > 1 else []:
         only = {name: [one for one in own if one.group.problem.difficulty == mark] for name, own in rows.items()}
         summary["slices"][mark] = summarise(only, metrics)
-    summary |= {"best_of_n": curves(rows, finals, metrics), "args": args}
+    curve = read_curve(out, metrics)
+    summary |= {"best_of_n": curves(rows, finals, metrics), "curve": curve, "args": args}
 
     parts = [f"# DuST on `{Path(args['model']).name}`, seed {args['seed']}", table(summary), NOTE]
+    parts += [headline(summary)] * ("trained" in rows) + curve_part(curve)
     parts += ["## Best-of-N", curve_table(summary["best_of_n"]), CURVE_NOTE]
     parts += [f"## Only: {mark or 'unmarked'}\n\n{table(own)}" for mark, own in summary["slices"].items()]
     counted = [", ".join(f"{count} {what}" for what, count in own.items()) for own in summary["counts"].values()]
@@ -171,10 +227,12 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
     write_atomic(out / "judged.jsonl", judged_lines(rows, finals))
     write_atomic(out / "report.json", json.dumps(summary, indent=1))
     write_atomic(out / "report.md", text)
+    if curve:
+        write_atomic(out / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in curve))
     write_atomic(out / "examples.md", examples(rows))
     with contextlib.suppress(ImportError):
         draw_best_of_n(summary["best_of_n"], out / "best_of_n.png")
-        draw_curves(out)
+        draw_curves(curve, out)
     return text
 
 
@@ -220,6 +278,7 @@ COLOURS = {"base": "#6b6b6b", "trained_judge": "#d1700f", "trained": "#1f5fbf"} 
 LOGGED = {"reward": "reward", "ref_kl": "KL to the reference, nats a token", "entropy": "entropy, nats a token",
           "malformed": "malformed, share", "zero_variance": "groups of equal rewards, share",
           "answer_tokens": "tokens an answer"}  # the metrics that curves.png shows, and their titles
+DRAWN = ("pass1", "ndcg_mixed", "best_of_4")  # what it shows of the curve
 
 
 def new_figure(size: tuple[float, float]):
@@ -231,8 +290,8 @@ def new_figure(size: tuple[float, float]):
     return figure
 
 
-def draw_curves(out: Path) -> None:
-    """Draw curves.png from metrics.jsonl: the training, step by step. Raises ImportError without matplotlib."""
+def draw_curves(curve: list[dict], out: Path) -> None:
+    """Draw curves.png: the points of the curve, and metrics.jsonl step by step. Raises ImportError without matplotlib."""
     path = out / "metrics.jsonl"
     steps = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     names = [name for name in LOGGED if any(name in step for step in steps)]
@@ -240,9 +299,14 @@ def draw_curves(out: Path) -> None:
         names = ["loss" if name == "ref_kl" else name for name in names]
     if not names:
         return
-    figure = new_figure((10, 5))
-    axes, numbers = figure.subplots(2, 3).flat, [step["step"] for step in steps]
-    for name, axis in zip(names, axes):
+    rows = 3 if len(curve) > 1 else 2
+    figure = new_figure((10, 2.5 * rows))
+    axes, numbers = iter(figure.subplots(rows, 3).flat), [step["step"] for step in steps]
+    if rows == 3:
+        for name in DRAWN:
+            draw_band(next(axes), curve, name, COLOURS["trained"])
+    for name in names:
+        axis = next(axes)
         axis.plot(numbers, [step.get(name) for step in steps])
         axis.set(title=LOGGED.get(name, name), xlabel="step")
         axis.grid(alpha=0.3)
@@ -252,6 +316,17 @@ def draw_curves(out: Path) -> None:
     for axis in axes:  # unused panels
         axis.set_axis_off()
     figure.savefig(out / "curves.png", dpi=120)
+
+
+def draw_band(axis, curve: list[dict], name: str, colour: str, label: str = "") -> None:
+    """Draw one figure of a curve over the steps, with its intervals as a band. curve: as read_curve returns it."""
+    there = [point for point in curve if point[name] and point[name]["mean"] is not None]
+    steps = [point["step"] for point in there]
+    mean, low, high = ([point[name][part] for point in there] for part in ("mean", "low", "high"))
+    axis.plot(steps, mean, marker="o", markersize=4, color=colour, label=label)
+    axis.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+    axis.set(title=f"{COLUMNS[name]}, %", xlabel="step")
+    axis.grid(alpha=0.3)
 
 
 def draw_best_of_n(figures: dict, path: Path) -> None:

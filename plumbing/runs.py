@@ -15,8 +15,11 @@ from plumbing import engine, models, ranks
 from plumbing.problems import BadInput, Problem, digest, first_line, write_atomic
 
 NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick",
+                     "eval_every", "keep_every",
                      "server", "server_requests", "server_adapters",
                      "train", "eval"}  # the digests of the problems say more than the names of their files
+
+CURVE = "curve"  # the folder, in that of the run, of the points of the curve
 
 # ------------------------------------------------------------------------------------------------- work that goes on
 
@@ -35,7 +38,7 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
     size = min(ranks.gather(size)) * ranks.world()  # the ranks may have unlike memory
     chunks = [keys[i : i + size] for i in range(0, len(keys), size)]
     chunks = [chunk for chunk in chunks if not done.keys() >= set(chunk)]
-    with progress_bar(file and file.stem, len(keys), len(keys) - sum(map(len, chunks))) as bar:
+    with progress_bar(file and file.stem, len(keys), len(keys) - sum(map(len, chunks)), not of_curve(file)) as bar:
         for chunk in chunks:
             results = ranks.spread(chunk, lambda mine: do([work[key] for key in mine]))
             new = {key: result for key, result in zip(chunk, results) if key not in done}
@@ -52,7 +55,7 @@ def as_they_come(file: Path, work: dict, do: Callable[[list], list], requests: i
     """resumable for the items that a server does. Threads wait for it; this one keeps the results."""
     done = read_lines(file)
     left = [key for key in work if key not in done]
-    with progress_bar(file.stem, len(work), len(work) - len(left)) as bar:
+    with progress_bar(file.stem, len(work), len(work) - len(left), not of_curve(file)) as bar:
         for place, result in engine.at_once(lambda key: do([work[key]])[0], left, requests):
             append_lines(file, [(left[place], result)])
             done[left[place]] = result
@@ -62,10 +65,24 @@ def as_they_come(file: Path, work: dict, do: Callable[[list], list], requests: i
     return {key: done[key] for key in work}
 
 
-def progress_bar(name: str | None, total: int, done: int) -> tqdm:
-    """Return the bar of a stage, for a `with`; it is hidden without a name. done: items of an earlier process."""
+def progress_bar(name: str | None, total: int, done: int, leave: bool = True) -> tqdm:
+    """Return the bar of a stage, for a `with`; it is hidden without a name. done: items of an earlier process.
+
+    leave: whether it stays on the screen at its end.
+    """
     return tqdm(total=total, initial=done, desc=f"{name or '':<18}", unit="", dynamic_ncols=True, mininterval=0.5,
-                disable=not name or ranks.rank() > 0)
+                disable=not name or ranks.rank() > 0, leave=leave)
+
+
+def of_curve(file: Path | None) -> bool:
+    """Return whether a stage is a part of a point of the curve. Only the point's figures are printed."""
+    return bool(file) and file.parent.name == CURVE
+
+
+def say(file: Path, text: str) -> None:
+    """Print what a stage found, unless it is a part of a point of the curve."""
+    if not of_curve(file):
+        tqdm.write(text)
 
 
 def warn_if_long(bar: tqdm) -> None:

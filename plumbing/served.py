@@ -45,6 +45,11 @@ def with_adapter(server: Server, model, args, out: Path) -> Server:
     return ranks.on_first(lambda: server.with_adapter(f"{folder}/served-adapter", f"{names}{weights}", names))
 
 
+def trained(server, model, args, out: Path):
+    """Return what draws the trained model's answers: the server with the adapters as they are now, or the model."""
+    return with_adapter(server, model, args, out) if serves_trained(args) else model
+
+
 def try_adapter(server: Server, model, args, out: Path) -> None:
     """Let the server load adapters that change nothing: one that cannot do so should say it now, not after hours."""
     if serves_trained(args):
