@@ -28,7 +28,6 @@ import sandbox
 from plumbing.problems import BadInput, Problem, load_train_and_eval, read_programs, seed_for
 from plumbing.settings import arg, check_settings, prepare_terminal, read_options
 
-BEST_OF = 4  # N of Best-of-N: programs in an evaluation group (paper 2.1)
 CURVE_PROBLEMS = 100  # evaluation problems of each point of the curve (figure 4)
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -45,7 +44,8 @@ class Args:
     model: str = arg(str(Path(__file__).resolve().parent / "data" / "tiny"), section="what to run",
                      text="model folder, name on the Hub, or a short name such as Qwen3-4B")
     train: str = arg("micro-train", "training problems: a file or a known set [rstar-coder]")
-    eval: str = arg("micro-eval", "evaluation problems: a file or a known set [livecodebench-v6]")
+    eval: str = arg("micro-eval", "evaluation problems: a file or a known set, or several with commas between\n"
+                    "[livecodebench-v6]")
     out: str = arg("", "folder of the run; without it a new folder in runs/ (with --resume: the newest one there)")
     preset: str = arg("", "laptop: for the shipped model; quick: for others, on one GPU or a CPU; paper: the paper's\n"
                       "settings, for several GPUs; release: those of the authors' code; default: the one that fits",
@@ -58,8 +58,8 @@ class Args:
     workers: int = arg(os.cpu_count() or 1, "sandbox processes", least=1)
 
     mode: str = arg("rank", "rank: rank the base model's candidates; rank-onpolicy: rank candidates drawn anew for\n"
-                    "each step; generate: write programs that pass; iterative: --block steps of rank-onpolicy, then\n"
-                    "of generate, in turn; sft: imitate rankings that order every pair right, without a reward",
+                    "each step; generate: write programs that pass; iterative: --block steps of generate, then of\n"
+                    "rank-onpolicy, in turn; sft: imitate rankings that order every pair right, without a reward",
                     choices=["rank", "rank-onpolicy", "generate", "iterative", "sft"],
                     section="what training learns from (paper, table 3 and figure 3)")
     block: int = arg(50, "steps in a block of --mode iterative", least=1)
@@ -87,6 +87,7 @@ class Args:
     batch: int = arg(16, "prompts in a step [64]", least=1)
     mini_batch: int = arg(16, "prompts in an optimiser step [16]", least=1)
     ppo_epochs: int = arg(1, "passes over each batch [3]", least=1)
+    epochs: int = arg(0, "--mode sft: passes over its rankings, in place of --steps; 0: as --steps says [3]", least=0)
     steps: int = arg(60, "training steps in all, in as many passes over the groups as they need [180]", least=0)
     lr: float = arg(1e-4, "learning rate of AdamW, constant [1e-6; a tiny model needs a larger one]", above=0)
     weight_decay: float = arg(0.0, "weight decay of AdamW", least=0)
@@ -98,7 +99,9 @@ class Args:
     dual_clip: float = arg(0.0, "upper bound of the ratio for tokens with a negative advantage; 0: off", least=0)
     kl: float = arg(0.001, "weight of the KL term to the model that training starts from; 0: off [0.001]", least=0)
     temperature: float = arg(1.0, "temperature of candidates and training answers [1.0]", above=0)
-    max_new_tokens: int = arg(192, "longest answer in tokens, thinking included [32768]", least=1)
+    max_new_tokens: int = arg(192, "longest answer in tokens, thinking included; never more than a prompt leaves\n"
+                              "of the model's context [32768]", least=1)
+    candidate_tokens: int = arg(0, "the same for candidates sampled once; 0: --max-new-tokens [131072]", least=0)
     micro_tokens: int = arg(16384, "tokens in one training forward: changes memory and speed, not the result", least=1)
     optimizer: str = arg("", "how weights are kept: fp32; masters: bf16 with fp32 masters; kahan: bf16 with kahan\n"
                          "compensation; without it the first of these that fits the memory",
@@ -106,7 +109,7 @@ class Args:
     lora: int = arg(0, "train adapters of this rank instead of all weights (package peft); 0: all weights", least=0)
     shard: bool = arg(False, "spread weights, gradients and optimiser over torchrun's processes (FSDP2)")
     save_every: int = arg(1, "steps between checkpoints", least=1)
-    keep_every: int = arg(0, "steps between models that are kept, as folders out/model-STEP; 0: only the last", least=0)
+    keep_every: int = arg(0, "steps between models that are kept, in out/model-STEP; 0: only the last", least=0)
     rows: int = arg(0, "answers that are decoded at a time: changes memory and speed, not the result; 0: as many as\n"
                     "fit the memory of a GPU, 256 elsewhere", least=0)
 
@@ -119,9 +122,11 @@ class Args:
     programs: str = arg("", "JSONL file of {problem_id, answer} or {problem_id, code}, used in place of sampling;\n"
                         "candidates.jsonl of another run is such a file")
 
-    eval_every: int = arg(10, "steps between the points of the curve, each measured on 100 evaluation problems; 0: none",
+    eval_every: int = arg(10, "steps between points of the curve, each on 100 evaluation problems; 0: none [20]",
                           least=0, section="evaluation (paper 3.1)")
     repeats: int = arg(2, "R, evaluation groups drawn for each problem [10]", least=1)
+    eval_tokens: int = arg(0, "the same as --max-new-tokens in the evaluation; 0: --max-new-tokens [65536]", least=0)
+    best_of: int = arg(4, "N of Best-of-N, programs in an evaluation group [4]", least=2)
     eval_temperature: float = arg(0.6, "temperature of programs and rankings in the evaluation [0.6]", least=0)
     top_p: float = arg(0.95, "top-p of the evaluation [0.95]", above=0)
     top_k: int = arg(20, "top-k of the evaluation [20]", least=0)
@@ -129,11 +134,13 @@ class Args:
 
 PAPER = dict(  # section 3.1, appendix B, table 4; the paper's other values are the defaults of Args
     candidates=64, batch=64, ppo_epochs=3, steps=180, lr=1e-6, max_new_tokens=32768, repeats=10, save_every=10,
-    until_enough=True, eval_every=20,
+    until_enough=True, eval_every=20, candidate_tokens=131072, eval_tokens=65536,
 )
+PAPER_SFT = dict(lr=1e-5, epochs=3, ppo_epochs=1)  # section 3.3: --preset paper --mode sft
+PAPER_GPT_OSS = dict(lr=5e-7, batch=32)  # appendix B: --preset paper with this model
 RELEASE = PAPER | dict(  # where the authors' code differs from the paper
-    clip_high=0.28, dual_clip=10.0, loss="token", kl=0.0, weight_decay=0.1, warmup=10, shuffle=False, repeats=6,
-    eval_temperature=1.0,
+    clip_high=0.28, dual_clip=10.0, loss="token", kl=0.0, weight_decay=0.1, warmup=10, shuffle=False, best_of=6,
+    eval_temperature=1.0, top_p=1.0, top_k=0,
 )
 QUICK_REAL = dict(  # a real model on one GPU of 24 GB: adapters, which need a larger learning rate
     limit=500, candidates=16, batch=16, steps=60, lr=2e-5, lora=16, max_new_tokens=8192, repeats=2, save_every=5,
@@ -158,7 +165,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     preset = given.get("preset") or ("laptop" if shipped else "paper" if several else "quick")
     problems = {} if shipped or preset == "laptop" else REAL_PROBLEMS
     quick = QUICK if given.get("quick") else {}
-    args = Args(**problems | PRESETS[preset] | quick | given | {"preset": preset})
+    exceptions = PAPER_GPT_OSS if preset == "paper" and "gpt-oss" in given.get("model", "").lower() else {}
+    if preset == "paper" and given.get("mode") == "sft":
+        exceptions = PAPER_SFT
+    args = Args(**problems | PRESETS[preset] | exceptions | quick | given | {"preset": preset})
     check_settings(args)
     return args
 
@@ -259,36 +269,45 @@ def program_ids(tokenizer, problem: Problem, args: Args) -> torch.Tensor:
 
 def ranking_ids(tokenizer, group: Group, args: Args) -> torch.Tensor:
     """The prompt that asks for a ranking (paper 2.3), as token ids [L]."""
-    prompt = rank_prompt.ranking_prompt(group.problem.question, [c.code for c in group.candidates])
+    codes, brief = [c.code for c in group.candidates], not models.can_think(tokenizer)
+    prompt = rank_prompt.ranking_prompt(group.problem.question, codes, brief)
     return models.encode(tokenizer, prompt, args.thinking in ("both", "rankings"), args.reasoning_effort)
 
 
-def fits(model, prompt: torch.Tensor, args: Args) -> bool:
-    """Return whether a prompt [L] and the longest answer fit the context, the positions that the model knows."""
+def longest_answer(model, prompt: torch.Tensor, limit: int) -> int:
+    """Return how many tokens an answer to a prompt [L] may have: limit, or what is left of the context if that is less.
+
+    The context is the number of positions that the model knows. Returns 0 if the prompt is too long: neither limit nor
+    a quarter of the context is left.
+    """
     is_server = isinstance(model, Server)
     context = model.context if is_server else getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return not context or len(prompt) + args.max_new_tokens <= context
+    left = context - len(prompt) if context else limit
+    return min(limit, left) if left >= min(limit, (context or 0) // 4) else 0
 
 
-def draw(model, tokenizer, prompts: list[torch.Tensor], seeds: list[list[int]], args: Args, sampling: Sampling,
+def draw(model, tokenizer, prompts: list[torch.Tensor], seeds: list[list[int]], limit: int, sampling: Sampling,
          rows: int) -> list[Rollout]:
     """Draw an answer to each prompt [L] for each of its seeds, as one Rollout a prompt. All answers are drawn here."""
     if isinstance(model, Server):
-        drawn = model.draw([prompt.tolist() for prompt in prompts], seeds, sampling, args.max_new_tokens)
+        drawn = model.draw([prompt.tolist() for prompt in prompts], seeds, sampling, limit)
         return [Rollout(prompt, [torch.tensor(a.ids) for a in answers], [torch.tensor(a.logps) for a in answers],
                         [a.ended for a in answers]) for prompt, answers in zip(prompts, drawn)]
-    return grpo.rollout(model, prompts, seeds, sampling=sampling, max_new_tokens=args.max_new_tokens,
+    limits = [max(1, longest_answer(model, prompt, limit)) for prompt in prompts]
+    return grpo.rollout(model, prompts, seeds, sampling=sampling, max_new_tokens=limits,
                         eos_ids=end_ids(model, tokenizer), max_rows=rows)
 
 
-def rows_at_a_time(model, prompts: list[torch.Tensor], args: Args) -> int:
+def rows_at_a_time(model, prompts: list[torch.Tensor], limit: int, args: Args) -> int:
     """Return how many answers to decode at a time: --rows, or as many as fit the memory that a GPU has free now.
 
     Every rank calls this at the start of a stage, because all of them take part in a sharded model's forward.
     """
     if args.rows or isinstance(model, Server) or model.device.type != "cuda" or not prompts:
         return args.rows or 256
-    return fast_decode.rows_that_fit(model, max(map(len, prompts)), args.max_new_tokens, models.room(args.device))
+    prompt = max(prompts, key=len)
+    answer = longest_answer(model, prompt, limit)
+    return fast_decode.rows_that_fit(model, len(prompt), answer, models.room(args.device))
 
 
 # -------------------------------------------------------------------------------- section 2.2: sample, label, group
@@ -301,39 +320,40 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, file: Path, ev
     whose prompt does not fit the context gets no answers; the number of such problems is printed.
     """
     count, seed, sampling = args.candidates, seed_for(args.seed, "sample"), Sampling(args.temperature)
+    limit = (args.eval_tokens if evaluation else args.candidate_tokens) or args.max_new_tokens
     if evaluation:
-        count, seed = BEST_OF * args.repeats, seed_for(args.seed, "evaluate")
+        count, seed = args.best_of * args.repeats, seed_for(args.seed, "evaluate")
         sampling = Sampling(args.eval_temperature, args.top_p, args.top_k)
     copies = count if sampling.temperature == 0 else 1  # at temperature 0 all answers to a problem are the same
-    problems, prompts = fitting_problems(model, tokenizer, problems, args)
+    problems, prompts = fitting_problems(model, tokenizer, problems, limit, args)
 
     def answer(chunk: list[Problem]) -> list[list]:  # [[text, whether the answer ended by itself], ...] a problem
         seeds = [[seed_for(seed, problem.id, i) for i in range(count // copies)] for problem in chunk]
-        rollouts = draw(model, tokenizer, [prompts[problem.id] for problem in chunk], seeds, args, sampling, rows)
+        rollouts = draw(model, tokenizer, [prompts[problem.id] for problem in chunk], seeds, limit, sampling, rows)
         return [[[text, ended] for text, ended in zip(texts_of(tokenizer, r), r.finished)] * copies for r in rollouts]
 
-    rows, requests = rows_at_a_time(model, list(prompts.values()), args), isinstance(model, Server) and model.requests
+    rows = rows_at_a_time(model, list(prompts.values()), limit, args)
+    requests = isinstance(model, Server) and model.requests
     work = {problem.id: problem for problem in problems}
     answers = runs.resumable(file, work, answer, max(1, rows // count), requests)
     candidates = [Candidate(problem_id, text, rank_prompt.extract_code(text))
                   for problem_id, drawn in answers.items() for text, _ in drawn]
     without = sum(candidate.code is None for candidate in candidates)
     cut = sum(not ended for drawn in answers.values() for _, ended in drawn)
-    limit = args.max_new_tokens
     runs.say(file, f"  {len(candidates)} answers, {without} without a program, {cut} cut off at {limit} tokens")
     runs.warn_if_cut(file.stem, cut / max(len(candidates), 1))
     return candidates
 
 
-def fitting_problems(model, tokenizer, problems: list[Problem], args: Args):
+def fitting_problems(model, tokenizer, problems: list[Problem], limit: int, args: Args):
     """Return (the problems whose prompt fits the context, {id: prompt [L]}). Raises BadInput if no prompt fits."""
     prompts = {problem.id: program_ids(tokenizer, problem, args) for problem in problems}
-    kept = [problem for problem in problems if fits(model, prompts[problem.id], args)]
+    kept = [problem for problem in problems if longest_answer(model, prompts[problem.id], limit)]
     if not kept:
-        raise BadInput(f"no problem's prompt fits the model's context with --max-new-tokens {args.max_new_tokens}")
+        raise BadInput(f"no problem's prompt fits the model's context with an answer of {limit} tokens")
     if len(kept) < len(problems):
-        tqdm.write(f"  {len(problems) - len(kept)} of {len(problems)} problems get no answer: their prompts and "
-                   f"{args.max_new_tokens} tokens for the answer are longer than the model's context")
+        tqdm.write(f"  {len(problems) - len(kept)} of {len(problems)} problems get no answer: behind their prompts too "
+                   "little is left of the model's context")
     return kept, prompts
 
 
@@ -402,7 +422,7 @@ def training_groups(model, tokenizer, problems: list[Problem], args: Args, out: 
             candidates = sample(model, tokenizer, problems[:count], args, out / "samples.jsonl")
         label(problems, candidates, args, out / "labels.jsonl")
         mixed = make_groups(problems, candidates, args.group_size)
-        groups = [group for group in mixed if fits(model, ranking_ids(tokenizer, group, args), args)]
+        groups = fitting_groups(model, tokenizer, mixed, args)
         if len(groups) >= enough or count == len(problems):
             break
         missing = ceil(count * enough / max(len(groups), 1)) - count  # if the others have as many mixed groups
@@ -411,6 +431,12 @@ def training_groups(model, tokenizer, problems: list[Problem], args: Args, out: 
     runs.append_lines(out / "candidates.jsonl", [asdict(candidate) for candidate in candidates])
     runs.check_groups(candidates, mixed, groups, args.group_size)
     return groups
+
+
+def fitting_groups(model, tokenizer, groups: list[Group], args: Args) -> list[Group]:
+    """Return the groups whose ranking prompt leaves enough of the context for an answer in training."""
+    return [group for group in groups
+            if longest_answer(model, ranking_ids(tokenizer, group, args), args.max_new_tokens)]
 
 
 def candidates_of(file: str, problems: list[Problem]) -> list[Candidate]:
@@ -423,15 +449,18 @@ def candidates_of(file: str, problems: list[Problem]) -> list[Candidate]:
 
 
 def train(model, tokenizer, problems: list[Problem], groups: list[Group], base: list[Group], args: Args, out: Path,
-          server=None) -> None:
-    """Train the model to rank (paper 2.4), or as --mode says, and save it as an ordinary model folder in out/model.
+          server=None) -> int:
+    """Train the model to rank (paper 2.4), or as --mode says, and save it in out/model. Returns the number of steps.
 
     A step's random numbers depend only on --seed and its number, so a resumed run makes the same steps. groups: for
     the modes rank and sft; the other modes sample new candidates for problems. base: the base's evaluation groups, on
     which --eval-every measures. server: draws the answers of --server-rollouts, and the points of the curve.
     """
     supervised = args.mode == "sft"
-    teacher = load_teacher(model, tokenizer, args) if supervised else None
+    items = groups if args.mode == "rank" else problems
+    if supervised:  # drawn before any training, because the model itself may be the teacher
+        items = perfect_rankings(model, tokenizer, groups, args, out / "teacher-rankings.jsonl")
+        args = replace(args, steps=ceil(args.epochs * len(items) / args.batch) or args.steps)
     if args.lora:
         models.add_lora(model, args.lora, seed_for(args.seed, "lora"))
     reference = frozen_copy(model, args) if args.kl and not supervised else None
@@ -446,9 +475,9 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], base: 
             if step and args.keep_every and step % args.keep_every == 0:
                 models.save_model(out / f"model-{step}", model, tokenizer)
             began, generator = time.time(), torch.Generator().manual_seed(seed_for(args.seed, "train", step))
-            batch = batch_at(groups if args.mode in ("rank", "sft") else problems, step, args)
+            batch = batch_at(items, step, args)
             policy = served.with_adapter(server, model, args, out) if args.server_rollouts else model
-            rollouts, metrics = experience(policy, tokenizer, batch, step, args, generator, teacher)
+            rollouts, metrics = experience(policy, tokenizer, batch, step, args, generator)
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
             metrics |= grpo.update(model, optimizer, rollouts, args, reference=reference, generator=generator)
@@ -467,34 +496,33 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], base: 
     models.save_model(out / "model", model, tokenizer)
     if args.lora:
         models.save_adapter(out / "adapter", model)
+    return args.steps
 
 
-def experience(model, tokenizer, batch: list, step: int, args: Args, generator, teacher) -> tuple[list[Rollout], dict]:
+def experience(model, tokenizer, batch: list, step: int, args: Args, generator) -> tuple[list[Rollout], dict]:
     """Return the scored rollouts that one step learns from, and metrics to log. The modes differ here (table 3):
 
     rank           rankings of groups built once from the base's candidates (paper 2.2); batch: groups
     rank-onpolicy  rankings of candidates that the current policy has just drawn; batch: problems
     generate       programs, rewarded if they pass their tests: the reward that DuST itself never uses; batch: problems
-    iterative      --block steps of rank-onpolicy, then as many of generate, and so on; batch: problems
-    sft            rankings of the teacher, to imitate; only those with every pair in the right order; batch: groups
+    iterative      --block steps of generate, then as many of rank-onpolicy, and so on; batch: problems
+    sft            rankings to imitate, which perfect_rankings has drawn; batch: rollouts
     """
     mode = args.mode
     if mode == "iterative":
-        mode = "rank-onpolicy" if step // args.block % 2 == 0 else "generate"
+        mode = "generate" if step // args.block % 2 == 0 else "rank-onpolicy"
     if mode == "generate":
         rollouts, candidates = draw_programs(model, tokenizer, batch, args.answers, args, generator)
         for rollout, drawn in zip(rollouts, candidates):
             rollout.rewards = torch.tensor([float(candidate.correct) for candidate in drawn])
         without_program = [candidate.code is None for drawn in candidates for candidate in drawn]
         return rollouts, describe(rollouts) | {"malformed": mean(without_program)}
+    if mode == "sft":
+        return batch, describe(batch) | {"malformed": 0.0}
     if mode == "rank-onpolicy":
         batch = fresh_groups(model, tokenizer, batch, args, generator)
     if args.shuffle:
         batch = [group.shuffled(args.seed, "train", step, i) for i, group in enumerate(batch)]
-    if mode == "sft":
-        rollouts = teacher_rankings(teacher, model, tokenizer, batch, args, generator)
-        metrics = score_rollouts(tokenizer, batch, rollouts, "pairacc")
-        return [only_perfect(rollout) for rollout in rollouts], metrics
     prompts = [ranking_ids(tokenizer, group, args) for group in batch]
     rollouts = draw_for_training(model, tokenizer, prompts, args.answers, args, generator)
     return rollouts, score_rollouts(tokenizer, batch, rollouts, args.reward)
@@ -542,11 +570,11 @@ def batch_at(items: list, step: int, args: Args) -> list:
 def draw_for_training(model, tokenizer, prompts: list, count: int, args: Args, generator) -> list[Rollout]:
     """Draw `count` answers to each prompt [L] at --temperature, without top-p and top-k (paper 2.4)."""
     seeds = torch.randint(2**62, (len(prompts), count), generator=generator).tolist()
-    rows = rows_at_a_time(model, prompts, args)
+    rows = rows_at_a_time(model, prompts, args.max_new_tokens, args)
 
     def answer(chunk: list[tuple]) -> list[Rollout]:
         its_prompts, its_seeds = [prompt for prompt, _ in chunk], [drawn for _, drawn in chunk]
-        return draw(model, tokenizer, its_prompts, its_seeds, args, Sampling(args.temperature), rows)
+        return draw(model, tokenizer, its_prompts, its_seeds, args.max_new_tokens, Sampling(args.temperature), rows)
 
     return ranks.spread(list(zip(prompts, seeds)), answer)
 
@@ -568,7 +596,7 @@ def fresh_groups(model, tokenizer, problems: list[Problem], args: Args, generato
     """
     _, candidates = draw_programs(model, tokenizer, problems, 2 * args.group_size, args, generator)
     places = [make_groups([problem], drawn, args.group_size) for problem, drawn in zip(problems, candidates)]
-    return [group for group in sum(places, []) if fits(model, ranking_ids(tokenizer, group, args), args)][: args.batch]
+    return fitting_groups(model, tokenizer, sum(places, []), args)[: args.batch]
 
 
 def frozen_copy(model, args: Args):
@@ -586,36 +614,51 @@ def load_teacher(model, tokenizer, args: Args) -> tuple:
     Raises BadInput if there is a --teacher and the student marks its thinking part in a form that we cannot write.
     """
     if not args.teacher:
-        return frozen_copy(model, args), tokenizer
+        return model, tokenizer
     if any(mark in str(tokenizer.chat_template) for mark in (models.CHANNEL, *models.OTHER_MARKS)):
         raise BadInput(f"--teacher: {args.model} marks its thinking part in a way of its own; leave --teacher out")
     return load(args.teacher, args, "--teacher")
 
 
-def teacher_rankings(teacher: tuple, model, tokenizer, groups: list[Group], args: Args, generator) -> list[Rollout]:
-    """Return the teacher's rankings of some groups, as rollouts of the student (model, tokenizer).
+def perfect_rankings(model, tokenizer, groups: list[Group], args: Args, file: Path) -> list[Rollout]:
+    """Return the fixed set that --mode sft imitates (figure 3): the teacher's rankings with every pair in order.
 
-    A --teacher is asked through its own chat template. Its answers are then written in the student's tokens.
+    The teacher gives G answers to each group, once. A --teacher is asked through its chat template; its answers are
+    then written in the student's tokens. Groups without a perfect answer are left out. file: keeps the answers.
     """
-    frozen, its_tokenizer = teacher
+    teacher, its_tokenizer = load_teacher(model, tokenizer, args)
+    if args.shuffle:
+        groups = [group.shuffled(args.seed, "sft", i) for i, group in enumerate(groups)]
     asked = [ranking_ids(its_tokenizer, group, args) for group in groups]
-    with models.lora_disabled(frozen):  # with LoRA and no --teacher the teacher is the student itself
-        rollouts = draw_for_training(frozen, its_tokenizer, asked, args.answers, args, generator)
-    if its_tokenizer is tokenizer:
-        return rollouts
+    prompts = [ranking_ids(tokenizer, group, args) for group in groups]
     end = end_ids(model, tokenizer)[0]
-    for group, rollout in zip(groups, rollouts):
-        prompt, texts = ranking_ids(tokenizer, group, args), texts_of(its_tokenizer, rollout)
-        rollout.prompt, rollout.answers = prompt, models.encode_answers(tokenizer, prompt, texts, end)
-        rollout.logps = [torch.zeros(len(answer)) for answer in rollout.answers]
+
+    def answer(chunk: list[int]) -> list[list[list[int]]]:  # the token ids of the perfect answers to each group
+        seeds = [[seed_for(args.seed, "sft", i, j) for j in range(args.answers)] for i in chunk]
+        sampling, its_prompts = Sampling(args.temperature), [asked[i] for i in chunk]
+        kept = []
+        rollouts = draw(teacher, its_tokenizer, its_prompts, seeds, args.max_new_tokens, sampling, rows)
+        for i, drawn in zip(chunk, rollouts):
+            texts, answers = texts_of(its_tokenizer, drawn), drawn.answers
+            if its_tokenizer is not tokenizer:
+                answers = models.encode_answers(tokenizer, prompts[i], texts, end)
+            perfect = [rank_prompt.score(text, groups[i].labels) == 1.0 for text in texts]
+            kept.append([ids.tolist() for ids, *good in zip(answers, perfect, drawn.finished) if all(good)])
+        return kept
+
+    rows = rows_at_a_time(teacher, asked, args.max_new_tokens, args)
+    drawn = runs.resumable(file, {str(i): i for i in range(len(groups))}, answer, max(1, rows // args.answers))
+    rollouts = []
+    for prompt, answers in zip(prompts, drawn.values()):
+        logps = [torch.zeros(len(ids)) for ids in answers]  # not used: --mode sft has no ratio
+        rollouts.append(Rollout(prompt, list(map(torch.tensor, answers)), logps, [True] * len(answers),
+                                torch.ones(len(answers))))
+    rollouts = [rollout for rollout in rollouts if rollout.answers]
+    count = sum(len(rollout.answers) for rollout in rollouts)
+    tqdm.write(f"  {count} rankings of the teacher without a fault, for {len(rollouts)} of {len(groups)} groups")
+    if not rollouts:
+        raise BadInput("the teacher ranks no group without a fault: give another --teacher, or more --candidates")
     return rollouts
-
-
-def only_perfect(rollout: Rollout) -> Rollout:
-    """Return the rollout with only the answers that have a reward of 1 and ended by themselves."""
-    kept = [i for i, reward in enumerate(rollout.rewards.tolist()) if reward == 1.0 and rollout.finished[i]]
-    answers, logps = [rollout.answers[i] for i in kept], [rollout.logps[i] for i in kept]
-    return Rollout(rollout.prompt, answers, logps, [True] * len(kept), rollout.rewards[kept])
 
 
 # ----------------------------------------------------------------------------------------- section 3.1: the evaluation
@@ -631,9 +674,9 @@ def evaluation_groups(model, tokenizer, problems: list[Problem], args: Args, ste
     by_problem = defaultdict(list)
     for candidate in candidates:
         by_problem[candidate.problem_id].append(candidate)
-    unsolved = [Candidate("", "", None)] * BEST_OF * args.repeats  # a problem without answers counts as not solved
-    return [Group(problem, (by_problem[problem.id] or unsolved)[i : i + BEST_OF])
-            for problem in problems for i in range(0, BEST_OF * args.repeats, BEST_OF)]
+    unsolved = [Candidate("", "", None)] * args.best_of * args.repeats  # a problem without answers counts as not solved
+    return [Group(problem, (by_problem[problem.id] or unsolved)[i : i + args.best_of])
+            for problem in problems for i in range(0, args.best_of * args.repeats, args.best_of)]
 
 
 def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Path,
@@ -647,11 +690,12 @@ def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Pat
     """
     shown, prompts = [], {}
     places = list(range(len(groups))) if places is None else places
+    limit = args.eval_tokens or args.max_new_tokens
     for place, group in zip(places, groups):
         shuffled = group.shuffled(args.seed, "judge", place)
         shown.append(Group(group.problem, [c for c in shuffled.candidates if c.code is not None]))
         prompt = ranking_ids(tokenizer, shown[-1], args)
-        if len(shown[-1].candidates) > 1 and fits(model, prompt, args):
+        if len(shown[-1].candidates) > 1 and longest_answer(model, prompt, limit):
             prompts[str(place)] = prompt
     if prompts and not runs.of_curve(file):
         models.show_first(file.parent, "rankings", tokenizer, next(iter(prompts.values())))
@@ -659,10 +703,11 @@ def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Pat
     def answer(chunk: list[str]) -> list[list]:  # [text, whether the answer ended by itself] a group
         seeds = [[seed_for(args.seed, "judge", key)] for key in chunk]
         sampling = Sampling(args.eval_temperature, args.top_p, args.top_k)
-        rollouts = draw(model, tokenizer, [prompts[key] for key in chunk], seeds, args, sampling, rows)
+        rollouts = draw(model, tokenizer, [prompts[key] for key in chunk], seeds, limit, sampling, rows)
         return [[texts_of(tokenizer, rollout)[0], rollout.finished[0]] for rollout in rollouts]
 
-    rows, requests = rows_at_a_time(model, list(prompts.values()), args), isinstance(model, Server) and model.requests
+    rows = rows_at_a_time(model, list(prompts.values()), limit, args)
+    requests = isinstance(model, Server) and model.requests
     answers = runs.resumable(file, {key: key for key in prompts}, answer, rows, requests)
     runs.warn_if_cut(file.stem, mean([not ended for _, ended in answers.values()]))
     ranked = []
@@ -676,7 +721,7 @@ def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Pat
 
 
 def final_groups(ranked: list[RankedGroup], repeats: int) -> list[Group]:
-    """Return the finals of Best-of-8: the better halves of two groups of a problem form one group, to rank once more.
+    """Return the finals of Best-of-2N: the better halves of two groups of a problem form one group, to rank once more.
 
     So a ranking never has more than N candidates. ranked: R groups a problem; if R is odd, the last one is left out.
     """
@@ -720,16 +765,16 @@ def measure(model, tokenizer, base: list[Group], step: int, args: Args, out: Pat
     own = rank_candidates(model, tokenizer, groups, args, file.with_name(f"{step}-rankings.jsonl"), places)
     of_base = [base[place] for place in mixed]
     judge = rank_candidates(model, tokenizer, of_base, args, file.with_name(f"{step}-judge.jsonl"), mixed)
-    tqdm.write(ranks.on_first(lambda: report.keep_point(file, own, judge, METRICS)))
+    tqdm.write(ranks.on_first(lambda: report.keep_point(file, own, judge, metrics_of(args.best_of))))
 
 
-def keep_ends(rows: dict[str, list[RankedGroup]], base: list[Group], args: Args, out: Path) -> None:
+def keep_ends(rows: dict[str, list[RankedGroup]], base: list[Group], steps: int, args: Args, out: Path) -> None:
     """Keep the first and the last point of the curve, which are parts of the report's rows."""
     (out / runs.CURVE).mkdir(exist_ok=True)
     places, mixed = curve_places(base, args)
-    for step, own, judge in ((0, "base", "base"), (args.steps, "trained", "trained_judge")):
+    for step, own, judge in ((0, "base", "base"), (steps, "trained", "trained_judge")):
         own, judge = [rows[own][place] for place in places], [rows[judge][place] for place in mixed]
-        report.keep_point(out / runs.CURVE / f"{step}.jsonl", own, judge, METRICS)
+        report.keep_point(out / runs.CURVE / f"{step}.jsonl", own, judge, metrics_of(args.best_of))
 
 
 def best_of(n: int, ranked: list[int]) -> float:
@@ -752,18 +797,24 @@ def is_mixed(labels: list[int]) -> bool:
     return 0 < sum(labels) < len(labels)
 
 
-# Functions of a group's labels, best-ranked first. A group with the result None does not count. A random order has a
-# second argument: how many of the answers hold a program. The others come last in every order.
-METRICS = {
-    "pass1": lambda ranked, *_: sum(ranked) / len(ranked),
-    "ndcg_all": lambda ranked, *_: as_ranked(rank_prompt.ndcg, ranked),  # 0 if no program is correct, as in the paper
-    "ndcg_mixed": lambda ranked, *_: as_ranked(rank_prompt.ndcg, ranked) if is_mixed(ranked) else None,
-    "ndcg_random": lambda ranked, shown: rank_prompt.random_ndcg(ranked[:shown]) if is_mixed(ranked) else None,
-    "pair_accuracy": lambda ranked, *_: as_ranked(rank_prompt.pair_accuracy, ranked) if is_mixed(ranked) else None,
-    "best_of_2": lambda ranked, *_: best_of(2, ranked),
-    "best_of_4": lambda ranked, *_: float(ranked[0]),
-    "oracle": lambda ranked, *_: float(any(ranked)),
-}
+def metrics_of(n: int) -> dict:
+    """Return functions of the labels of a group of n, best-ranked first. A group with the result None does not count.
+
+    A random order has a second argument: how many of the answers hold a program. The others come last in every order.
+    """
+    return {
+        "pass1": lambda ranked, *_: sum(ranked) / len(ranked),
+        "ndcg_all": lambda ranked, *_: as_ranked(rank_prompt.ndcg, ranked),  # without a correct one 0, as in the paper
+        "ndcg_mixed": lambda ranked, *_: as_ranked(rank_prompt.ndcg, ranked) if is_mixed(ranked) else None,
+        "ndcg_random": lambda ranked, shown: rank_prompt.random_ndcg(ranked[:shown]) if is_mixed(ranked) else None,
+        "pair_accuracy": lambda ranked, *_: as_ranked(rank_prompt.pair_accuracy, ranked) if is_mixed(ranked) else None,
+        "best_of_2": lambda ranked, *_: best_of(2, ranked),
+        f"best_of_{n}": lambda ranked, *_: float(ranked[0]),
+        "oracle": lambda ranked, *_: float(any(ranked)),
+    }
+
+
+METRICS = metrics_of(4)  # of the paper's evaluation, and of every run with the default --best-of
 
 # ------------------------------------------------------------------------------------------------------------ the run
 
@@ -787,7 +838,7 @@ def run(args: Args) -> None:
         source = served.connect(model, tokenizer, first_prompt, args, end_ids(model, tokenizer), grpo.answer_logprobs)
     runs.open_run(out, before, args, problems, held_out)
     print(f"DuST -> {out}")
-    runs.show_plan(args, problems, held_out, BEST_OF, memory)
+    runs.show_plan(args, problems, held_out, memory)
     models.show_first(out, "programs", tokenizer, first_prompt)
     served.try_adapter(source, model, args, out)
 
@@ -795,7 +846,7 @@ def run(args: Args) -> None:
     if args.mode in ("rank", "sft") and not args.eval_only:  # the other modes draw their candidates step by step
         groups = training_groups(source, tokenizer, problems, args, out)
     elif not args.eval_only:
-        problems, _ = fitting_problems(source, tokenizer, problems, args)
+        problems, _ = fitting_problems(source, tokenizer, problems, args.max_new_tokens, args)
 
     base = evaluation_groups(source, tokenizer, held_out, args, out / "base")
     rows = {"base": rank_all(source, tokenizer, base, args, out / "base")}
@@ -805,7 +856,7 @@ def run(args: Args) -> None:
             model, its_tokenizer = load(args.init, args, "--init")
             if its_tokenizer.get_vocab() != tokenizer.get_vocab():
                 raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
-        train(model, tokenizer, problems, groups, base, args, out, source)
+        steps = train(model, tokenizer, problems, groups, base, args, out, source)
         trained = served.trained(source, model, args, out)
         rows["trained_judge"] = rank_all(trained, tokenizer, base, args, out / "judge")
         drawn = evaluation_groups(trained, tokenizer, held_out, args, out / "trained")
@@ -813,8 +864,8 @@ def run(args: Args) -> None:
     ranked = {name: row[0] for name, row in rows.items()}
     finals = {name: row[1] for name, row in rows.items()}
     if args.eval_every and not args.eval_only:
-        ranks.on_first(lambda: keep_ends(ranked, base, args, out))
-    text = ranks.on_first(lambda: report.write_report(ranked, finals, METRICS, asdict(args), out))
+        ranks.on_first(lambda: keep_ends(ranked, base, steps, args, out))
+    text = ranks.on_first(lambda: report.write_report(ranked, finals, metrics_of(args.best_of), asdict(args), out))
     tqdm.write(f"\n{text}\nall of it: {out}")
 
 

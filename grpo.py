@@ -328,21 +328,23 @@ def averages(totals: dict[str, float], norms: list[float], corrected: bool) -> d
 
 @torch.no_grad()
 def rollout(model, prompts: list[Tensor], seeds: list[list[int]], *, sampling: Sampling = Sampling(),
-            max_new_tokens: int, eos_ids: list[int], max_rows: int = 256) -> list[Rollout]:
+            max_new_tokens: int | list[int], eos_ids: list[int], max_rows: int = 256) -> list[Rollout]:
     """Sample an answer for each seed of each prompt. Returns one Rollout for each prompt, in the order given.
 
     prompts: LongTensors [L], of any lengths above 0. seeds: G seeds for each prompt; an answer depends on its seed and
-    not on the answers that are decoded beside it. At most max_rows answers are decoded at a time. Prompts of similar
-    length go together, and a prompt is read once for all of its answers in a batch.
+    not on the answers that are decoded beside it. max_new_tokens: the longest answer; a list has one for each prompt.
+    At most max_rows answers are decoded at a time. Prompts of similar length go together, and a prompt is read once for
+    all of its answers in a batch.
     """
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     parts = [(i, seeds[i][at : at + max_rows]) for i in order for at in range(0, len(seeds[i]), max_rows)]
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     rollouts = [Rollout(prompt, [], [], []) for prompt in prompts]
     with ranks.unsharded(model):
         for batch in split_by_size([len(part_seeds) for _, part_seeds in parts], max_rows):
-            answers = generate_or_halve(model, [(prompts[i].cpu(), part_seeds) for i, part_seeds in parts[batch]],
-                                        sampling, max_new_tokens, list(eos_ids))
+            work = [(prompts[i].cpu(), part_seeds, limits[i]) for i, part_seeds in parts[batch]]
+            answers = generate_or_halve(model, work, sampling, list(eos_ids))
             owners = [i for i, part_seeds in parts[batch] for _ in part_seeds]
             for i, (tokens, logps, finished) in zip(owners, answers):
                 # clone: tensors made in inference mode cannot enter a backward pass
@@ -352,15 +354,15 @@ def rollout(model, prompts: list[Tensor], seeds: list[list[int]], *, sampling: S
     return rollouts
 
 
-def generate_or_halve(model, parts: list[tuple[Tensor, list[int]]], *how) -> list[tuple[Tensor, Tensor, bool]]:
-    """Call generate for pairs (prompt [L], its seeds). If the memory runs out, do the answers in two halves.
+def generate_or_halve(model, parts: list[tuple[Tensor, list[int], int]], *how) -> list[tuple[Tensor, Tensor, bool]]:
+    """Call generate for (prompt [L], its seeds, its limit). If the memory runs out, do the answers in two halves.
 
-    This does not change the answers, because each has its seed. how: generate's sampling, max_new_tokens and eos_ids.
+    This does not change the answers, because each has its seed. how: generate's sampling and eos_ids.
     """
     draw = generate if has_key_cache(model) else generate_with_transformers
-    prompts, seeds = map(list, zip(*parts))
+    prompts, seeds, limits = map(list, zip(*parts))
     try:
-        return draw(model, prompts, seeds, *how)
+        return draw(model, prompts, seeds, limits, *how)
     except torch.OutOfMemoryError:
         rows = sum(map(len, seeds))
         if rows == 1:
@@ -369,37 +371,39 @@ def generate_or_halve(model, parts: list[tuple[Tensor, list[int]]], *how) -> lis
     torch.cuda.empty_cache()
     warnings.warn(f"out of memory with {rows} answers at a time: going on with {rows // 2}", stacklevel=2)
     first, second, left = [], [], rows // 2
-    for prompt, its_seeds in parts:
+    for prompt, its_seeds, limit in parts:
         cut = min(left, len(its_seeds))
-        first += [(prompt, its_seeds[:cut])] * (cut > 0)
-        second += [(prompt, its_seeds[cut:])] * (cut < len(its_seeds))
+        first += [(prompt, its_seeds[:cut], limit)] * (cut > 0)
+        second += [(prompt, its_seeds[cut:], limit)] * (cut < len(its_seeds))
         left -= cut
     return generate_or_halve(model, first, *how) + generate_or_halve(model, second, *how)
 
 
 @torch.inference_mode()  # a tenth faster than no_grad
-def generate(model, prompts: list[Tensor], seeds: list[list[int]], sampling: Sampling, max_new_tokens: int,
+def generate(model, prompts: list[Tensor], seeds: list[list[int]], limits: list[int], sampling: Sampling,
              eos_ids: list[int]) -> list[tuple[Tensor, Tensor, bool]]:
     """Read the prompts, then draw one token a step for each of n answers, until each has ended or is too long.
 
-    Returns for each answer its tokens [R], their log-probs [R], and whether it ended by itself.
+    limits: the longest answer to each prompt, in tokens. Returns for each answer its tokens [R], their log-probs [R],
+    and whether it ended by itself.
     """
     cache_class = SharedCache if shares_prompts(model) else PlainCache
     cache = cache_class(model, prompts, [len(prompt_seeds) for prompt_seeds in seeds])
     device = model.device
     generators = [torch.Generator().manual_seed(seed) for prompt_seeds in seeds for seed in prompt_seeds]
     n, eos = len(generators), torch.tensor(eos_ids, device=device)
-    tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(n, max_new_tokens, device=device)
-    length = torch.full((n,), max_new_tokens, device=device)
+    limit = torch.tensor([limit for limit, its_seeds in zip(limits, seeds) for _ in its_seeds], device=device)  # [n]
+    tokens = torch.zeros(n, max(limits), dtype=torch.long, device=device)
+    logps = torch.zeros(n, max(limits), device=device)
+    length = limit.clone()
     live = torch.arange(n, device=device)  # the answers of the cache's rows
     going = torch.ones(n, dtype=torch.bool, device=device)  # those of them that have not ended
-    for t in range(max_new_tokens):
+    for t in range(max(limits)):
         if t % DRAWS_AHEAD == 0:
             draws = torch.stack([torch.rand(DRAWS_AHEAD, generator=generators[i]) for i in live.tolist()]).to(device)
         token, logp = draw_token(cache.logits, draws[:, t % DRAWS_AHEAD], sampling)  # [live] each
         tokens[live, t], logps[live, t] = token, logp
-        ended = torch.isin(token, eos) & going
+        ended = (torch.isin(token, eos) | (limit[live] == t + 1)) & going
         if ended.any():
             length[live[ended]] = t + 1
             going &= ~ended
@@ -409,10 +413,10 @@ def generate(model, prompts: list[Tensor], seeds: list[list[int]], sampling: Sam
             if len(rows) <= 0.9 * len(live):  # dropping rows copies their keys, so not for every single one
                 live, token, draws, going = live[rows], token[rows], draws[rows], going[rows]
                 cache.keep(rows)
-        if t + 1 < max_new_tokens:
-            cache.step(token)
-    unfinished = set(live[going].tolist())
-    return [(tokens[i, :r].cpu(), logps[i, :r].cpu(), i not in unfinished) for i, r in enumerate(length.tolist())]
+        cache.step(token)
+    last = tokens.gather(-1, length[:, None] - 1).squeeze(-1)
+    lengths, finished = length.tolist(), torch.isin(last, eos).tolist()
+    return [(tokens[i, :r].cpu(), logps[i, :r].cpu(), finished[i]) for i, r in enumerate(lengths)]
 
 
 def draw_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -492,8 +496,8 @@ class PlainCache:
         self.mask, self.length, self.logits = self.mask[rows], self.length[rows], self.logits[rows]
 
 
-def generate_with_transformers(model, prompts: list[Tensor], seeds: list[list[int]], sampling: Sampling,
-                               max_new_tokens: int, eos_ids: list[int]) -> list[tuple[Tensor, Tensor, bool]]:
+def generate_with_transformers(model, prompts: list[Tensor], seeds: list[list[int]], limits: list[int],
+                               sampling: Sampling, eos_ids: list[int]) -> list[tuple[Tensor, Tensor, bool]]:
     """Replace generate where has_key_cache says no: call model.generate, for all answers of one prompt at a time.
 
     It draws for them together, from the first of their seeds, so an answer depends on the others.
@@ -504,12 +508,12 @@ def generate_with_transformers(model, prompts: list[Tensor], seeds: list[list[in
     own_config, model.generation_config = model.generation_config, GenerationConfig()
     results = []
     try:
-        for prompt, prompt_seeds in zip(prompts, seeds):
+        for prompt, prompt_seeds, limit in zip(prompts, seeds, limits):
             ids = prompt.expand(len(prompt_seeds), -1).to(model.device)  # [G, L]
             with torch.random.fork_rng():
                 torch.manual_seed(prompt_seeds[0])
                 rows = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit,
                     eos_token_id=eos_ids or None, pad_token_id=eos_ids[0] if eos_ids else 0, **choice,
                 )[:, len(prompt) :].cpu()  # [G, R]
             ended = [torch.isin(row, torch.tensor(eos_ids)).nonzero() for row in rows]
@@ -628,7 +632,7 @@ def find_difference(model) -> str:
     body(model, packed, packed.ids, packed.positions)
     if len(packed.kept) < 2 * config.num_hidden_layers:  # keys and values of each layer
         return "not all of its layers attend"
-    answers, decoded, _ = zip(*generate(model, prompts, [[0, 1], [2, 3]], Sampling(), 3, []))
+    answers, decoded, _ = zip(*generate(model, prompts, [[0, 1], [2, 3]], [3, 3], Sampling(), []))
     for prompt, rows in zip(prompts, (slice(2), slice(2, 4))):
         plain, _ = plain_logprobs(model, prompt, answers[rows], 1.0)
         shared, _ = packed_logprobs(model, [(prompt, answers[rows])], 1.0)

@@ -41,8 +41,10 @@ def task_of(test: dict) -> str:
     return "reads from standard input and prints the answer"
 
 
-def ranking_prompt(question: str, codes: list[str]) -> str:
+def ranking_prompt(question: str, codes: list[str], brief: bool = False) -> str:
     """Return the user message that asks for a ranking of K programs (paper 2.3), numbered from 1 in the given order.
+
+    brief: ask for the ranking and nothing else, as the paper asks models that do not think (appendix C).
 
     Shuffle the candidates before each call. A judge that always sees them in the same order can learn the positions
     instead of the programs.
@@ -51,7 +53,7 @@ def ranking_prompt(question: str, codes: list[str]) -> str:
     return (
         f"{question}\n\nBelow are {len(codes)} candidate programs. Some may be wrong.\n\n{candidates}\n\n"
         "Order them from the most to the least likely to be correct, each number once. "
-        "End with a line of this form:\nRanking: <best>, ..., <worst>"
+        f"{'Answer only with' if brief else 'End with'} a line of this form:\nRanking: <best>, ..., <worst>"
     )
 
 
@@ -87,15 +89,16 @@ def extract_code(answer: str) -> str | None:
 def parse_ranking(answer: str, k: int) -> list[int] | None:
     """Return the ranking in an answer (paper 2.3): the numbers 1 to k, best first. Return None if it is malformed.
 
-    Only the last line is read, from "Ranking:" to its end. It must name each of 1..k exactly once, with commas
-    between. Markdown emphasis (`**Ranking: 2, 1**`) and a final full stop are allowed. Numbers in the thinking part,
-    or anywhere before the last line, are never read.
+    Only the last line is read: what stands behind "Ranking:", or all of it, because the paper's own answers are only
+    numbers (appendix C). It must name each of 1..k exactly once, with commas between. Markdown emphasis
+    (`**Ranking: 2, 1**`) and a final full stop are allowed. Numbers in the thinking part, or anywhere before the last
+    line, are never read.
     """
     rest = after_thinking(answer)
     if rest is None or not rest.strip():
         return None
     last_line = rest.strip().splitlines()[-1]
-    found = re.search(r"Ranking:[ *]*([0-9]{1,9}(?:[ ]*,[ ]*[0-9]{1,9})*)[ .*`]*$", last_line)
+    found = re.search(r"(?:^|Ranking:)[ *]*([0-9]{1,9}(?:[ ]*,[ ]*[0-9]{1,9})*)[ .*`]*$", last_line)
     if not found:
         return None
     ranking = [int(number) for number in found[1].split(",")]

@@ -432,12 +432,15 @@ def markdown(result: dict) -> str:
 # -------------------------------------------------------------------------------------------------------- the figure
 
 
+SIZES = (1, 2, 4, 8)  # the numbers of programs for which Best-of-N is measured
+
+
 def curve_of(own: dict) -> dict:
     """Return the rows of a variant in the form of report.curves."""
     curves = {}
     for row, figures in own["rows"].items():
-        chosen = {str(n): figures[f"best_of_{n}"] for n in report.CURVE if f"best_of_{n}" in figures}
-        oracle = {str(n): figures[f"oracle_of_{n}"] for n in report.CURVE if f"oracle_of_{n}" in figures}
+        chosen = {str(n): figures[f"best_of_{n}"] for n in SIZES if f"best_of_{n}" in figures}
+        oracle = {str(n): figures[f"oracle_of_{n}"] for n in SIZES if f"oracle_of_{n}" in figures}
         curves[row] = chosen | {"oracle": oracle, "random": figures["pass1"]}
     return curves
 

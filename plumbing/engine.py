@@ -114,6 +114,7 @@ class Server:
     def request(self, prompt: list[int], count: int, seed: int, sampling: tuple, longest: int) -> dict:
         """Return the body of a request: `count` answers to one prompt."""
         temperature, top_p, top_k = sampling
+        longest = min(longest, self.context - len(prompt)) if self.context else longest
         return {
             "model": self.model, "prompt": prompt, "n": count, "seed": seed, "max_tokens": longest, "min_tokens": 0,
             "temperature": temperature, "top_p": top_p, "top_k": top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0,

@@ -272,6 +272,12 @@ def text_before_answer(tokenizer, prompt: torch.Tensor) -> str:
     return max(alike, key=alike.get)
 
 
+def can_think(tokenizer) -> bool:
+    """Return whether the chat template has a switch for thinking, or opens a thinking part."""
+    ways = ways_to_ask(tokenizer, str(tokenizer.chat_template))
+    return len({tuple(ids) for ids, _ in ways}) > 1 or any(mark in text for _, text in ways for mark in MARKS)
+
+
 def turn_end(tokenizer) -> int | None:
     """Return the id of the token that the template puts behind an assistant's message, or None if it puts none there.
 

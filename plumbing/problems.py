@@ -30,7 +30,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -64,6 +64,7 @@ class Problem:
     tests: list[dict]
     starter_code: str = ""
     difficulty: str = ""
+    set: str = ""  # the name in --eval that the problem comes from, if there are several
 
 
 def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
@@ -106,15 +107,31 @@ def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
     return problems
 
 
+def load_evaluation(names: str, limit: int) -> tuple[list[Problem], list[Problem]]:
+    """Return all problems of --eval, and those of them to use. names: a file or set, or several with commas between.
+
+    limit: the number of problems to use of each, evenly spread over it; 0: all. If there are several, the name of its
+    set stands in front of a problem's id, because two sets may have the same id.
+    """
+    names = [names] if Path(names).exists() else [name.strip() for name in names.split(",")]
+    everything, chosen = [], []
+    for name in names:
+        problems = load_problems(name)
+        if len(names) > 1:
+            problems = [replace(problem, id=f"{name}/{problem.id}", set=name) for problem in problems]
+        count = min(limit or len(problems), len(problems))
+        everything += problems
+        chosen += [problems[i * len(problems) // count] for i in range(count)]
+    return everything, chosen
+
+
 def load_train_and_eval(args) -> tuple[list[Problem], list[Problem]]:
     """Return the problems of --train (none with --eval-only) and those of --eval. args: dust.Args.
 
     A training problem that is also in --eval is left out and counted, because evaluation must not use training data.
     If both options name the same file, all problems stay, because then the user wants to see the model memorise.
     """
-    held_out = load_problems(args.eval)
-    count = min(args.eval_limit or len(held_out), len(held_out))
-    spread = [held_out[i * len(held_out) // count] for i in range(count)]
+    held_out, spread = load_evaluation(args.eval, args.eval_limit)
     if args.eval_only:
         return [], spread
     if args.train == args.eval:

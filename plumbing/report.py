@@ -1,8 +1,8 @@
 """Report a run: means with bootstrap intervals, tables, plots, and the files that hold them.
 
-`metrics` is dust.METRICS. `rows` has the keys "base", "trained_judge" (the trained judge on the base's candidates) and
-"trained". A row is a list of dust.RankedGroup, or of what `read_judged` returns. `finals` has the same form; its groups
-are the finals of Best-of-8, which the judge ranks in a second round.
+`metrics` is dust.metrics_of(N), with N programs in a group. `rows` has the keys "base", "trained_judge" (the trained
+judge on the base's candidates) and "trained". A row is a list of dust.RankedGroup, or of what `read_judged` returns.
+`finals` has the same form; its groups are the finals of Best-of-2N, which the judge ranks in a second round.
 """
 import contextlib
 import json
@@ -14,8 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 
 from plumbing.problems import write_atomic
-
-CURVE = (1, 2, 4, 8)  # the N's in the plot of Best-of-N
 
 # ------------------------------------------------------------------------------------------------------- the figures
 
@@ -29,10 +27,22 @@ def per_problem(judged: list, metric) -> np.ndarray:
     return np.array([[sum(own), len(own)] for own in counted], dtype=float)
 
 
+def sizes(judged: list) -> tuple[int, int, int, int]:
+    """Return the numbers of programs for which Best-of is reported: 1, 2, N and 2N, for groups of N."""
+    n = len(judged[0].ranked)
+    return 1, 2, n, 2 * n
+
+
 def best_of_n(judged: list, finals: list, metrics: dict) -> dict[str, np.ndarray]:
-    """Return the curve of Best-of-N: N -> a table as per_problem returns it. Without finals there is no N = 8."""
-    tables = {n: per_problem(judged, metrics[m]) for n, m in (("1", "pass1"), ("2", "best_of_2"), ("4", "best_of_4"))}
-    return tables | ({"8": per_problem(finals, metrics["best_of_4"])} if finals else {})
+    """Return the curve of Best-of-N: N -> a table as per_problem returns it. Without finals there is no 2N."""
+    n, top = len(judged[0].ranked), metrics[top_of(metrics)]
+    tables = {"1": per_problem(judged, metrics["pass1"]), "2": per_problem(judged, metrics["best_of_2"])}
+    return tables | {str(n): per_problem(judged, top)} | ({str(2 * n): per_problem(finals, top)} if finals else {})
+
+
+def top_of(figures: dict) -> str:
+    """Return the name of Best-of-N among figures or metrics: "best_of_4" for N = 4, beside which "best_of_2" stands."""
+    return max((name for name in figures if name.startswith("best_of_")), key=lambda name: int(name[8:]))
 
 
 def oracle_of_n(judged: list) -> dict[str, np.ndarray]:
@@ -44,7 +54,7 @@ def oracle_of_n(judged: list) -> dict[str, np.ndarray]:
     for one in judged:
         labels[one.group.problem.id] += one.ranked
     return {str(n): np.array([[1 - comb(own.count(0), n) / comb(len(own), n), 1.0] for own in labels.values()])
-            for n in CURVE if n <= min(map(len, labels.values()))}
+            for n in sizes(judged) if n <= min(map(len, labels.values()))}
 
 
 def interval(tables: list[np.ndarray], seed: int = 0, draws: int = 4000) -> dict[str, float | None]:
@@ -83,9 +93,9 @@ def summarise(rows: dict[str, list], metrics: dict) -> dict:
     """Return "rows", "gains" and "counts" of report.json. A gain is row 2 or 3 minus row 1, the base (table 2)."""
     tables = {name: {m: per_problem(judged, metrics[m]) for m in metrics} for name, judged in rows.items()}
     gains = {gain: row for gain, row in (("judge", "trained_judge"), ("both", "trained")) if row in rows}
-    one_answer = interval([tables["base"]["best_of_4"], tables["trained"]["pass1"]]) if "trained" in rows else None
+    one_answer = [tables["base"][top_of(metrics)], tables["trained"]["pass1"]] if "trained" in rows else None
     return {
-        "one answer against Best-of-4": one_answer,
+        "one answer against Best-of-N": one_answer and interval(one_answer),
         "rows": {name: {m: interval([own[m]]) for m in metrics} for name, own in tables.items()},
         "gains": {g: {m: interval([tables["base"][m], tables[row][m]]) for m in metrics} for g, row in gains.items()},
         "counts": {name: {
@@ -99,10 +109,6 @@ def summarise(rows: dict[str, list], metrics: dict) -> dict:
 
 # --------------------------------------------------------------------------------------------------------- the curve
 
-# What a point of the curve shows, and which of its rows: the model's programs in its order, or the base's programs.
-OF_POINT = {"pass1": "own", "ndcg_all": "own", "ndcg_mixed": "judge", "best_of_4": "own"}
-
-
 def keep_point(file: Path, own: list, judge: list, metrics: dict) -> str:
     """Write a point of the curve, in the form of judged.jsonl. Return its figures as a line of text.
 
@@ -110,14 +116,16 @@ def keep_point(file: Path, own: list, judge: list, metrics: dict) -> str:
     """
     write_atomic(file, judged_lines({"own": own, "judge": judge}, {}))
     point = read_point(file, metrics)
-    figures = ", ".join(f"{COLUMNS[m]} {cell(point[m])}" for m in OF_POINT)
+    titles = columns(metrics)
+    figures = ", ".join(f"{titles[m]} {cell(own)}" for m, own in point.items() if m in titles)
     return f"  step {point['step']}: {figures}"
 
 
 def read_point(file: Path, metrics: dict) -> dict:
     """Return a point of the curve: its step, and its figures with intervals over problems."""
     rows, _ = read_judged(file)
-    figures = {m: interval([per_problem(rows[row], metrics[m])]) if row in rows else None for m, row in OF_POINT.items()}
+    row_of = {"pass1": "own", "ndcg_all": "own", "ndcg_mixed": "judge", top_of(metrics): "own"}
+    figures = {m: interval([per_problem(rows[row], metrics[m])]) if row in rows else None for m, row in row_of.items()}
     return {"step": int(file.stem)} | figures
 
 
@@ -131,28 +139,34 @@ def curve_part(curve: list[dict]) -> list[str]:
     """Return the part of report.md about the curve; nothing if there is none."""
     if len(curve) < 2:
         return []
-    lines = [[str(point["step"]), *(cell(point[m]) for m in OF_POINT)] for point in curve]
+    shown = {m: title for m, title in columns(curve[0]).items() if m in curve[0]}
+    lines = [[str(point["step"]), *(cell(point[m]) for m in shown)] for point in curve]
     best = max(curve, key=lambda point: point["pass1"]["mean"])
     note = (f"The highest pass@1 is that of step {best['step']}. It is chosen by hindsight, so it is too good; the "
             f"result of the run is step {curve[-1]['step']}. Each point is one group of each of some evaluation "
             "problems, drawn from the same seeds; NDCG mixed is on the base's candidates.")
-    return ["## The curve", markdown_table(["step", *(COLUMNS[m] for m in OF_POINT)], lines), note]
+    return ["## The curve", markdown_table(["step", *shown.values()], lines), note]
 
 
 # -------------------------------------------------------------------------------------------------------- the tables
 
 TITLES = {"base": "base", "trained_judge": "trained judge, base's candidates", "trained": "trained generator and judge",
           "judge": "gain of the judge", "both": "gain of both"}
-COLUMNS = {"pass1": "pass@1", "ndcg_all": "NDCG", "ndcg_mixed": "NDCG mixed", "ndcg_random": "(random order)",
-           "best_of_4": "Best-of-4", "oracle": "oracle of 4"}
 JUDGES = {"base": ("base", "trained_judge"), "trained": ("trained",)}  # generator -> the judges of its candidates
 NOTE = ("Per cent, with 95 % bootstrap intervals over problems; gains are paired differences to the base. NDCG counts "
         "a group without a correct candidate as 0. NDCG mixed is over the groups with correct and wrong candidates; "
         "the next column is a random order on them. In the last row these are other groups than in the first (a better "
         "generator leaves harder wrong programs), so compare judges by the second row.")
-CURVE_NOTE = ("Per cent. N = 1 is pass@1; N = 2 is the mean over all pairs of the four ranked; N = 8, where a problem "
-              "has two groups (`--repeats`), is the winner of a final: the same judge ranks the two best of each group "
-              "once more. The oracle submits a correct program if there is one.")
+CURVE_NOTE = ("Per cent. N = 1 is pass@1. N = 2 is the mean over all pairs of a ranked group. The largest N, where a "
+              "problem has two groups (`--repeats`), is the winner of a final: the same judge ranks the better halves "
+              "of both once more. The oracle submits a correct program if there is one.")
+
+
+def columns(figures: dict) -> dict[str, str]:
+    """Return the figures that the tables show, with their titles. figures: named as the metrics are."""
+    n = top_of(figures).removeprefix("best_of_")
+    return {"pass1": "pass@1", "ndcg_all": "NDCG", "ndcg_mixed": "NDCG mixed", "ndcg_random": "(random order)",
+            f"best_of_{n}": f"Best-of-{n}", "oracle": f"oracle of {n}"}
 
 
 def cell(figure: dict | None, sign: str = "") -> str:
@@ -169,24 +183,25 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
 
 def table(summary: dict) -> str:
     """Return the rows and gains of `summarise` as a Markdown table."""
-    lines = [[TITLES[name], *(cell(own[m]) for m in COLUMNS)] for name, own in summary["rows"].items()]
-    lines += [[TITLES[name], *(cell(own[m], "+") for m in COLUMNS)] for name, own in summary["gains"].items()]
-    return markdown_table(["", *COLUMNS.values()], lines)
+    shown = columns(summary["rows"]["base"])
+    lines = [[TITLES[name], *(cell(own[m]) for m in shown)] for name, own in summary["rows"].items()]
+    lines += [[TITLES[name], *(cell(own[m], "+") for m in shown)] for name, own in summary["gains"].items()]
+    return markdown_table(["", *shown.values()], lines)
 
 
 def headline(summary: dict) -> str:
-    """Return the paper's headline for this run: is one answer of the trained model as good as the base's Best-of-4?"""
-    difference, rows = summary["one answer against Best-of-4"], summary["rows"]
-    verdict = "as good as" if difference["low"] <= 0 <= difference["high"] else (
-        "better than" if difference["low"] > 0 else "not as good as")
-    return (f"One answer of the trained model is {verdict} Best-of-4 of the base: pass@1 "
-            f"{rows['trained']['pass1']['mean']:.1f} against {rows['base']['best_of_4']['mean']:.1f}, a paired difference of "
+    """Return the paper's headline for this run: is one answer of the trained model as good as the base's Best-of-N?"""
+    difference, rows = summary["one answer against Best-of-N"], summary["rows"]
+    top = top_of(rows["base"])
+    verdict = "better than" if difference["low"] > 0 else "not as good as" if difference["high"] < 0 else "as good as"
+    return (f"One answer of the trained model is {verdict} {columns(rows['base'])[top]} of the base: pass@1 "
+            f"{rows['trained']['pass1']['mean']:.1f} against {rows['base'][top]['mean']:.1f}, a paired difference of "
             f"{cell(difference, '+')}.")
 
 
 def curve_table(figures: dict) -> str:
     """Return `curves` as a Markdown table. An N larger than a problem's number of programs gets no column."""
-    shown = [str(n) for n in CURVE if any(str(n) in own["oracle"] for own in figures.values())]
+    shown = list(figures["base"]["oracle"])
     lines = []
     for owner in [name for name in JUDGES if name in figures]:
         lines.append([f"{owner}'s candidates: oracle", *(cell(figures[owner]["oracle"].get(n)) for n in shown)])
@@ -208,16 +223,19 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
     for name, own in finals.items():
         if own:
             summary["counts"][name] |= {"finals": len(own), "malformed finals": sum(one.malformed for one in own)}
-    marks = sorted({one.group.problem.difficulty for one in rows["base"]})
     summary["slices"] = {}
-    for mark in marks if len(marks) > 1 else []:
-        only = {name: [one for one in own if one.group.problem.difficulty == mark] for name, own in rows.items()}
-        summary["slices"][mark] = summarise(only, metrics)
+    for kind in ("set", "difficulty"):  # a set: one of several names in --eval
+        marks = sorted({getattr(one.group.problem, kind) for one in rows["base"]})
+        for mark in marks if len(marks) > 1 else []:
+            only = {name: [one for one in own if getattr(one.group.problem, kind) == mark]
+                    for name, own in rows.items()}
+            summary["slices"][mark] = summarise(only, metrics)
     curve = read_curve(out, metrics)
     summary |= {"best_of_n": curves(rows, finals, metrics), "curve": curve, "args": args}
 
     parts = [f"# DuST on `{Path(args['model']).name}`, seed {args['seed']}", table(summary), NOTE]
-    parts += [headline(summary)] * ("trained" in rows) + curve_part(curve)
+    parts += [headline(summary)] if "trained" in rows else []
+    parts += curve_part(curve)
     parts += ["## Best-of-N", curve_table(summary["best_of_n"]), CURVE_NOTE]
     parts += [f"## Only: {mark or 'unmarked'}\n\n{table(own)}" for mark, own in summary["slices"].items()]
     counted = [", ".join(f"{count} {what}" for what, count in own.items()) for own in summary["counts"].values()]
@@ -242,8 +260,8 @@ def judged_lines(rows: dict[str, list], finals: dict[str, list]) -> str:
     for part in (rows, finals):
         for row, one in [(row, one) for row, judged in part.items() for one in judged]:
             problem, shown = one.group.problem, len(one.group.candidates)
-            lines.append({"row": row, "problem": problem.id, "difficulty": problem.difficulty, "ranked": one.ranked,
-                          "shown": shown, "malformed": one.malformed, "final": part is finals})
+            lines.append({"row": row, "problem": problem.id, "difficulty": problem.difficulty, "set": problem.set,
+                          "ranked": one.ranked, "shown": shown, "malformed": one.malformed, "final": part is finals})
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
@@ -252,7 +270,7 @@ def read_judged(path: Path) -> tuple[dict[str, list], dict[str, list]]:
     rows, finals = defaultdict(list), defaultdict(list)
     for line in path.read_text(encoding="utf-8").splitlines():
         one = SimpleNamespace(**json.loads(line))
-        problem = SimpleNamespace(id=one.problem, difficulty=one.difficulty)
+        problem = SimpleNamespace(id=one.problem, difficulty=one.difficulty, set=one.set)
         one.group = SimpleNamespace(problem=problem, candidates=[None] * one.shown)
         (finals if one.final else rows)[one.row].append(one)
     return dict(rows), dict(finals)
@@ -278,7 +296,6 @@ COLOURS = {"base": "#6b6b6b", "trained_judge": "#d1700f", "trained": "#1f5fbf"} 
 LOGGED = {"reward": "reward", "ref_kl": "KL to the reference, nats a token", "entropy": "entropy, nats a token",
           "malformed": "malformed, share", "zero_variance": "groups of equal rewards, share",
           "answer_tokens": "tokens an answer"}  # the metrics that curves.png shows, and their titles
-DRAWN = ("pass1", "ndcg_mixed", "best_of_4")  # what it shows of the curve
 
 
 def new_figure(size: tuple[float, float]):
@@ -291,7 +308,7 @@ def new_figure(size: tuple[float, float]):
 
 
 def draw_curves(curve: list[dict], out: Path) -> None:
-    """Draw curves.png: the points of the curve, and metrics.jsonl step by step. Raises ImportError without matplotlib."""
+    """Draw curves.png: the curve, and metrics.jsonl step by step. Raises ImportError without matplotlib."""
     path = out / "metrics.jsonl"
     steps = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     names = [name for name in LOGGED if any(name in step for step in steps)]
@@ -303,7 +320,7 @@ def draw_curves(curve: list[dict], out: Path) -> None:
     figure = new_figure((10, 2.5 * rows))
     axes, numbers = iter(figure.subplots(rows, 3).flat), [step["step"] for step in steps]
     if rows == 3:
-        for name in DRAWN:
+        for name in ("pass1", "ndcg_mixed", top_of(curve[0])):
             draw_band(next(axes), curve, name, COLOURS["trained"])
     for name in names:
         axis = next(axes)
@@ -325,7 +342,7 @@ def draw_band(axis, curve: list[dict], name: str, colour: str, label: str = "") 
     mean, low, high = ([point[name][part] for point in there] for part in ("mean", "low", "high"))
     axis.plot(steps, mean, marker="o", markersize=4, color=colour, label=label)
     axis.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-    axis.set(title=f"{COLUMNS[name]}, %", xlabel="step")
+    axis.set(title=f"{columns(curve[0])[name]}, %", xlabel="step")
     axis.grid(alpha=0.3)
 
 
@@ -334,7 +351,7 @@ def draw_best_of_n(figures: dict, path: Path) -> None:
     figure = new_figure((8.4, 3.8))  # inches: small, so that the words are large
     axis = figure.subplots()
     for number, (name, own) in enumerate(figures.items()):
-        colour, counts = COLOURS[name], [n for n in CURVE if str(n) in own]
+        colour, counts = COLOURS[name], [int(n) for n in own if n.isdecimal()]
         mean, low, high = (np.array([own[str(n)][part] for n in counts]) for part in ("mean", "low", "high"))
         places = [n * 1.02 ** (number - 1) for n in counts]  # side by side, so that no interval hides another
         axis.errorbar(places, mean, [mean - low, high - mean], color=colour, marker="o", capsize=3, label=TITLES[name])

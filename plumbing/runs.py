@@ -200,8 +200,8 @@ def choose_device(name: str) -> str:
     return device
 
 
-def show_plan(args, problems: list[Problem], held_out: list[Problem], best_of: int, memory: str) -> None:
-    """Print what the run will do. best_of: programs in an evaluation group. memory: the line about memory."""
+def show_plan(args, problems: list[Problem], held_out: list[Problem], memory: str) -> None:
+    """Print what the run will do. memory: the line about memory."""
     print(f"  memory   {memory}")
     if not args.eval_only:
         if args.mode in ("rank", "sft"):
@@ -210,9 +210,12 @@ def show_plan(args, problems: list[Problem], held_out: list[Problem], best_of: i
             sampled = args.programs or f"{args.candidates} candidates = {sampled} answers{until}"
             print(f"  sample   {len(problems)} problems x {sampled}")
         kind, total = "problems" if args.mode == "generate" else "groups", args.steps * args.batch * args.answers
-        print(f"  train    {args.mode}: {args.steps} steps x {args.batch} {kind} x {args.answers} = {total} answers")
+        work = f"{args.steps} steps x {args.batch} {kind} x {args.answers} = {total} answers"
+        if args.mode == "sft":
+            work = f"{args.epochs or args.steps} {'passes' if args.epochs else 'steps'} of a teacher's perfect rankings"
+        print(f"  train    {args.mode}: {work}")
     times = "once" if args.eval_only else "before and after"
-    print(f"  evaluate {len(held_out)} problems x {args.repeats} x {best_of} candidates, {times}", flush=True)
+    print(f"  evaluate {len(held_out)} problems x {args.repeats} x {args.best_of} candidates, {times}", flush=True)
     if ranks.world() > 1:
         print(f"  ranks    {ranks.world()}, each with its share of every stage", flush=True)
 
@@ -226,7 +229,8 @@ def check_groups(candidates: list, mixed: list, groups: list, k: int) -> None:
                        "nearer to what the model can do, or a longer --max-new-tokens")
     correct = Counter(sum(group.labels) for group in mixed)
     counts = ", ".join(f"{correct[n] / len(mixed):.0%} with {n}" for n in sorted(correct))
-    tqdm.write(f"  {len(mixed)} mixed groups; correct candidates in them: {counts}")
+    of = f"of {len({group.problem.id for group in mixed})} of {len({c.problem_id for c in candidates})} problems"
+    tqdm.write(f"  {len(mixed)} mixed groups {of}; correct candidates in them: {counts}")
     if len(groups) < len(mixed):
         tqdm.write(f"  {len(mixed) - len(groups)} groups left out: longer than the model's context with the answer")
     if not groups:

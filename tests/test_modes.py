@@ -15,6 +15,7 @@ from plumbing.problems import Problem
 from dust import Candidate, Group, RankedGroup
 from test_dust import ROOT, error_of, run_dust
 
+MANY = ["--answers", "64"]  # so that a random judge orders some group without a fault
 MODES = ["rank", "rank-onpolicy", "generate", "iterative", "sft"]
 
 
@@ -47,7 +48,7 @@ def seen(monkeypatch) -> dict:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_goes_from_problems_to_report_and_is_the_same_when_resumed(llama, tmp_path, mode):
-    command = [*llama["arguments"], "--mode", mode, "--steps", "4", "--block", "1"]
+    command = [*llama["arguments"], "--mode", mode, "--steps", "4", "--block", "1", *(MANY if mode == "sft" else [])]
     assert run_dust(*command, "--out", tmp_path / "whole") == 0
     assert list(json.loads((tmp_path / "whole" / "report.json").read_text())["gains"]) == ["judge", "both"]
     assert [step["step"] for step in steps_of(tmp_path / "whole")] == [1, 2, 3, 4]
@@ -87,7 +88,7 @@ def test_a_problem_that_stands_twice_in_a_batch_has_other_groups_at_each_place(m
     drawn = [[Candidate(p.id, f"{place}{i}", "x", i % 2 == 0) for i in range(8)] for place, p in enumerate(problems)]
     monkeypatch.setattr(dust, "draw_programs", lambda *_: ([], drawn))
     monkeypatch.setattr(dust, "ranking_ids", lambda *_: torch.zeros(1))
-    monkeypatch.setattr(dust, "fits", lambda *_: True)
+    monkeypatch.setattr(dust, "fitting_groups", lambda model, tokenizer, groups, args: groups)
     groups = dust.fresh_groups(None, None, problems, dust.Args(batch=12), None)
     assert [c.answer for group in groups for c in group.candidates] == [c.answer for own in drawn for c in own]
     assert [group.problem.id for group in groups] == list("aabbaaccbbaa")
@@ -116,16 +117,36 @@ def test_half_a_character_in_an_answer_ends_no_run(monkeypatch):
 def test_iterative_changes_its_task_after_each_block(llama, tmp_path):
     command = [*llama["arguments"], "--mode", "iterative", "--steps", "5", "--block", "2", "--out", tmp_path / "run"]
     assert run_dust(*command) == 0
-    assert ["constant" in step for step in steps_of(tmp_path / "run")] == [True, True, False, False, True]
+    assert ["constant" in step for step in steps_of(tmp_path / "run")] == [False, False, True, True, False]
 
 
-def test_sft_learns_perfect_rankings_of_a_teacher_that_stands_still(llama, tmp_path, seen):
-    """SFT must learn only perfect rankings, and only those of a fixed teacher. With the student's it would be GRPO."""
-    assert run_dust(*llama["arguments"], "--mode", "sft", "--steps", "3", "--out", tmp_path / "run") == 0
-    kept = sum(seen["rollouts"], [])
-    assert len(set(seen["weights"])) == 1
-    assert {reward for r in kept for reward in r.rewards.tolist()} == {1.0}
-    assert 0 < sum(len(r.answers) for r in kept) < 3 * 3 * 4  # some answers, not all of them
+def test_sft_learns_a_fixed_set_of_perfect_rankings_that_is_drawn_before_training(llama, tmp_path, seen, monkeypatch):
+    """SFT must learn only perfect rankings of a teacher that stands still. With the student's it would be GRPO."""
+    teachers, perfect_rankings = [], dust.perfect_rankings
+
+    def spy(model, *arguments):
+        teachers.append(weights_of(model))
+        return perfect_rankings(model, *arguments)
+
+    monkeypatch.setattr(dust, "perfect_rankings", spy)
+    assert run_dust(*llama["arguments"], "--mode", "sft", *MANY, "--epochs", "2", "--out", tmp_path / "run") == 0
+    assert teachers == [weights_of(AutoModelForCausalLM.from_pretrained(llama["folder"] / "model"))]
+    lines = map(json.loads, (tmp_path / "run" / "teacher-rankings.jsonl").read_text().splitlines())
+    fixed = [answers for _, answers in lines if answers]
+    learned = [[answer.tolist() for answer in r.answers] for r in sum(seen["rollouts"], [])]
+    assert len(learned) >= 2 * len(fixed) and all(answers in fixed for answers in learned)
+    assert all(learned.count(answers) >= 2 for answers in fixed)  # two passes, the last batch filled from a third
+    assert len(seen["rollouts"]) == -(-2 * len(fixed) // 3)
+    tokenizer = AutoTokenizer.from_pretrained(llama["folder"] / "model")
+    texts = [tokenizer.decode(ids[:-1]) for answers in fixed for ids in answers]
+    assert texts and all(rank_prompt.parse_ranking(text, 4) for text in texts)
+    assert all(step["reward"] == 1.0 for step in steps_of(tmp_path / "run"))
+
+
+def test_a_teacher_without_a_perfect_ranking_is_one_line(llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dust.rank_prompt, "score", lambda *_: 0.5)
+    said = error_of(capsys, *llama["arguments"], "--mode", "sft", "--out", tmp_path / "run")
+    assert "ranks no group without a fault" in said and "--teacher" in said
 
 
 def test_a_teacher_with_other_tokens_is_learned_in_the_students_own(llama, tmp_path, seen):
@@ -139,7 +160,7 @@ def test_a_teacher_with_other_tokens_is_learned_in_the_students_own(llama, tmp_p
         token["id"] = number
     tokenizer["added_tokens"].sort(key=lambda token: token["id"])
     (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
-    command = [*llama["arguments"], "--mode", "sft", "--teacher", teacher, "--out", tmp_path / "run"]
+    command = [*llama["arguments"], "--mode", "sft", *MANY, "--teacher", teacher, "--out", tmp_path / "run"]
     assert run_dust(*command) == 0
     own = AutoTokenizer.from_pretrained(llama["folder"] / "model")
     answers = [own.decode(answer) for r in sum(seen["rollouts"], []) for answer in r.answers]
@@ -149,7 +170,7 @@ def test_a_teacher_with_other_tokens_is_learned_in_the_students_own(llama, tmp_p
 def test_init_starts_from_the_other_runs_model_and_measures_the_base(llama, tmp_path):
     """GRPO after SFT: the report's first row is still the base, and training starts from the other run's model."""
     first, second = tmp_path / "first", tmp_path / "second"
-    assert run_dust(*llama["arguments"], "--mode", "sft", "--lr", "0.01", "--out", first) == 0
+    assert run_dust(*llama["arguments"], "--mode", "sft", *MANY, "--lr", "0.01", "--out", first) == 0
     assert run_dust(*llama["arguments"], "--init", first, "--steps", "0", "--out", second) == 0
     models = [AutoModelForCausalLM.from_pretrained(run / "model") for run in (first, second)]
     assert weights_of(models[0]) == weights_of(models[1])
@@ -199,20 +220,21 @@ def test_the_final_of_eight_holds_the_better_half_of_each_group():
 
 
 def test_a_teacher_under_adapters_is_the_base(llama, tmp_path, monkeypatch):
-    """With LoRA the teacher is the model with its adapters off. With adapters on, the student would teach itself."""
+    """With LoRA the teacher is the model before it has adapters. With trained ones, the student would teach itself."""
     pytest.importorskip("peft")
-    off, draw_for_training = [], dust.draw_for_training
+    adapters, perfect_rankings = [], dust.perfect_rankings
 
     def spy(model, *arguments):
-        off.append([layer.disable_adapters for layer in model.modules() if hasattr(layer, "lora_A")])
-        return draw_for_training(model, *arguments)
+        adapters.append([layer for layer in model.modules() if hasattr(layer, "lora_A")])
+        return perfect_rankings(model, *arguments)
 
-    monkeypatch.setattr(dust, "draw_for_training", spy)
-    assert run_dust(*llama["arguments"], "--mode", "sft", "--lora", "2", "--out", tmp_path / "run") == 0
-    assert len(off) == 2 and all(layers and all(layers) for layers in off)
+    monkeypatch.setattr(dust, "perfect_rankings", spy)
+    command = [*llama["arguments"], "--mode", "sft", *MANY, "--lora", "2", "--out", tmp_path / "run"]
+    assert run_dust(*command) == 0
+    assert adapters == [[]]
 
 
-def test_a_thinking_part_that_both_templates_open_is_opened_once(monkeypatch):
+def test_a_thinking_part_that_both_templates_open_is_opened_once(tmp_path, monkeypatch):
     """Qwen3-4B-Thinking, with Qwen3-30B-Thinking as its teacher, learned to begin with a second <think>."""
     student, teacher = (AutoTokenizer.from_pretrained(ROOT / "data" / "tiny") for _ in range(2))
     student.chat_template = teacher.chat_template = teacher.chat_template + "{{ '<think>\n' }}"
@@ -225,12 +247,11 @@ def test_a_thinking_part_that_both_templates_open_is_opened_once(monkeypatch):
     end = student.eos_token_id
     student.eos_token = None  # some models name their end token only in the generation config
     monkeypatch.setattr(dust, "load", lambda *_, **__: (torch.nn.Linear(1, 1), teacher))
-    monkeypatch.setattr(dust, "draw_for_training", draw)
-    args = dust.parse_args(["--mode", "sft", "--teacher", "other"])
-    group = Group(Problem("p", "Read.", []), [Candidate("p", "", "print(1)")] * 4)
-    prompt = dust.ranking_ids(student, group, args)
+    monkeypatch.setattr(dust, "draw", draw)
+    args = dust.parse_args(["--mode", "sft", "--teacher", "other", "--rows", "8", "--no-shuffle"])
+    group = Group(Problem("p", "Read.", []), [Candidate("p", "", "print(1)", i < 2) for i in range(4)])
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[end]))
-    [rollout] = dust.teacher_rankings(dust.load_teacher(model, student, args), model, student, [group], args, None)
+    [rollout] = dust.perfect_rankings(model, student, [group], args, tmp_path / "teacher-rankings.jsonl")
     whole = student.decode(torch.cat([rollout.prompt, rollout.answers[0]]))
     assert whole.count("<think>") == 1 and whole.endswith("Ranking: 1, 2, 3, 4<|im_end|>")
     student.chat_template = "<|channel|>"

@@ -84,6 +84,8 @@ PARSED = {
     "Some words.\n\nRanking: 2,4,1,3\n": [2, 4, 1, 3],
     "**Ranking: 2, 4, 1, 3**": [2, 4, 1, 3],
     "**Ranking:** 2, 4, 1, 3.": [2, 4, 1, 3],
+    "2, 4, 1, 3": [2, 4, 1, 3],  # the paper's own form, without words
+    "<think>\n1, 2, 3, 4\n</think>\n\n**2, 4, 1, 3**": [2, 4, 1, 3],
     "<think>\n3 is best. Ranking: 3, 1, 2, 4\n</think>\n\nRanking: 2, 4, 1, 3": [2, 4, 1, 3],
     "thought without an opening mark</think>Ranking: 2, 4, 1, 3": [2, 4, 1, 3],
     "Ranking: 1, 2, 3, 4\nNo, wait.\nRanking: 2, 4, 1, 3": [2, 4, 1, 3],
@@ -94,7 +96,12 @@ PARSED = {
 MALFORMED = [
     "",
     "   \n",
-    "2, 4, 1, 3",
+    "2, 4, 1, 3, 5",
+    "Best first: 2, 4, 1, 3",
+    "2, 4, 1, 3\nis my ranking",
+    "- 2, 4, 1, 3",
+    "2 4 1 3",
+    "<think>2, 4, 1, 3</think>",
     "1, 1, 2, 3, 4",
     "Ranking: 1, 1, 2, 3, 4",
     "Ranking: 1, 1, 2, 3",

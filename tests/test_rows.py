@@ -68,16 +68,16 @@ def test_rows_are_never_too_many_and_a_model_without_keys_gets_some():
 def test_the_device_is_asked_at_the_start_of_each_stage(monkeypatch):
     """What an optimiser holds must not be charged to the stages before it, and must be to those behind it."""
     class Model:
-        device = torch.device("cuda")
+        device, config = torch.device("cuda"), LlamaConfig(**SMALL)
 
     free = iter([64e9, 8e9])
     monkeypatch.setattr(dust.models, "room", lambda device: next(free))
     monkeypatch.setattr(fast_decode, "rows_that_fit", lambda model, *asked: asked)
     prompts, args = [torch.zeros(3), torch.zeros(7), torch.zeros(5)], dust.Args(device="cuda", max_new_tokens=64)
-    assert [dust.rows_at_a_time(Model, prompts, args) for _ in range(2)] == [(7, 64, 64e9), (7, 64, 8e9)]
-    assert dust.rows_at_a_time(Model, prompts, dust.replace(args, rows=5)) == 5
+    assert [dust.rows_at_a_time(Model, prompts, 64, args) for _ in range(2)] == [(7, 64, 64e9), (7, 64, 8e9)]
+    assert dust.rows_at_a_time(Model, prompts, 64, dust.replace(args, rows=5)) == 5
     Model.device = torch.device("cpu")
-    assert dust.rows_at_a_time(Model, prompts, args) == 256
+    assert dust.rows_at_a_time(Model, prompts, 64, args) == 256
 
 
 def test_when_the_memory_runs_out_the_answers_are_drawn_in_halves_and_are_the_same(monkeypatch):
