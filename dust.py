@@ -740,15 +740,11 @@ def rank_all(model, tokenizer, groups: list[Group], args: Args, stem: Path) -> t
     return ranked, rank_candidates(model, tokenizer, finals, args, Path(f"{stem}-finals.jsonl")) if finals else []
 
 
-def curve_places(base: list[Group], args: Args) -> tuple[list[int], list[int]]:
-    """Return the places in base of the curve's groups, and of the mixed ones among them.
-
-    They are the first groups of 100 problems, evenly spread.
-    """
+def curve_places(base: list[Group], args: Args) -> list[int]:
+    """Return the places in base of the curve's groups: the first groups of 100 problems, evenly spread."""
     problems = len(base) // args.repeats
     count = min(CURVE_PROBLEMS, problems)
-    places = [i * problems // count * args.repeats for i in range(count)]
-    return places, [place for place in places if is_mixed(base[place].labels)]
+    return [i * problems // count * args.repeats for i in range(count)]
 
 
 def measure(model, tokenizer, base: list[Group], step: int, args: Args, out: Path) -> None:
@@ -756,24 +752,23 @@ def measure(model, tokenizer, base: list[Group], step: int, args: Args, out: Pat
 
     Every point has the seeds of the evaluation. The random numbers of training stay as they are.
     """
-    file, (places, mixed) = out / runs.CURVE / f"{step}.jsonl", curve_places(base, args)
+    file, places = out / runs.CURVE / f"{step}.jsonl", curve_places(base, args)
     if ranks.on_first(file.exists):  # measured before the run was stopped
         return
     ranks.on_first(lambda: file.parent.mkdir(exist_ok=True))
-    problems, one_group = [base[place].problem for place in places], replace(args, repeats=1)
+    of_base, one_group = [base[place] for place in places], replace(args, repeats=1)
+    problems = [group.problem for group in of_base]
     groups = evaluation_groups(model, tokenizer, problems, one_group, file.with_suffix(""))
     own = rank_candidates(model, tokenizer, groups, args, file.with_name(f"{step}-rankings.jsonl"), places)
-    of_base = [base[place] for place in mixed]
-    judge = rank_candidates(model, tokenizer, of_base, args, file.with_name(f"{step}-judge.jsonl"), mixed)
+    judge = rank_candidates(model, tokenizer, of_base, args, file.with_name(f"{step}-judge.jsonl"), places)
     tqdm.write(ranks.on_first(lambda: report.keep_point(file, own, judge, metrics_of(args.best_of))))
 
 
 def keep_ends(rows: dict[str, list[RankedGroup]], base: list[Group], steps: int, args: Args, out: Path) -> None:
     """Keep the first and the last point of the curve, which are parts of the report's rows."""
     (out / runs.CURVE).mkdir(exist_ok=True)
-    places, mixed = curve_places(base, args)
     for step, own, judge in ((0, "base", "base"), (steps, "trained", "trained_judge")):
-        own, judge = [rows[own][place] for place in places], [rows[judge][place] for place in mixed]
+        own, judge = ([rows[row][place] for place in curve_places(base, args)] for row in (own, judge))
         report.keep_point(out / runs.CURVE / f"{step}.jsonl", own, judge, metrics_of(args.best_of))
 
 

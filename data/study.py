@@ -74,6 +74,7 @@ STUDIES = {  # the variants of each study; they are compared with the first one
     "figure4": ("rank", "ndcg", "selection"),
     "transfer": ("rank", "programs", "rankings", "none", "notation", "clumsy"),
 }
+WITH_CURVE = ("table2", "figure4")  # the studies that show their variants step by step
 
 
 def written_by_hand(study: str) -> dict[str, str]:
@@ -218,6 +219,7 @@ def load_run(folder: Path) -> dict:
         tables[row] |= {f"oracle_of_{n}": table for n, table in report.oracle_of_n(judged).items()}
     return {
         "tables": tables,
+        "curve": {int(file.stem): report.point_tables(file, METRICS) for file in report.curve_files(folder)},
         "problems": list(dict.fromkeys(one.group.problem.id for one in rows["base"])),
         "malformed": {row: sum(one.malformed for one in judged) for row, judged in rows.items()},
         "groups": {row: len(judged) for row, judged in rows.items()},
@@ -285,6 +287,7 @@ def analyse(runs: dict[str, dict[int, dict]], whole: bool = False) -> dict:
             "gains": {g: {m: two_level(gain_terms(own, seeds, row, m)) for m in metrics} for g, row in GAINS.items()},
             "seeds with a gain": {f"{gain}/{m}": sum(is_gain(own[seed], GAINS[gain], m) for seed in seeds)
                                   for m, gain in ROW_OF.items()},
+            "curve": curve_over_seeds(own),
             **{key: [own[seed][key] for seed in seeds] for key in ("malformed", "groups")},
         }
         both = sorted(own.keys() & runs[first].keys())
@@ -296,6 +299,14 @@ def analyse(runs: dict[str, dict[int, dict]], whole: bool = False) -> dict:
                 figure = two_level(gain_terms(own, both, row, m) + gain_terms(runs[first], both, row, m, -1))
                 differences[name][gain][m] = figure | {"noise": is_noise(figure)}
     return {"variants": variants, "differences": differences}
+
+
+def curve_over_seeds(runs: dict[int, dict]) -> list[dict]:
+    """Return the points of a variant's curve, means over its seeds, in the form of report.read_point."""
+    seeds = sorted(runs)
+    steps = [step for step in runs[seeds[0]]["curve"] if all(step in runs[seed]["curve"] for seed in seeds)]
+    return [{"step": step} | {m: two_level([(1, np.stack([runs[seed]["curve"][step][m] for seed in seeds]))])
+                              for m in SHOWN} for step in steps]
 
 
 def is_gain(run: dict, row: str, metric: str) -> bool:
@@ -375,6 +386,13 @@ def value_table(result: dict) -> str:
     return report.markdown_table(["", *SHOWN.values(), f"malformed of {groups}, each seed"], lines)
 
 
+def curve_over_steps(result: dict) -> str:
+    """Return a table of the curve of each variant. NDCG mixed is on the base's candidates."""
+    lines = [[result["titles"][name], str(point["step"]), *(report.cell(point[m]) for m in SHOWN)]
+             for name, own in result["variants"].items() for point in own["curve"]]
+    return report.markdown_table(["", "step", *SHOWN.values()], lines)
+
+
 def skill_table(titles: dict[str, str], skills: dict) -> str:
     """Return a table of the skills of each variant, before -> after training. skills: as probe_all returns them."""
 
@@ -419,6 +437,8 @@ def markdown(result: dict) -> str:
     if result["differences"]:
         parts += ["## Variant minus the first", gain_table(titles, result["differences"], marked=True)]
     parts += ["## Values", value_table(result)]
+    if name in WITH_CURVE:
+        parts += ["## The curve", curve_over_steps(result)]
     if name == "table2":
         parts += ["## Best-of-N", report.curve_table(curve_of(first)), report.CURVE_NOTE]
     if result.get("skills"):
@@ -445,9 +465,24 @@ def curve_of(own: dict) -> dict:
     return curves
 
 
+def draw_curves(result: dict, path: Path) -> None:
+    """Draw the curves of the variants over the steps, a panel for each metric (figure 4). Needs matplotlib."""
+    figure = report.new_figure((10, 6.4))
+    for axis, metric in zip(figure.subplots(2, 2).flat, SHOWN):
+        for (name, own), colour in zip(result["variants"].items(), ("#1f5fbf", "#d1700f", "#2c8a4b", "#8a2c6f")):
+            report.draw_band(axis, own["curve"], metric, colour, result["titles"][name])
+        of_base = "; on the base's programs" if metric == "ndcg_mixed" else ""
+        axis.set_title(f"{SHOWN[metric]}, %{of_base}", fontsize=13)
+        axis.tick_params(labelsize=12)
+    axis.legend(fontsize=11, loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
 def draw_study(result: dict, path: Path) -> None:
     """Draw the gains of each variant, a panel for each metric. For table2, draw Best-of-N. Needs matplotlib."""
     variants, blue = result["variants"], report.COLOURS["trained"]
+    if result["study"] in WITH_CURVE:
+        draw_curves(result, path.with_name(f"{result['study']}-curve.png"))
     if result["study"] == "table2":
         return report.draw_best_of_n(curve_of(variants["rank"]), path)
     figure = report.new_figure((10, 0.92 * len(variants) + 1.7))

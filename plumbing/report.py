@@ -112,7 +112,7 @@ def summarise(rows: dict[str, list], metrics: dict) -> dict:
 def keep_point(file: Path, own: list, judge: list, metrics: dict) -> str:
     """Write a point of the curve, in the form of judged.jsonl. Return its figures as a line of text.
 
-    own: a ranked group of each problem, of the programs of the model itself. judge: those of the base's that are mixed.
+    own: a ranked group of each problem, of the model's own programs. judge: the same of the base's programs.
     """
     write_atomic(file, judged_lines({"own": own, "judge": judge}, {}))
     point = read_point(file, metrics)
@@ -123,16 +123,20 @@ def keep_point(file: Path, own: list, judge: list, metrics: dict) -> str:
 
 def read_point(file: Path, metrics: dict) -> dict:
     """Return a point of the curve: its step, and its figures with intervals over problems."""
+    return {"step": int(file.stem)} | {m: interval([own]) for m, own in point_tables(file, metrics).items()}
+
+
+def point_tables(file: Path, metrics: dict) -> dict[str, np.ndarray]:
+    """Return the figures of a point for each problem, as per_problem does. NDCG mixed is on the base's programs."""
     rows, _ = read_judged(file)
     row_of = {"pass1": "own", "ndcg_all": "own", "ndcg_mixed": "judge", top_of(metrics): "own"}
-    figures = {m: interval([per_problem(rows[row], metrics[m])]) if row in rows else None for m, row in row_of.items()}
-    return {"step": int(file.stem)} | figures
+    return {m: per_problem(rows[row], metrics[m]) for m, row in row_of.items()}
 
 
-def read_curve(out: Path, metrics: dict) -> list[dict]:
-    """Return the points of a run's curve, in the order of steps; none if it has no curve."""
+def curve_files(out: Path) -> list[Path]:
+    """Return the files of the points of a run's curve, in the order of steps; none if it has no curve."""
     files = [file for file in (out / "curve").glob("*.jsonl") if file.stem.isdecimal()]
-    return [read_point(file, metrics) for file in sorted(files, key=lambda file: int(file.stem))]
+    return sorted(files, key=lambda file: int(file.stem))
 
 
 def curve_part(curve: list[dict]) -> list[str]:
@@ -230,7 +234,7 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
             only = {name: [one for one in own if getattr(one.group.problem, kind) == mark]
                     for name, own in rows.items()}
             summary["slices"][mark] = summarise(only, metrics)
-    curve = read_curve(out, metrics)
+    curve = [read_point(file, metrics) for file in curve_files(out)]
     summary |= {"best_of_n": curves(rows, finals, metrics), "curve": curve, "args": args}
 
     parts = [f"# DuST on `{Path(args['model']).name}`, seed {args['seed']}", table(summary), NOTE]
@@ -336,8 +340,8 @@ def draw_curves(curve: list[dict], out: Path) -> None:
 
 
 def draw_band(axis, curve: list[dict], name: str, colour: str, label: str = "") -> None:
-    """Draw one figure of a curve over the steps, with its intervals as a band. curve: as read_curve returns it."""
-    there = [point for point in curve if point[name] and point[name]["mean"] is not None]
+    """Draw one figure of a curve over the steps, with its intervals as a band. curve: points as of read_point."""
+    there = [point for point in curve if point[name]["mean"] is not None]
     steps = [point["step"] for point in there]
     mean, low, high = ([point[name][part] for point in there] for part in ("mean", "low", "high"))
     axis.plot(steps, mean, marker="o", markersize=4, color=colour, label=label)
