@@ -32,16 +32,19 @@ import decimal
 import json
 import marshal
 import os
+import re
 import signal
 import socket
+import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Iterable, Iterator, NamedTuple
 
-from plumbing.sandbox_child import OUTPUT_CAP, encode
+from plumbing.sandbox_child import KEY_BYTES, OUTPUT_CAP, encode
 from plumbing.sandbox_worker import SandboxError, Worker, WorkerDied, memory_file
 
 
 KEPT = 100_000  # bytes of stdout and of stderr that a verdict keeps for each test
+BLANKS = re.compile(rb"\s*")
 
 
 class Result(NamedTuple):
@@ -73,7 +76,8 @@ def run_tests(code: str, tests: "list[dict]", *, timeout: float = 10.0, memory_m
     """Run the program on its tests, and stop at the first that fails (paper 2.2).
 
     A test is {"input": ..., "output": ...}, {"fn_name": ..., "args": [...], "expected": ...} or {"asserts": Python that
-    calls the program's functions, "entry_point": the name of the main one, or ""}. timeout: seconds for each test.
+    calls the program's functions, "entry_point": the name of the main one, or ""}. No program passes a test of another
+    form, or one whose values cannot be sent or compared. timeout: seconds for each test.
     Raises SandboxError if the sandbox itself fails, ValueError without tests or for bad limits.
     """
     if not tests:
@@ -93,24 +97,49 @@ def run_tests(code: str, tests: "list[dict]", *, timeout: float = 10.0, memory_m
 
 def run_test(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: int) -> "tuple[Result, str]":
     """Run a program (a memory file) on one test. Returns the result, and why the test is not passed, or ""."""
-    result, answer = run_once(pool, program, test, timeout, memory_mb)
     try:
-        return result, why_wrong(test, result, answer)
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        # what is expected is no plain value, or it is nested too deep
-        return result, f"the answer cannot be compared with what is expected: {type(error).__name__}"
+        prepared = prepare(test)
+    except Exception as error:  # a caller's test can hold objects of any class, and their code can raise anything
+        wrong = "the test cannot be used: " + traceback.format_exception_only(error)[-1].strip()[:200]
+        return Result("refused", "", wrong, None, 0.0), wrong
+    result, answer = run_once(pool, program, prepared, timeout, memory_mb)
+    return result, why_wrong(prepared, result, answer)
 
 
-def why_wrong(test: dict, result: Result, answer: bytes) -> str:
-    """Return why a run does not pass its test, or "". answer: as from run_process()."""
+class Prepared(NamedTuple):
+    """A test as text and bytes. What follows runs no code of the objects in it."""
+    stdin: bytes
+    call: bytes  # the function's name and its arguments; empty if the program reads stdin instead
+    asserts: "bytes | None"  # the program that makes this call; None: the candidate itself has the function
+    wanted: str  # what has to be printed, or the JSON of what the function has to return
+
+
+def prepare(test: dict) -> Prepared:
+    """Prepare a test before anything runs. Raises an exception of any kind if the test cannot be used."""
+    if "asserts" in test:  # the call of asserts runs them and returns True
+        call = marshal.dumps((test.get("entry_point", ""), []))
+        return Prepared(b"", call, test["asserts"].encode("utf-8", "replace"), "true")
+    if "fn_name" in test:
+        call = marshal.dumps((test["fn_name"], list(test["args"])))
+        return Prepared(b"", call, None, json.dumps(encode(test["expected"])))
+    return Prepared(test["input"].encode("utf-8", "replace"), b"", None, "" + test["output"])
+
+
+def why_wrong(test: Prepared, result: Result, answer: bytes) -> str:
+    """Return why a run does not pass its test, or "". answer: as from run_process().
+
+    Blanks around an output do not count. Without them, it may have 32 times the expected length and 1 MB: more is
+    wrong, so that a flood cannot fill our memory.
+    """
     if result.status != "ok":
-        return result.stderr if result.status == "refused" else result.status
-    if "fn_name" in test or "asserts" in test:  # asserts return True
-        return "" if same_value(test.get("expected", True), answer) else "the function did not return what it should"
-    size = 32 * len(test["output"]) + (1 << 20)  # no more is compared, so that a flood cannot fill our memory
-    if not all(answer[start : start + size].isspace() for start in range(size, len(answer), size)):
+        return result.status
+    if test.call:
+        return "" if same_value(test.wanted, answer) else "the function did not return what it should"
+    start = BLANKS.match(answer).end()
+    end = start + 32 * len(test.wanted) + (1 << 20)
+    if BLANKS.match(answer, end).end() < len(answer):
         return f"{len(answer)} bytes of output, far more than expected"
-    return difference(test["output"], answer[:size].decode("utf-8", "replace"))
+    return difference(test.wanted, answer[start:end].decode("utf-8", "replace"))
 
 
 def difference(expected: str, got: str) -> str:
@@ -133,13 +162,12 @@ def same_decimals(want: str, line: str) -> bool:
         return False  # no number, a signalling NaN or an absurd exponent
 
 
-def same_value(expected: Any, answer: bytes) -> bool:
-    """Return whether an answer is the JSON of the expected value. The program may have written any bytes there."""
+def same_value(wanted: str, answer: bytes) -> bool:
+    """Return whether an answer is the JSON of the same value. The program may have written any bytes there."""
     def plain(tree: dict) -> Any:  # the files of tests are JSON: a tuple counts as a list, a dict has no order
         [(kind, parts)] = tree.items()
         return parts if kind == "tuple" else {kind: sorted(parts, key=json.dumps) if kind == "dict" else parts}
 
-    wanted = json.dumps(encode(expected))
     try:
         short = len(answer) < 32 * len(wanted) + 1024
         return short and json.loads(answer, object_hook=plain) == json.loads(wanted, object_hook=plain)
@@ -156,7 +184,7 @@ def run(code: str, stdin: str = "", *, timeout: float = 10.0, memory_mb: int = 1
         if refused := refusal(code):
             return refused
         program = memory_file(stack, code.encode())
-        result, printed = run_once(shared_pool, program, {"input": stdin}, timeout, memory_mb)
+        result, printed = run_once(shared_pool, program, prepare({"input": stdin, "output": ""}), timeout, memory_mb)
         return result._replace(stdout=printed.decode("utf-8", "replace"))
 
 
@@ -169,31 +197,27 @@ def refusal(code: str) -> "Result | None":
     return Result("refused", "", "the source holds a NUL", None, 0.0) if "\0" in code else None
 
 
-def run_once(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: int) -> "tuple[Result, bytes]":
+def run_once(pool: "Pool", program: int, test: Prepared, timeout: float, memory_mb: int) -> "tuple[Result, bytes]":
     """Run a program (a memory file) on one test. Returns the result and the answer, as run_process() does."""
     if not (0 < timeout < 1e6 and memory_mb >= 1):
         raise ValueError("sandbox: timeout is a number of seconds above 0, memory_mb at least 1")
-    attempt = run_asserts if "asserts" in test else run_process
+    attempt = run_process if test.asserts is None else run_asserts
     for _ in range(2):  # twice, because a worker can also die by accident
         with contextlib.suppress(WorkerDied):
             return attempt(pool, program, test, timeout, memory_mb)
     return Result("error", "", "the program killed its worker", -signal.SIGKILL, 0.0), b""
 
 
-def run_process(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: int,
+def run_process(pool: "Pool", program: int, test: Prepared, timeout: float, memory_mb: int,
                 *wire: int) -> "tuple[Result, bytes]":
     """Run a program in one process: on the test's input, or to call its function. wire: the socket of run_asserts.
 
     Returns the result and the answer: the JSON of what the function returned, or all that the program printed.
     """
-    key = os.urandom(16)  # comes before the answer, so a program that writes to every descriptor cannot fake an answer
-    try:
-        stdin = b"" if "fn_name" in test else test["input"].encode("utf-8", "replace")
-        call = marshal.dumps((key, test["fn_name"], list(test["args"]))) if "fn_name" in test else b""
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        return Result("refused", "", f"the test cannot be used: {type(error).__name__}: {error}", None, 0.0), b""
+    key = os.urandom(KEY_BYTES)  # so that a program that writes to every descriptor cannot fake an answer
+    call = key + test.call if test.call else b""
     with contextlib.ExitStack() as stack:
-        files = [memory_file(stack, data) for data in (stdin, b"", b"", call)]  # the answer replaces the call
+        files = [memory_file(stack, data) for data in (test.stdin, b"", b"", call)]  # the answer replaces the call
         how, code, seconds = pool.use_worker([program, *files, *wire], timeout, memory_mb)
         sizes = [os.fstat(fd).st_size for fd in files[1:]]
         stdout, stderr = os.pread(files[1], KEPT, 0), os.pread(files[2], KEPT, max(0, sizes[1] - KEPT))
@@ -216,21 +240,21 @@ def status_of(how: str, code: int, longest: int, stderr: bytes) -> str:
     return "error" if code else "ok"
 
 
-def run_asserts(pool: "Pool", program: int, test: dict, timeout: float, memory_mb: int) -> "tuple[Result, bytes]":
+def run_asserts(pool: "Pool", program: int, test: Prepared, timeout: float, memory_mb: int) -> "tuple[Result, bytes]":
     """Run the asserts in one worker and the program in another. The asserts call its functions through a socket.
 
     So an exit, patched builtins or an object that equals everything cannot change the asserts. Only plain values and
     exceptions are sent; if a function changes its arguments, the asserts do not see it.
     """
-    def run_side(program: int, test: dict, end: socket.socket) -> "tuple[Result, bytes]":
+    def run_side(program: int, test: Prepared, end: socket.socket) -> "tuple[Result, bytes]":
         with end:  # when its last copy is closed, the other side knows that this one has ended
             return run_process(pool, program, test, timeout, memory_mb, end.fileno())
 
     ours, theirs = socket.socketpair()
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as beside:
-        asserts = memory_file(stack, test["asserts"].encode("utf-8", "replace"))
-        answering = beside.submit(run_side, program, {"input": ""}, theirs)
-        result, answer = run_side(asserts, {"fn_name": test.get("entry_point", ""), "args": []}, ours)
+        asserts = memory_file(stack, test.asserts)
+        answering = beside.submit(run_side, program, test._replace(call=b""), theirs)
+        result, answer = run_side(asserts, test, ours)
         program_result, _ = answering.result()
     if not answer and result.status in ("ok", "error") and program_result.status != "ok":
         result = program_result  # the asserts failed only because the program had ended
