@@ -432,7 +432,7 @@ def test_sampling_goes_on_until_the_steps_have_enough_mixed_groups(
         tmp_path, monkeypatch, problems_there, mixed_share, sampled):
     """Half a year of a GPU would go into candidates that no step uses."""
     monkeypatch.setattr(dust, "ranking_ids", lambda *_: [])
-    monkeypatch.setattr(dust, "fits", lambda *_: True)
+    monkeypatch.setattr(dust, "longest_answer", lambda *_: 1)
     monkeypatch.setattr(dust, "label", lambda *_: None)
     counts = []
 

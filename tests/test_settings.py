@@ -26,7 +26,7 @@ def test_help_and_a_wrong_option_need_no_torch():
 
 
 def test_there_are_not_more_options_than_a_reader_can_take_in():
-    assert len(dust.Args.__dataclass_fields__) <= 57
+    assert len(dust.Args.__dataclass_fields__) <= 63
 
 
 def test_the_release_preset_is_the_papers_with_each_documented_difference():
@@ -37,7 +37,8 @@ def test_the_release_preset_is_the_papers_with_each_documented_difference():
     assert changed == {
         "preset": ("paper", "release"), "clip_high": (0.0, 0.28), "dual_clip": (0.0, 10.0),
         "loss": ("sequence", "token"), "kl": (0.001, 0.0), "weight_decay": (0.0, 0.1), "warmup": (0, 10),
-        "shuffle": (True, False), "repeats": (10, 6), "eval_temperature": (0.6, 1.0),
+        "shuffle": (True, False), "best_of": (4, 6), "eval_temperature": (0.6, 1.0), "top_p": (0.95, 1.0),
+        "top_k": (20, 0),
     }
 
 
@@ -118,7 +119,7 @@ def test_groups_are_shown_anew_in_each_step_unless_told_otherwise(monkeypatch):
     for shuffle, orders in shown.items():
         monkeypatch.setattr(dust, "ranking_ids", lambda t, g, a: orders.add(tuple(c.answer for c in g.candidates)))
         for step in range(6):
-            dust.experience(None, None, [group], step, dust.Args(batch=1, shuffle=shuffle), None, None)
+            dust.experience(None, None, [group], step, dust.Args(batch=1, shuffle=shuffle), None)
     assert shown[False] == {tuple("0123")} and len(shown[True]) > 2
 
 
