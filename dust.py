@@ -261,14 +261,16 @@ def ranking_ids(tokenizer, group: Group, args: Args) -> torch.Tensor:
 
 def fits(model, prompt: torch.Tensor, args: Args) -> bool:
     """Return whether a prompt [L] and the longest answer fit the context, the positions that the model knows."""
-    is_server = isinstance(model, Server)
-    context = model.context if is_server else getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = served.context_of(model)
     return not context or len(prompt) + args.max_new_tokens <= context
 
 
-def draw(model, tokenizer, prompts: list[torch.Tensor], seeds: list[list[int]], args: Args, sampling: Sampling,
-         rows: int) -> list[Rollout]:
-    """Draw an answer to each prompt [L] for each of its seeds, as one Rollout a prompt. All answers are drawn here."""
+def draw(model, tokenizer, asked: list[tuple], args: Args, sampling: Sampling, rows: int) -> list[Rollout]:
+    """Draw an answer for each seed of the pairs `asked`, (prompt [L], seeds). Returns a Rollout for each pair.
+
+    All answers of a run are drawn here.
+    """
+    prompts, seeds = [prompt for prompt, _ in asked], [its_seeds for _, its_seeds in asked]
     if isinstance(model, Server):
         drawn = model.draw([prompt.tolist() for prompt in prompts], seeds, sampling, args.max_new_tokens)
         return [Rollout(prompt, [torch.tensor(a.ids) for a in answers], [torch.tensor(a.logps) for a in answers],
@@ -282,9 +284,24 @@ def rows_at_a_time(model, prompts: list[torch.Tensor], args: Args) -> int:
 
     Every rank calls this at the start of a stage, because all of them take part in a sharded model's forward.
     """
-    if args.rows or isinstance(model, Server) or model.device.type != "cuda" or not prompts:
+    if args.rows or served.requests_of(model) or model.device.type != "cuda" or not prompts:
         return args.rows or 256
     return fast_decode.rows_that_fit(model, max(map(len, prompts)), args.max_new_tokens, models.room(args.device))
+
+
+def draw_texts(model, tokenizer, asked: dict, args: Args, sampling: Sampling, file: Path) -> dict:
+    """Draw the answers of a stage. asked: key -> (prompt [L], seeds). file: keeps the answers, for --resume.
+
+    Returns key -> [[text, whether the answer ended by itself], ...], an answer for each seed.
+    """
+    rows = rows_at_a_time(model, [prompt for prompt, _ in asked.values()], args)
+    most = max((len(seeds) for _, seeds in asked.values()), default=1)
+
+    def answer(chunk: list[tuple]) -> list[list]:
+        rollouts = draw(model, tokenizer, chunk, args, sampling, rows)
+        return [[[text, ended] for text, ended in zip(texts_of(tokenizer, r), r.finished)] for r in rollouts]
+
+    return runs.resumable(file, asked, answer, max(1, rows // most), served.requests_of(model))
 
 
 # -------------------------------------------------------------------------------- section 2.2: sample, label, group
@@ -301,20 +318,13 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, file: Path, ev
         count, seed = BEST_OF * args.repeats, seed_for(args.seed, "evaluate")
         sampling = Sampling(args.eval_temperature, args.top_p, args.top_k)
     copies = count if sampling.temperature == 0 else 1  # at temperature 0 all answers to a problem are the same
-    problems, prompts = fitting_problems(model, tokenizer, problems, args)
-
-    def answer(chunk: list[Problem]) -> list[list]:  # [[text, whether the answer ended by itself], ...] a problem
-        seeds = [[seed_for(seed, problem.id, i) for i in range(count // copies)] for problem in chunk]
-        rollouts = draw(model, tokenizer, [prompts[problem.id] for problem in chunk], seeds, args, sampling, rows)
-        return [[[text, ended] for text, ended in zip(texts_of(tokenizer, r), r.finished)] * copies for r in rollouts]
-
-    rows, requests = rows_at_a_time(model, list(prompts.values()), args), isinstance(model, Server) and model.requests
-    work = {problem.id: problem for problem in problems}
-    answers = runs.resumable(file, work, answer, max(1, rows // count), requests)
+    _, prompts = fitting_problems(model, tokenizer, problems, args)
+    asked = {key: (prompts[key], [seed_for(seed, key, i) for i in range(count // copies)]) for key in prompts}
+    answers = draw_texts(model, tokenizer, asked, args, sampling, file)
     candidates = [Candidate(problem_id, text, rank_prompt.extract_code(text))
-                  for problem_id, drawn in answers.items() for text, _ in drawn]
+                  for problem_id, drawn in answers.items() for text, _ in drawn * copies]
     without = sum(candidate.code is None for candidate in candidates)
-    cut = sum(not ended for drawn in answers.values() for _, ended in drawn)
+    cut = sum(not ended for drawn in answers.values() for _, ended in drawn * copies)
     limit = args.max_new_tokens
     tqdm.write(f"  {len(candidates)} answers, {without} without a program, {cut} cut off at {limit} tokens")
     runs.warn_if_cut(file.stem, cut / max(len(candidates), 1))
@@ -322,7 +332,7 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, file: Path, ev
 
 
 def fitting_problems(model, tokenizer, problems: list[Problem], args: Args):
-    """Return (the problems whose prompt fits the context, {id: prompt [L]}). Raises BadInput if no prompt fits."""
+    """Return (the problems whose prompt fits the context, {id: its prompt [L]}). Raises BadInput if no prompt fits."""
     prompts = {problem.id: program_ids(tokenizer, problem, args) for problem in problems}
     kept = [problem for problem in problems if fits(model, prompts[problem.id], args)]
     if not kept:
@@ -330,7 +340,7 @@ def fitting_problems(model, tokenizer, problems: list[Problem], args: Args):
     if len(kept) < len(problems):
         tqdm.write(f"  {len(problems) - len(kept)} of {len(problems)} problems get no answer: their prompts and "
                    f"{args.max_new_tokens} tokens for the answer are longer than the model's context")
-    return kept, prompts
+    return kept, {problem.id: prompts[problem.id] for problem in kept}
 
 
 def texts_of(tokenizer, rollout: Rollout) -> list[str]:
@@ -536,10 +546,12 @@ def draw_for_training(model, tokenizer, prompts: list, count: int, args: Args, g
     rows = rows_at_a_time(model, prompts, args)
 
     def answer(chunk: list[tuple]) -> list[Rollout]:
-        its_prompts, its_seeds = [prompt for prompt, _ in chunk], [drawn for _, drawn in chunk]
-        return draw(model, tokenizer, its_prompts, its_seeds, args, Sampling(args.temperature), rows)
+        return draw(model, tokenizer, chunk, args, Sampling(args.temperature), rows)
 
-    return ranks.spread(list(zip(prompts, seeds)), answer)
+    work = list(zip(prompts, seeds))
+    if served.requests_of(model):  # one process asks for all, so that --server-requests and its errors are everyone's
+        return ranks.on_first(lambda: answer(work))
+    return ranks.spread(work, answer)
 
 
 def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: Args, generator):
@@ -644,18 +656,13 @@ def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Pat
     if prompts:
         models.show_first(file.parent, "rankings", tokenizer, next(iter(prompts.values())))
 
-    def answer(chunk: list[str]) -> list[list]:  # [text, whether the answer ended by itself] a group
-        seeds = [[seed_for(args.seed, "judge", key)] for key in chunk]
-        sampling = Sampling(args.eval_temperature, args.top_p, args.top_k)
-        rollouts = draw(model, tokenizer, [prompts[key] for key in chunk], seeds, args, sampling, rows)
-        return [[texts_of(tokenizer, rollout)[0], rollout.finished[0]] for rollout in rollouts]
-
-    rows, requests = rows_at_a_time(model, list(prompts.values()), args), isinstance(model, Server) and model.requests
-    answers = runs.resumable(file, {key: key for key in prompts}, answer, rows, requests)
-    runs.warn_if_cut(file.stem, mean([not ended for _, ended in answers.values()]))
+    sampling = Sampling(args.eval_temperature, args.top_p, args.top_k)
+    asked = {key: (prompt, [seed_for(args.seed, "judge", key)]) for key, prompt in prompts.items()}
+    answers = draw_texts(model, tokenizer, asked, args, sampling, file)
+    runs.warn_if_cut(file.stem, mean([not ended for drawn in answers.values() for _, ended in drawn]))
     ranked = []
     for i, (group, seen) in enumerate(zip(groups, shown)):
-        (words, _), k = answers.get(str(i), ["", True]), len(seen.candidates)
+        ((words, _),), k = answers.get(str(i), [["", True]]), len(seen.candidates)
         ranking = rank_prompt.parse_ranking(words, k)
         ordered = [seen.candidates[index - 1] for index in ranking or range(1, k + 1)]
         ordered += [c for c in group.candidates if c.code is None]
