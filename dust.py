@@ -463,8 +463,6 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
                                 f"cut {metrics['truncated']:.0%}, KL {metrics['ref_kl']:.3f}")
             bar.update()
             told = told or runs.warn_if_cut("train", metrics["truncated"])
-            if step == first:
-                runs.warn_if_long(bar)
     models.save_model(out / "model", model, tokenizer)
     if args.lora:
         models.save_adapter(out / "adapter", model)

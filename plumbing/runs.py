@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from plumbing.problems import BadInput, Problem, digest, first_line, write_atomi
 NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick",
                      "server", "server_requests", "server_adapters",
                      "train", "eval"}  # the digests of the problems say more than the names of their files
+
+LONG = 1 / 6  # hours of a stage that are told
 
 # ------------------------------------------------------------------------------------------------- work that goes on
 
@@ -43,8 +46,6 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
                 append_lines(file, list(new.items()))
             done |= new
             bar.update(len(chunk))
-            if chunk is chunks[0]:
-                warn_if_long(bar)
     return {key: done[key] for key in keys}
 
 
@@ -52,29 +53,56 @@ def as_they_come(file: Path, work: dict, do: Callable[[list], list], requests: i
     """resumable for the items that a server does. Threads wait for it; this one keeps the results."""
     done = read_lines(file)
     left = [key for key in work if key not in done]
-    with progress_bar(file.stem, len(work), len(work) - len(left)) as bar:
+    with progress_bar(file.stem, len(work), len(work) - len(left), requests) as bar:
         for place, result in engine.at_once(lambda key: do([work[key]])[0], left, requests):
             append_lines(file, [(left[place], result)])
             done[left[place]] = result
             bar.update()
-            if bar.n - bar.initial == requests:  # the first ones alone say nothing about speed
-                warn_if_long(bar)
     return {key: done[key] for key in work}
 
 
-def progress_bar(name: str | None, total: int, done: int) -> tqdm:
-    """Return the bar of a stage, for a `with`; it is hidden without a name. done: items of an earlier process."""
-    return tqdm(total=total, initial=done, desc=f"{name or '':<18}", unit="", dynamic_ncols=True, mininterval=0.5,
-                disable=not name or ranks.rank() > 0)
+class StageBar(tqdm):
+    """The bar of a stage. After a minute one line says how long a long stage will take, and what would be shorter."""
+
+    requests, told = 0, False
+
+    def update(self, n=1):
+        super().update(n)
+        if self.disable or self.told:
+            return
+        done, passed = self.n - self.initial, time.time() - self.start_t
+        if passed >= 60 and done >= self.requests:  # the first answers of a server are the short ones
+            hours, self.told = passed / done * (self.total - self.n) / 3600, True
+            if hours > LONG:
+                stage = self.desc.strip()
+                tqdm.write(f"  {stage}: about {hours:.1f} hours more. {shorter(stage, self.requests)}")
 
 
-def warn_if_long(bar: tqdm) -> None:
-    """Say in one line if the rest of a stage will take over an hour, at the speed of what was done so far."""
-    hours = 0 if bar.disable else (time.time() - bar.start_t) / 3600 / (bar.n - bar.initial) * (bar.total - bar.n)
-    if hours > 1:
-        tqdm.write(f"  {bar.desc.strip()}: about {hours:.0f} hours at this speed; fewer problems (--limit, "
-                   "--eval-limit), fewer answers (--candidates, --steps, --repeats) or shorter ones (--max-new-tokens) "
-                   "take less")
+def progress_bar(name: str | None, total: int, done: int, requests=0) -> StageBar:
+    """Return the bar of a stage, for a `with`; it is hidden without a name. done: items of an earlier process.
+
+    requests: where a server does the work, the items that it gets at a time.
+    """
+    bar = StageBar(total=total, initial=done, desc=f"{name or '':<18}", unit="", dynamic_ncols=True, mininterval=0.5,
+                   disable=not name or ranks.rank() > 0)
+    bar.requests = requests
+    return bar
+
+
+def shorter(stage: str, requests: int) -> str:
+    """Return what makes a stage shorter: what --resume may add to this run, then what a new run may ask for less of."""
+    row, kind = f"-{stage}".split("-")[-2:]
+    less, last = "--eval-limit or --repeats" if row else "--limit or --candidates", "--max-new-tokens"
+    more = "more processes (torchrun)"
+    if kind == "labels":
+        more, last = "more --workers on more cores", "--timeout"
+    elif kind == "train":
+        less = "--steps or --answers"
+    elif requests:
+        more = "more --server-requests or a faster server"
+    elif row in ("", "base"):
+        more = "--server or more processes (torchrun)"
+    return f"Faster: {more}, which --resume may add. Shorter, in a new run: smaller {less}, or {last}"
 
 
 def warn_if_cut(stage: str, share: float) -> bool:
@@ -183,19 +211,41 @@ def choose_device(name: str) -> str:
     return device
 
 
+def answers_of(args, problems: int, held_out: int, best_of: int, mixed: float = 0.0) -> dict[str, int]:
+    """Return how many answers a run draws at most, by what they are for.
+
+    problems, held_out: numbers of problems. best_of: programs in an evaluation group. mixed: the share of groups that
+    are mixed, by which --until-enough ends sampling; 0: not known, so all problems are sampled. The programs that
+    --mode rank-onpolicy and iterative draw in each step are not counted.
+    """
+    rankings = held_out * args.repeats + held_out * (args.repeats // 2)  # with the finals of Best-of-8
+    programs, training = held_out * args.repeats * best_of, args.steps * args.batch * args.answers
+    if args.eval_only:
+        return {"base": programs + rankings}
+    if args.mode not in ("rank", "sft") or args.programs:
+        problems = 0
+    elif args.until_enough and mixed:
+        groups = args.candidates // args.group_size * mixed  # that a problem gives
+        problems = min(problems, ceil(args.steps * args.batch / groups))
+    return {"candidates": problems * args.candidates, "base": programs + rankings, "training": training,
+            "trained": rankings + programs + rankings}  # the trained judge ranks the base's programs too
+
+
 def show_plan(args, problems: list[Problem], held_out: list[Problem], best_of: int, memory: str) -> None:
     """Print what the run will do. best_of: programs in an evaluation group. memory: the line about memory."""
     print(f"  memory   {memory}")
+    answers = answers_of(args, len(problems), len(held_out), best_of)
     if not args.eval_only:
         if args.mode in ("rank", "sft"):
-            sampled, goal = len(problems) * args.candidates, args.steps * args.batch
-            until = f", or until there are {goal} mixed groups" * args.until_enough
-            sampled = args.programs or f"{args.candidates} candidates = {sampled} answers{until}"
+            until = f", or until there are {args.steps * args.batch} mixed groups" * args.until_enough
+            sampled = args.programs or f"{args.candidates} candidates = {answers['candidates']} answers{until}"
             print(f"  sample   {len(problems)} problems x {sampled}")
-        kind, total = "problems" if args.mode == "generate" else "groups", args.steps * args.batch * args.answers
+        kind, total = "problems" if args.mode == "generate" else "groups", answers["training"]
         print(f"  train    {args.mode}: {args.steps} steps x {args.batch} {kind} x {args.answers} = {total} answers")
     times = "once" if args.eval_only else "before and after"
-    print(f"  evaluate {len(held_out)} problems x {args.repeats} x {best_of} candidates, {times}", flush=True)
+    total = answers["base"] + answers.get("trained", 0)
+    print(f"  evaluate {len(held_out)} problems x {args.repeats} x {best_of} candidates, {times}; with their rankings "
+          f"{total} answers", flush=True)
     if ranks.world() > 1:
         print(f"  ranks    {ranks.world()}, each with its share of every stage", flush=True)
 
