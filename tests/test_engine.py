@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from grpo import Sampling, importance_weights
 from plumbing import engine, models
 from plumbing.engine import Server, start_command
 from plumbing.problems import BadInput, load_problems
+from plumbing.runs import answers_of
 from test_dust import error_of, run_dust
 from server import TINY, ModelServer, load
 
@@ -99,6 +101,21 @@ def test_many_requests_at_a_time_but_no_more_than_asked_for(tiny):
     assert ids == [[a.ids for a in drawn] for drawn in in_turn]  # in the order of the prompts, each with its seed
 
 
+def test_after_an_error_no_thread_begins_another_request():
+    begun = []
+
+    def do(item):
+        begun.append(item)
+        time.sleep(0.05)
+        if item == 0:
+            raise BadInput("the first one fails")
+
+    with pytest.raises(BadInput):
+        list(engine.at_once(do, list(range(100)), 4))
+    time.sleep(0.5)
+    assert len(begun) < 20
+
+
 # ------------------------------------------------------------------------------------------------- servers that fail
 
 
@@ -156,7 +173,11 @@ def test_a_request_that_is_refused_is_not_sent_again_and_its_reason_is_shown(tin
     assert len(server.log) == 1
 
 
-def test_a_server_that_asks_for_a_key_names_the_variable(tiny):
+def test_a_server_that_asks_for_a_key_gets_it_and_without_it_the_variable_is_named(tiny, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    with ModelServer() as server:
+        client(server).draw([tiny[2][0]], [[1]], FREE, 8)
+    assert server.keys == {"Bearer secret"}
     with ModelServer(fault=lambda number, body, reply: 401) as server:
         with pytest.raises(BadInput, match="set the environment variable VLLM_API_KEY"):
             client(server).draw([tiny[2][0]], [[1]], FREE, 8)
@@ -457,6 +478,21 @@ def test_a_server_that_stays_away_ends_a_run_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_server_that_goes_away_ends_a_run_in_one_line_and_resume_goes_on(tmp_path, capsys, monkeypatch):
+    """After ten minutes of tries. The answers that came are kept, and the server gets only the other questions again."""
+    monkeypatch.setattr(engine, "time", SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(0.01)))
+    options = [*SMALL_RUN, "--eval-only", "--server-requests", "2", "--out", tmp_path / "run"]
+    with ModelServer(fault=lambda number, body, reply: 503 if number > 5 else None) as server:
+        error = error_of(capsys, *options, "--server", server.url)
+    assert error.startswith(f"dust: --server {server.url} does not answer (503") and "--resume goes on" in error
+    kept = eval_texts(tmp_path / "run")
+    assert len(kept) == 4  # the first two requests are the check's
+    with ModelServer() as server:
+        assert run_dust(*options, "--server", server.url, "--resume") == 0
+    assert Counter(body["n"] for body in server.log)[4] == 2
+    assert set(kept) < set(eval_texts(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("options, message", [
     (["--server-rollouts", "--server", "a:1"], "--server-rollouts needs --server and --lora"),
     (["--server-rollouts", "--lora", "4"], "--server-rollouts needs --server and --lora"),
@@ -467,6 +503,54 @@ def test_a_server_that_stays_away_ends_a_run_in_one_line(tmp_path, capsys):
 def test_options_that_do_not_go_together_are_named(options, message, capsys):
     pytest.importorskip("peft")
     assert message in error_of(capsys, *options)
+
+
+# ---------------------------------------------------------------------------------------- how long will it take
+
+HERE, SERVED = 506, 7224  # tokens a second, as the README says whose they are
+
+
+def hours(answers: dict, by_server: tuple, length: int) -> str:
+    """Return the hours in which the answers of a run are drawn. by_server: the stages that a server draws."""
+    seconds = sum(count * length / (SERVED if stage in by_server else HERE) for stage, count in answers.items())
+    return f"{seconds / 3600:,.0f} h"
+
+
+@pytest.mark.parametrize("preset, by_server", [("quick", ("candidates", "base", "trained")),
+                                               ("paper", ("candidates", "base"))])
+def test_the_table_of_hours_is_what_the_presets_ask_for(preset, by_server):
+    """by_server: the stages that a server draws without --server-rollouts; quick has --lora."""
+    args = dust.Args(**dust.PRESETS[preset])
+    answers = answers_of(args, args.limit or 10_000, 131, dust.BEST_OF, mixed=37 / 160)
+    length = args.max_new_tokens // 2
+    cells = [f"`{preset}`", f"{answers['candidates']:,}", f"{answers['training']:,}",
+             f"{answers['base'] + answers['trained']:,}", f"{sum(answers.values()) * length / 1e6:,.0f} million",
+             *[hours(answers, stages, length) for stages in ((), by_server, tuple(answers))]]
+    readme = (TINY.parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join(cells)} |" in readme
+    assert f"{HERE} tokens a second" in readme and f"{SERVED:,}" in readme and f"{length:,}" in readme
+
+
+def write_programs_in_turn(number, body, reply) -> None:
+    """Make every answer a program: a right one, a wrong one, and so on."""
+    right, wrong = 3, 5  # print(1) and print(2) of the model in conftest.py, whose end of text is 2
+    for choice in reply["choices"] if reply and number > 1 else ():
+        choice["token_ids"], choice["finish_reason"] = [wrong if choice["index"] % 2 else right, 2], "stop"
+        choice["logprobs"] = {"token_logprobs": [-1.0, -1.0]}
+
+
+def test_the_answers_that_a_run_draws_are_as_many_as_were_counted(llama, tmp_path, capsys):
+    """Here each answer holds a program, so all groups are ranked. The server draws for all stages, and counts too."""
+    pytest.importorskip("peft")
+    options = [*llama["arguments"], "--repeats", "2", "--lora", "4", "--server-rollouts", "--out", tmp_path / "run"]
+    with ModelServer(llama["folder"] / "model", context=512, fault=write_programs_in_turn) as server:
+        with pytest.warns():  # the log-probs that the fault gives are far from ours
+            assert run_dust(*options, "--server", server.url) == 0
+    args = dust.parse_args([str(option) for option in [*options, "--server", server.url]])
+    counted = answers_of(args, 8, 6, dust.BEST_OF)
+    assert sum(body["n"] for body in server.log[2:]) == sum(counted.values())  # the first two are the check's
+    total = counted["base"] + counted["trained"]
+    assert f"with their rankings {total} answers" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ importance weights
