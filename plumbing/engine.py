@@ -99,13 +99,12 @@ class Server:
         sampling: temperature, top_p (1: all), top_k (0: all). longest: most tokens of an answer. A prompt is one
         request with the first of its seeds; the server numbers the others from there.
         """
-        def ask(place: int) -> list[Answer]:
-            prompt, count = prompts[place], len(seeds[place])
-            request = self.request(prompt, count, seeds[place][0], sampling, longest)
-            return self.ask("/v1/completions", request, lambda reply: self.read(reply, prompt, count))
+        def ask(asked: tuple) -> list[Answer]:
+            prompt, its_seeds = asked
+            request = self.request(prompt, len(its_seeds), its_seeds[0], sampling, longest)
+            return self.ask("/v1/completions", request, lambda reply: self.read(reply, prompt, len(its_seeds)))
 
-        results = dict(at_once(ask, list(range(len(prompts))), self.requests))
-        return [results[place] for place in range(len(prompts))]
+        return [answers for _, answers in sorted(at_once(ask, list(zip(prompts, seeds)), self.requests))]
 
     def request(self, prompt: list[int], count: int, seed: int, sampling: tuple, longest: int) -> dict:
         """Return the body of a request: `count` answers to one prompt."""
@@ -132,14 +131,13 @@ class Server:
             raise self.bad("answers without token ids and log-probs: a server of text only cannot be used") from None
         if not {"stop", "length"}.issuperset(reasons):
             raise ConnectionError(f"an answer broke off: {', '.join(reasons)}")
-        faults = {
+        for fault, found in {
             f"gives {len(choices)} answers where {count} were asked for": len(choices) != count,
             "read other token ids than were sent: it serves another model": echoed != prompt,
             "gives token ids that --model does not have: it serves another model": not known,
             "leaves the end of text out of its answers": not ends,
             "gives not as many log-probs as tokens": not sizes_match,
-        }
-        for fault, found in faults.items():
+        }.items():
             if found:
                 raise self.bad(fault)
         return answers

@@ -26,9 +26,8 @@ import rank_prompt  # noqa: E402
 from dust import Candidate, Group  # noqa: E402
 from grpo import Sampling  # noqa: E402
 from plumbing import models, runs, served  # noqa: E402
+from plumbing.engine import FAR  # noqa: E402
 from plumbing.problems import BadInput, load_problems  # noqa: E402
-
-FAR = 0.05  # nats a token: more than rounding explains
 
 
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
