@@ -280,15 +280,17 @@ def longest_answer(model, prompt: torch.Tensor, limit: int) -> int:
     The context is the number of positions that the model knows. Returns 0 if the prompt is too long: neither limit nor
     a quarter of the context is left.
     """
-    is_server = isinstance(model, Server)
-    context = model.context if is_server else getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = served.context_of(model)
     left = context - len(prompt) if context else limit
     return min(limit, left) if left >= min(limit, (context or 0) // 4) else 0
 
 
-def draw(model, tokenizer, prompts: list[torch.Tensor], seeds: list[list[int]], limit: int, sampling: Sampling,
-         rows: int) -> list[Rollout]:
-    """Draw an answer to each prompt [L] for each of its seeds, as one Rollout a prompt. All answers are drawn here."""
+def draw(model, tokenizer, asked: list[tuple], limit: int, sampling: Sampling, rows: int) -> list[Rollout]:
+    """Draw an answer for each seed of the pairs `asked`, (prompt [L], seeds). Returns a Rollout for each pair.
+
+    All answers of a run are drawn here. limit: the longest answer, in tokens (see longest_answer).
+    """
+    prompts, seeds = [prompt for prompt, _ in asked], [its_seeds for _, its_seeds in asked]
     if isinstance(model, Server):
         drawn = model.draw([prompt.tolist() for prompt in prompts], seeds, sampling, limit)
         return [Rollout(prompt, [torch.tensor(a.ids) for a in answers], [torch.tensor(a.logps) for a in answers],
@@ -303,11 +305,26 @@ def rows_at_a_time(model, prompts: list[torch.Tensor], limit: int, args: Args) -
 
     Every rank calls this at the start of a stage, because all of them take part in a sharded model's forward.
     """
-    if args.rows or isinstance(model, Server) or model.device.type != "cuda" or not prompts:
+    if args.rows or served.requests_of(model) or model.device.type != "cuda" or not prompts:
         return args.rows or 256
     prompt = max(prompts, key=len)
     answer = longest_answer(model, prompt, limit)
     return fast_decode.rows_that_fit(model, len(prompt), answer, models.room(args.device))
+
+
+def draw_texts(model, tokenizer, asked: dict, limit: int, args: Args, sampling: Sampling, file: Path) -> dict:
+    """Draw the answers of a stage. asked: key -> (prompt [L], seeds). file: keeps the answers, for --resume.
+
+    Returns key -> [[text, whether the answer ended by itself], ...], an answer for each seed.
+    """
+    rows = rows_at_a_time(model, [prompt for prompt, _ in asked.values()], limit, args)
+    most = max((len(seeds) for _, seeds in asked.values()), default=1)
+
+    def answer(chunk: list[tuple]) -> list[list]:
+        rollouts = draw(model, tokenizer, chunk, limit, sampling, rows)
+        return [[[text, ended] for text, ended in zip(texts_of(tokenizer, r), r.finished)] for r in rollouts]
+
+    return runs.resumable(file, asked, answer, max(1, rows // most), served.requests_of(model))
 
 
 # -------------------------------------------------------------------------------- section 2.2: sample, label, group
@@ -325,28 +342,20 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, file: Path, ev
         count, seed = args.best_of * args.repeats, seed_for(args.seed, "evaluate")
         sampling = Sampling(args.eval_temperature, args.top_p, args.top_k)
     copies = count if sampling.temperature == 0 else 1  # at temperature 0 all answers to a problem are the same
-    problems, prompts = fitting_problems(model, tokenizer, problems, limit, args)
-
-    def answer(chunk: list[Problem]) -> list[list]:  # [[text, whether the answer ended by itself], ...] a problem
-        seeds = [[seed_for(seed, problem.id, i) for i in range(count // copies)] for problem in chunk]
-        rollouts = draw(model, tokenizer, [prompts[problem.id] for problem in chunk], seeds, limit, sampling, rows)
-        return [[[text, ended] for text, ended in zip(texts_of(tokenizer, r), r.finished)] * copies for r in rollouts]
-
-    rows = rows_at_a_time(model, list(prompts.values()), limit, args)
-    requests = isinstance(model, Server) and model.requests
-    work = {problem.id: problem for problem in problems}
-    answers = runs.resumable(file, work, answer, max(1, rows // count), requests)
+    _, prompts = fitting_problems(model, tokenizer, problems, limit, args)
+    asked = {key: (prompts[key], [seed_for(seed, key, i) for i in range(count // copies)]) for key in prompts}
+    answers = draw_texts(model, tokenizer, asked, limit, args, sampling, file)
     candidates = [Candidate(problem_id, text, rank_prompt.extract_code(text))
-                  for problem_id, drawn in answers.items() for text, _ in drawn]
+                  for problem_id, drawn in answers.items() for text, _ in drawn * copies]
     without = sum(candidate.code is None for candidate in candidates)
-    cut = sum(not ended for drawn in answers.values() for _, ended in drawn)
+    cut = sum(not ended for drawn in answers.values() for _, ended in drawn * copies)
     runs.say(file, f"  {len(candidates)} answers, {without} without a program, {cut} cut off at {limit} tokens")
     runs.warn_if_cut(file.stem, cut / max(len(candidates), 1))
     return candidates
 
 
 def fitting_problems(model, tokenizer, problems: list[Problem], limit: int, args: Args):
-    """Return (the problems whose prompt fits the context, {id: prompt [L]}). Raises BadInput if no prompt fits."""
+    """Return (the problems whose prompt fits the context, {id: its prompt [L]}). Raises BadInput if no prompt fits."""
     prompts = {problem.id: program_ids(tokenizer, problem, args) for problem in problems}
     kept = [problem for problem in problems if longest_answer(model, prompts[problem.id], limit)]
     if not kept:
@@ -354,7 +363,7 @@ def fitting_problems(model, tokenizer, problems: list[Problem], limit: int, args
     if len(kept) < len(problems):
         tqdm.write(f"  {len(problems) - len(kept)} of {len(problems)} problems get no answer: behind their prompts too "
                    "little is left of the model's context")
-    return kept, prompts
+    return kept, {problem.id: prompts[problem.id] for problem in kept}
 
 
 def texts_of(tokenizer, rollout: Rollout) -> list[str]:
@@ -491,8 +500,6 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], base: 
                                 f"cut {metrics['truncated']:.0%}, KL {metrics['ref_kl']:.3f}")
             bar.update()
             told = told or runs.warn_if_cut("train", metrics["truncated"])
-            if step == first:
-                runs.warn_if_long(bar)
     models.save_model(out / "model", model, tokenizer)
     if args.lora:
         models.save_adapter(out / "adapter", model)
@@ -573,10 +580,12 @@ def draw_for_training(model, tokenizer, prompts: list, count: int, args: Args, g
     rows = rows_at_a_time(model, prompts, args.max_new_tokens, args)
 
     def answer(chunk: list[tuple]) -> list[Rollout]:
-        its_prompts, its_seeds = [prompt for prompt, _ in chunk], [drawn for _, drawn in chunk]
-        return draw(model, tokenizer, its_prompts, its_seeds, args.max_new_tokens, Sampling(args.temperature), rows)
+        return draw(model, tokenizer, chunk, args.max_new_tokens, Sampling(args.temperature), rows)
 
-    return ranks.spread(list(zip(prompts, seeds)), answer)
+    work = list(zip(prompts, seeds))
+    if served.requests_of(model):  # one process asks for all, so that --server-requests and its errors are everyone's
+        return ranks.on_first(lambda: answer(work))
+    return ranks.spread(work, answer)
 
 
 def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: Args, generator):
@@ -634,10 +643,9 @@ def perfect_rankings(model, tokenizer, groups: list[Group], args: Args, file: Pa
     end = end_ids(model, tokenizer)[0]
 
     def answer(chunk: list[int]) -> list[list[list[int]]]:  # the token ids of the perfect answers to each group
-        seeds = [[seed_for(args.seed, "sft", i, j) for j in range(args.answers)] for i in chunk]
-        sampling, its_prompts = Sampling(args.temperature), [asked[i] for i in chunk]
+        work = [(asked[i], [seed_for(args.seed, "sft", i, j) for j in range(args.answers)]) for i in chunk]
+        rollouts = draw(teacher, its_tokenizer, work, args.max_new_tokens, Sampling(args.temperature), rows)
         kept = []
-        rollouts = draw(teacher, its_tokenizer, its_prompts, seeds, args.max_new_tokens, sampling, rows)
         for i, drawn in zip(chunk, rollouts):
             texts, answers = texts_of(its_tokenizer, drawn), drawn.answers
             if its_tokenizer is not tokenizer:
@@ -700,19 +708,13 @@ def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Pat
     if prompts and not runs.of_curve(file):
         models.show_first(file.parent, "rankings", tokenizer, next(iter(prompts.values())))
 
-    def answer(chunk: list[str]) -> list[list]:  # [text, whether the answer ended by itself] a group
-        seeds = [[seed_for(args.seed, "judge", key)] for key in chunk]
-        sampling = Sampling(args.eval_temperature, args.top_p, args.top_k)
-        rollouts = draw(model, tokenizer, [prompts[key] for key in chunk], seeds, limit, sampling, rows)
-        return [[texts_of(tokenizer, rollout)[0], rollout.finished[0]] for rollout in rollouts]
-
-    rows = rows_at_a_time(model, list(prompts.values()), limit, args)
-    requests = isinstance(model, Server) and model.requests
-    answers = runs.resumable(file, {key: key for key in prompts}, answer, rows, requests)
-    runs.warn_if_cut(file.stem, mean([not ended for _, ended in answers.values()]))
+    sampling = Sampling(args.eval_temperature, args.top_p, args.top_k)
+    asked = {key: (prompt, [seed_for(args.seed, "judge", key)]) for key, prompt in prompts.items()}
+    answers = draw_texts(model, tokenizer, asked, limit, args, sampling, file)
+    runs.warn_if_cut(file.stem, mean([not ended for drawn in answers.values() for _, ended in drawn]))
     ranked = []
     for place, group, seen in zip(places, groups, shown):
-        (words, _), k = answers.get(str(place), ["", True]), len(seen.candidates)
+        ((words, _),), k = answers.get(str(place), [["", True]]), len(seen.candidates)
         ranking = rank_prompt.parse_ranking(words, k)
         ordered = [seen.candidates[index - 1] for index in ranking or range(1, k + 1)]
         ordered += [c for c in group.candidates if c.code is None]
@@ -833,7 +835,7 @@ def run(args: Args) -> None:
         source = served.connect(model, tokenizer, first_prompt, args, end_ids(model, tokenizer), grpo.answer_logprobs)
     runs.open_run(out, before, args, problems, held_out)
     print(f"DuST -> {out}")
-    runs.show_plan(args, problems, held_out, memory)
+    runs.show_plan(args, problems, held_out, CURVE_PROBLEMS, memory)
     models.show_first(out, "programs", tokenizer, first_prompt)
     served.try_adapter(source, model, args, out)
 

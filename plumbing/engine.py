@@ -22,6 +22,7 @@ from plumbing.problems import BadInput, first_line
 PAUSES = (1, 2, 4, 8, 16, *[30] * 19)  # seconds between the tries of one request, ten minutes in all
 LONGEST = 24 * 3600  # seconds that one request may take: 40 answers of 32768 tokens may wait long for their turn
 PROBE = 16  # tokens of the answers that check a server
+FAR = 0.05  # nats a token between log-probs: more than rounding explains
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes
 BROKEN = (OSError, http.client.HTTPException, ValueError)  # no connection, or a reply that ends in the middle
 
@@ -55,15 +56,10 @@ def at_once(do: Callable, items: list, count: int) -> Iterator[tuple[int, object
 
     The threads are daemons, so after an error or Ctrl-C the process ends without waiting for their requests.
     """
-    if len(items) == 1:
-        yield 0, do(items[0])
-        return
-    places, results, stop = iter(range(len(items))), queue.SimpleQueue(), threading.Event()
+    places, results = iter(range(len(items))), queue.SimpleQueue()
 
     def work():
         for place in places:  # one iterator for all threads: each place is taken once
-            if stop.is_set():
-                return
             try:
                 results.put((place, do(items[place]), None))
             except BaseException as error:
@@ -78,7 +74,7 @@ def at_once(do: Callable, items: list, count: int) -> Iterator[tuple[int, object
                 raise error
             yield place, result
     finally:
-        stop.set()
+        list(places)  # takes the places that are left, so that no thread begins another item
 
 
 @dataclass(frozen=True)
@@ -103,13 +99,12 @@ class Server:
         sampling: temperature, top_p (1: all), top_k (0: all). longest: most tokens of an answer. A prompt is one
         request with the first of its seeds; the server numbers the others from there.
         """
-        def ask(place: int) -> list[Answer]:
-            prompt, count = prompts[place], len(seeds[place])
-            request = self.request(prompt, count, seeds[place][0], sampling, longest)
-            return self.ask("/v1/completions", request, lambda reply: self.read(reply, prompt, count))
+        def ask(asked: tuple) -> list[Answer]:
+            prompt, its_seeds = asked
+            request = self.request(prompt, len(its_seeds), its_seeds[0], sampling, longest)
+            return self.ask("/v1/completions", request, lambda reply: self.read(reply, prompt, len(its_seeds)))
 
-        results = dict(at_once(ask, list(range(len(prompts))), self.requests))
-        return [results[place] for place in range(len(prompts))]
+        return [answers for _, answers in sorted(at_once(ask, list(zip(prompts, seeds)), self.requests))]
 
     def request(self, prompt: list[int], count: int, seed: int, sampling: tuple, longest: int) -> dict:
         """Return the body of a request: `count` answers to one prompt."""
@@ -137,34 +132,31 @@ class Server:
             raise self.bad("answers without token ids and log-probs: a server of text only cannot be used") from None
         if not {"stop", "length"}.issuperset(reasons):
             raise ConnectionError(f"an answer broke off: {', '.join(reasons)}")
-        faults = {
+        for fault, found in {
             f"gives {len(choices)} answers where {count} were asked for": len(choices) != count,
             "read other token ids than were sent: it serves another model": echoed != prompt,
             "gives token ids that --model does not have: it serves another model": not known,
             "leaves the end of text out of its answers": not ends,
             "gives not as many log-probs as tokens": not sizes_match,
-        }
-        for fault, found in faults.items():
+        }.items():
             if found:
                 raise self.bad(fault)
         return answers
 
-    def check(self, prompt: list[int], longest: int, text_of: Callable, logps_of: Callable | None) -> tuple:
-        """Return (this server with its model's name and context, what was found in words). Raises BadInput.
+    def check(self, prompt: list[int], longest: int, text_of: Callable) -> tuple["Server", Answer]:
+        """Return this server with its model's name and context, and its greedy answer to a prompt. Raises BadInput.
 
-        text_of: token ids -> their text. logps_of: the ids [R] of an answer to the prompt -> their log-probs [R] under
-        the weights that --model names; None where they are not loaded. longest: tokens of the longest answer.
+        text_of: token ids -> their text, by which another tokenizer is found out. longest: tokens of an answer at most.
         """
         once = replace(self, pauses=())
         try:
             served = next(entry for entry in once.ask("/v1/models")["data"] if not entry.get("parent"))
-            name, context = served["id"], served["max_model_len"]
+            once = replace(once, model=served["id"], context=served["max_model_len"])
         except (LookupError, TypeError, StopIteration):
             raise self.bad("is not vLLM's: it does not say which model it serves, with which context") from None
-        if context < len(prompt) + max(longest, PROBE):
-            raise self.bad(f"has a context of {context} tokens, too short for a prompt of {len(prompt)} tokens with an "
-                           f"answer of {longest}: use a smaller --max-new-tokens, or a larger --max-model-len")
-        once = replace(once, model=name, context=context)
+        if once.context < len(prompt) + max(longest, PROBE):
+            raise self.bad(f"has a context of {once.context} tokens, too short for a prompt of {len(prompt)} tokens "
+                           f"with an answer of {longest}: use a smaller --max-new-tokens, or a larger --max-model-len")
         reply = once.ask("/v1/completions", once.request(prompt, 1, 0, (0.0, 1.0, 0), PROBE))
         (answer,) = once.read(reply, prompt, 1)
         once.draw([prompt], [[0, 0]], (1.0, 1.0, 0), PROBE)  # a server may ignore that two answers are asked for
@@ -172,14 +164,14 @@ class Server:
         ours = text_of(answer.ids[: len(answer.ids) - answer.ended])
         if "".join(ours.split()).strip("\ufffd") != "".join(theirs.split()).strip("\ufffd"):
             raise self.bad(f"reads its tokens as {theirs!r}, and --model as {ours!r}: it serves another model")
-        found = f"{name} at {self.url}, context {context}"
-        if logps_of:
-            gaps = [abs(a - b) for a, b in zip(logps_of(answer.ids), answer.logps)]
-            gap = sum(gaps) / len(gaps)
-            if not gap < 0.05:
-                raise self.bad(f"gives log-probs that are off by {gap:.2g} nats a token: it serves other weights")
-            found += f"; its log-probs are within {gap:.1g} nats of the weights loaded here"
-        return replace(once, pauses=self.pauses), found
+        return replace(once, pauses=self.pauses), answer
+
+    def check_weights(self, answer: Answer, logps: list[float]) -> float:
+        """Return how far an answer's log-probs are from our own [R], in nats a token. Raises BadInput if too far."""
+        gap = sum(abs(ours - theirs) for ours, theirs in zip(logps, answer.logps)) / len(logps)
+        if not gap < FAR:  # not a number is too far as well
+            raise self.bad(f"gives log-probs that are off by {gap:.2g} nats a token: it serves other weights")
+        return gap
 
     def with_adapter(self, folder: str, name: str, past: str) -> "Server":
         """Return the server with an adapter in PEFT's format, loaded under a name of its own. Raises BadInput.

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every",
                      "train", "eval"}  # the digests of the problems say more than the names of their files
 
 CURVE = "curve"  # the folder, in that of the run, of the points of the curve
+LONG = 1 / 6  # hours of a stage that are told
 
 # ------------------------------------------------------------------------------------------------- work that goes on
 
@@ -38,7 +40,7 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
     size = min(ranks.gather(size)) * ranks.world()  # the ranks may have unlike memory
     chunks = [keys[i : i + size] for i in range(0, len(keys), size)]
     chunks = [chunk for chunk in chunks if not done.keys() >= set(chunk)]
-    with progress_bar(file and file.stem, len(keys), len(keys) - sum(map(len, chunks)), not of_curve(file)) as bar:
+    with progress_bar(file and file.stem, len(keys), len(keys) - sum(map(len, chunks)), leave=not of_curve(file)) as bar:
         for chunk in chunks:
             results = ranks.spread(chunk, lambda mine: do([work[key] for key in mine]))
             new = {key: result for key, result in zip(chunk, results) if key not in done}
@@ -46,8 +48,6 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
                 append_lines(file, list(new.items()))
             done |= new
             bar.update(len(chunk))
-            if chunk is chunks[0]:
-                warn_if_long(bar)
     return {key: done[key] for key in keys}
 
 
@@ -55,23 +55,12 @@ def as_they_come(file: Path, work: dict, do: Callable[[list], list], requests: i
     """resumable for the items that a server does. Threads wait for it; this one keeps the results."""
     done = read_lines(file)
     left = [key for key in work if key not in done]
-    with progress_bar(file.stem, len(work), len(work) - len(left), not of_curve(file)) as bar:
+    with progress_bar(file.stem, len(work), len(work) - len(left), requests, not of_curve(file)) as bar:
         for place, result in engine.at_once(lambda key: do([work[key]])[0], left, requests):
             append_lines(file, [(left[place], result)])
             done[left[place]] = result
             bar.update()
-            if bar.n - bar.initial == requests:  # the first ones alone say nothing about speed
-                warn_if_long(bar)
     return {key: done[key] for key in work}
-
-
-def progress_bar(name: str | None, total: int, done: int, leave: bool = True) -> tqdm:
-    """Return the bar of a stage, for a `with`; it is hidden without a name. done: items of an earlier process.
-
-    leave: whether it stays on the screen at its end.
-    """
-    return tqdm(total=total, initial=done, desc=f"{name or '':<18}", unit="", dynamic_ncols=True, mininterval=0.5,
-                disable=not name or ranks.rank() > 0, leave=leave)
 
 
 def of_curve(file: Path | None) -> bool:
@@ -85,13 +74,48 @@ def say(file: Path, text: str) -> None:
         tqdm.write(text)
 
 
-def warn_if_long(bar: tqdm) -> None:
-    """Say in one line if the rest of a stage will take over an hour, at the speed of what was done so far."""
-    hours = 0 if bar.disable else (time.time() - bar.start_t) / 3600 / (bar.n - bar.initial) * (bar.total - bar.n)
-    if hours > 1:
-        tqdm.write(f"  {bar.desc.strip()}: about {hours:.0f} hours at this speed; fewer problems (--limit, "
-                   "--eval-limit), fewer answers (--candidates, --steps, --repeats) or shorter ones (--max-new-tokens) "
-                   "take less")
+class StageBar(tqdm):
+    """The bar of a stage. After a minute one line says how long a long stage will take, and what would be shorter."""
+
+    requests, told = 0, False
+
+    def update(self, n=1):
+        super().update(n)
+        if self.disable or self.told:
+            return
+        done, passed = self.n - self.initial, time.time() - self.start_t
+        if passed >= 60 and done >= self.requests:  # the first answers of a server are the short ones
+            hours, self.told = passed / done * (self.total - self.n) / 3600, True
+            if hours > LONG:
+                stage = self.desc.strip()
+                tqdm.write(f"  {stage}: about {hours:.1f} hours more. {shorter(stage, self.requests)}")
+
+
+def progress_bar(name: str | None, total: int, done: int, requests=0, leave=True) -> StageBar:
+    """Return the bar of a stage, for a `with`; it is hidden without a name. done: items of an earlier process.
+
+    requests: where a server does the work, the items that it gets at a time. leave: whether the bar stays at its end.
+    """
+    bar = StageBar(total=total, initial=done, desc=f"{name or '':<18}", unit="", dynamic_ncols=True, mininterval=0.5,
+                   disable=not name or ranks.rank() > 0, leave=leave)
+    bar.requests = requests
+    return bar
+
+
+def shorter(stage: str, requests: int) -> str:
+    """Return what makes a stage shorter: what --resume may add to this run, then what a new run may ask for less of."""
+    row, kind = f"-{stage}".split("-")[-2:]
+    less, last = "--eval-limit or --repeats" if row else "--limit or --candidates", "--max-new-tokens"
+    more = "more processes (torchrun)"
+    if kind == "labels":
+        more, last = "more --workers on more cores", "--timeout"
+    elif kind == "train":
+        less = "--steps or --answers"
+    elif requests:
+        more = "more --server-requests or a faster server"
+    elif row in ("", "base"):
+        more = "--server or more processes (torchrun)"
+    return f"Faster: {more}, which --resume may add. Shorter, in a new run: smaller {less}, or {last}"
 
 
 def warn_if_cut(stage: str, share: float) -> bool:
@@ -200,22 +224,46 @@ def choose_device(name: str) -> str:
     return device
 
 
-def show_plan(args, problems: list[Problem], held_out: list[Problem], memory: str) -> None:
-    """Print what the run will do. memory: the line about memory."""
+def answers_of(args, problems: int, held_out: int, curve: int, mixed: float = 0.0) -> dict[str, int]:
+    """Return how many answers a run draws at most, by what they are for.
+
+    problems, held_out, curve: numbers of problems, the last one those of each point of the curve. mixed: the share of groups that
+    are mixed, by which --until-enough ends sampling; 0: not known, so all problems are sampled. The programs that
+    --mode rank-onpolicy and iterative draw in each step are not counted.
+    """
+    rankings = held_out * args.repeats + held_out * (args.repeats // 2)  # with the finals
+    programs, training = held_out * args.repeats * args.best_of, args.steps * args.batch * args.answers
+    if args.eval_only:
+        return {"base": programs + rankings}
+    if args.mode not in ("rank", "sft") or args.programs:
+        problems = 0
+    elif args.until_enough and mixed:
+        groups = args.candidates // args.group_size * mixed  # that a problem gives
+        problems = min(problems, ceil(args.steps * args.batch / groups))
+    points = (args.steps - 1) // args.eval_every if args.eval_every and args.steps else 0
+    return {"curve": points * min(curve, held_out) * (args.best_of + 2),
+            "candidates": problems * args.candidates, "base": programs + rankings, "training": training,
+            "trained": rankings + programs + rankings}  # the trained judge ranks the base's programs too
+
+
+def show_plan(args, problems: list[Problem], held_out: list[Problem], curve: int, memory: str) -> None:
+    """Print what the run will do. curve: problems of each point of the curve. memory: the line about memory."""
     print(f"  memory   {memory}")
+    answers = answers_of(args, len(problems), len(held_out), curve)
     if not args.eval_only:
         if args.mode in ("rank", "sft"):
-            sampled, goal = len(problems) * args.candidates, args.steps * args.batch
-            until = f", or until there are {goal} mixed groups" * args.until_enough
-            sampled = args.programs or f"{args.candidates} candidates = {sampled} answers{until}"
+            until = f", or until there are {args.steps * args.batch} mixed groups" * args.until_enough
+            sampled = args.programs or f"{args.candidates} candidates = {answers['candidates']} answers{until}"
             print(f"  sample   {len(problems)} problems x {sampled}")
-        kind, total = "problems" if args.mode == "generate" else "groups", args.steps * args.batch * args.answers
-        work = f"{args.steps} steps x {args.batch} {kind} x {args.answers} = {total} answers"
+        kind = "problems" if args.mode == "generate" else "groups"
+        work = f"{args.steps} steps x {args.batch} {kind} x {args.answers} = {answers['training']} answers"
         if args.mode == "sft":
             work = f"{args.epochs or args.steps} {'passes' if args.epochs else 'steps'} of a teacher's perfect rankings"
         print(f"  train    {args.mode}: {work}")
     times = "once" if args.eval_only else "before and after"
-    print(f"  evaluate {len(held_out)} problems x {args.repeats} x {args.best_of} candidates, {times}", flush=True)
+    total = sum(answers.get(kind, 0) for kind in ("base", "curve", "trained"))
+    print(f"  evaluate {len(held_out)} problems x {args.repeats} x {args.best_of} candidates, {times}; "
+          f"with rankings and curve {total} answers", flush=True)
     if ranks.world() > 1:
         print(f"  ranks    {ranks.world()}, each with its share of every stage", flush=True)
 

@@ -16,21 +16,36 @@ def connect(model, tokenizer, prompt: torch.Tensor, args, eos_ids: list[int], lo
     prompt: token ids [L] of a question, which the server has to answer as this model does. eos_ids: the ids that end an
     answer. logprobs: grpo.answer_logprobs. Raises BadInput where the server is another one than the run needs.
     """
-    def logps_of(ids: list[int]) -> list[float]:
-        with torch.no_grad(), ranks.unsharded(model):
-            return logprobs(model, prompt, [torch.tensor(ids)])[0].tolist()
-
     here = model.device.type != "meta"  # otherwise only the server has weights
     dtype = "float32" if here and model.dtype == torch.float32 else "auto"
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2 * args.max_new_tokens
+    context = context_of(model) or 2 * args.max_new_tokens
     command = start_command(models.find_model(args.model), context, dtype, args.lora * serves_trained(args))
     vocabulary = model.get_input_embeddings().num_embeddings
-    server = Server(base_url(args.server), command, eos_ids, vocabulary, args.server_requests, say=tqdm.write)
-    server, found = server.check(prompt.tolist(), args.max_new_tokens, tokenizer.decode, logps_of if here else None)
+    unchecked = Server(base_url(args.server), command, eos_ids, vocabulary, args.server_requests, say=tqdm.write)
+    # one process asks: where another one alone met an error, the first one could not say which
+    server, answer = ranks.on_first(lambda: unchecked.check(prompt.tolist(), args.max_new_tokens, tokenizer.decode))
+    found = f"{server.model} at {server.url}, context {server.context}"
+    if here:
+        with torch.no_grad(), ranks.unsharded(model):
+            (logps,) = logprobs(model, prompt, [torch.tensor(answer.ids)])
+        gap = server.check_weights(answer, logps.tolist())
+        found += f"; its log-probs are within {gap:.1g} nats of the weights loaded here"
     print(f"  server   {found}")
     if not args.eval_only and not serves_trained(args):
         print("           the answers of the trained model are drawn in this process (with --lora: by the server)")
     return server
+
+
+def context_of(model) -> int | None:
+    """Return how many tokens a prompt and its answer may have with a model or a Server; None: the model names none."""
+    if isinstance(model, Server):
+        return model.context
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def requests_of(model) -> int:
+    """Return how many requests a Server gets at a time; 0 for a model, which answers in this process."""
+    return model.requests if isinstance(model, Server) else 0
 
 
 def serves_trained(args) -> bool:

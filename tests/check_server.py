@@ -26,12 +26,11 @@ import rank_prompt  # noqa: E402
 from dust import Candidate, Group  # noqa: E402
 from grpo import Sampling  # noqa: E402
 from plumbing import models, runs, served  # noqa: E402
+from plumbing.engine import FAR  # noqa: E402
 from plumbing.problems import BadInput, load_problems  # noqa: E402
 
-FAR = 0.05  # nats a token: more than rounding explains
 
-
-def read_args() -> argparse.Namespace:
+def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Check an inference server before a long run.")
     parser.add_argument("url")
     parser.add_argument("--model", default=dust.Args.model, help="the model that the server was started with")
@@ -41,13 +40,18 @@ def read_args() -> argparse.Namespace:
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters that the server should load")
     parser.add_argument("--out", default="runs/check-server", help="folder for the adapters")
     parser.add_argument("--server-adapters", default="", help="that folder as the server's machine sees it")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def timed(draw, *arguments) -> tuple:
-    """Return (the rollouts that a function draws, the seconds it took)."""
+def draw(model, tokenizer, prompts: list, seeds: list, args, sampling) -> list:
+    """Draw an answer to each prompt [L] for each of its seeds, by the server or by the model here."""
+    return dust.draw(model, tokenizer, list(zip(prompts, seeds)), args, sampling, rows=64)
+
+
+def timed(do, *arguments) -> tuple:
+    """Return (what a function returns, the seconds it took)."""
     began = time.time()
-    return draw(*arguments), time.time() - began
+    return do(*arguments), time.time() - began
 
 
 def gap(model, rollouts, temperature=1.0) -> float:
@@ -63,10 +67,10 @@ def gap(model, rollouts, temperature=1.0) -> float:
 def compare(kind: str, model, server, tokenizer, prompts: list, args) -> bool:
     """Compare greedy answers to some prompts [L], and the log-probs of sampled ones. Print one line; True: all well."""
     seeds = [[0] for _ in prompts]
-    theirs, seconds = timed(dust.draw, server, tokenizer, prompts, seeds, args, Sampling(0.0))
-    ours, our_seconds = timed(dust.draw, model, tokenizer, prompts, seeds, args, Sampling(0.0))
+    theirs, seconds = timed(draw, server, tokenizer, prompts, seeds, args, Sampling(0.0))
+    ours, our_seconds = timed(draw, model, tokenizer, prompts, seeds, args, Sampling(0.0))
     same = sum(torch.equal(a.answers[0], b.answers[0]) for a, b in zip(theirs, ours))
-    sampled = dust.draw(server, tokenizer, prompts[:16], [[7, 8]] * len(prompts[:16]), args, Sampling(1.0))
+    sampled = draw(server, tokenizer, prompts[:16], [[7, 8]] * len(prompts[:16]), args, Sampling(1.0))
     far, free = gap(model, theirs), gap(model, sampled)
     speed, our_speed = len(prompts) / seconds, len(prompts) / our_seconds
     print(f"{kind}: {same} of {len(prompts)} greedy answers are those of the model here; log-probs differ by {far:.1g} "
@@ -78,7 +82,7 @@ def compare(kind: str, model, server, tokenizer, prompts: list, args) -> bool:
 def ranking_prompts(server, tokenizer, problems: list, args) -> list:
     """Return ranking prompts [L] of programs that the server writes now."""
     prompts = [dust.program_ids(tokenizer, problem, args) for problem in problems]
-    drawn = dust.draw(server, tokenizer, prompts, [[i] * 4 for i in range(len(prompts))], args, Sampling(1.0))
+    drawn = draw(server, tokenizer, prompts, [[i] * 4 for i in range(len(prompts))], args, Sampling(1.0))
     rankings = []
     for problem, rollout in zip(problems, drawn):
         codes = [rank_prompt.extract_code(text) or "pass" for text in dust.texts_of(tokenizer, rollout)]
@@ -89,7 +93,7 @@ def ranking_prompts(server, tokenizer, problems: list, args) -> list:
 
 def repeats(server, tokenizer, prompts: list, args) -> None:
     """Print how many answers come again with the same seed. Where other answers run beside them, few may differ."""
-    first, second = (dust.draw(server, tokenizer, prompts, [[5, 6]] * len(prompts), args, Sampling(0.6, 0.95, 20))
+    first, second = (draw(server, tokenizer, prompts, [[5, 6]] * len(prompts), args, Sampling(0.6, 0.95, 20))
                      for _ in range(2))
     pairs = [torch.equal(a, b) for one, two in zip(first, second) for a, b in zip(one.answers, two.answers)]
     distinct = sum(not torch.equal(*rollout.answers) for rollout in first)
@@ -107,7 +111,7 @@ def check_adapter(model, server, tokenizer, prompts: list, args) -> bool:
                 weight.normal_(std=0.02)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     adapted = served.with_adapter(server, model, args, Path(args.out))
-    rollouts = dust.draw(adapted, tokenizer, prompts[:16], [[7, 8]] * len(prompts[:16]), args, Sampling(1.0))
+    rollouts = draw(adapted, tokenizer, prompts[:16], [[7, 8]] * len(prompts[:16]), args, Sampling(1.0))
     with_it, (without, _) = gap(model, rollouts), timed(without_adapter, model, rollouts)
     print(f"adapter: log-probs differ by {with_it:.1g} nats a token; without the adapter it would be {without:.1g}")
     return with_it < min(FAR, without)
@@ -118,8 +122,8 @@ def without_adapter(model, rollouts) -> float:
         return gap(model, rollouts)
 
 
-def main() -> int:
-    given = read_args()
+def main(argv: list[str] | None = None) -> int:
+    given = read_args(argv)
     args = dust.Args(model=given.model, server=given.url, max_new_tokens=given.max_new_tokens, lora=given.lora,
                      out=given.out, server_adapters=given.server_adapters, device=runs.choose_device(""))
     args = replace(args, optimizer="fp32" if models.count_parameters(args.model) < models.LARGE else "kahan")

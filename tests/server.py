@@ -34,13 +34,13 @@ class ModelServer:
     fault: called with (number of the request to /v1/completions, from 0; its body; the reply or None). Before the model
     answers, the reply is None, and the fault may return a status such as 500, or "break" (the connection closes in the
     middle of the reply). After it, the fault may change the reply. slow: seconds that every answer takes at least.
-    log: the bodies of all completions. most: the largest number of requests that it had at a time.
+    log: the bodies of all completions. keys: what the requests name as the server's key. most: the largest number of requests that it had at a time.
     """
 
     def __init__(self, folder=TINY, fault: Callable | None = None, context=1024, adapters=True, slow=0.0):
         self.model, self.tokenizer = load(folder)
         self.folder, self.fault, self.context, self.adapters, self.slow = folder, fault, context, adapters, slow
-        self.log, self.models, self.port, self.now, self.most = [], {}, 0, 0, 0
+        self.log, self.keys, self.models, self.port, self.now, self.most = [], set(), {}, 0, 0, 0
         self.lock, self.closing = threading.Lock(), threading.Event()
 
     def __enter__(self):
@@ -53,6 +53,7 @@ class ModelServer:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with outer.lock:
+                    outer.keys.add(self.headers["Authorization"])
                     outer.now += 1
                     outer.most = max(outer.most, outer.now)
                 answer = outer.answer(self.path, body)

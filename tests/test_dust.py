@@ -262,18 +262,63 @@ def test_a_problem_file_that_was_edited_is_not_gone_on_with(llama, tmp_path, cap
     assert "--eval" in (line := error_of(capsys, *arguments, "--resume")) and "not those that" in line
 
 
-def test_a_stage_of_hours_says_so_and_does_not_count_what_another_process_did(monkeypatch, capsys):
-    """99 answers are from an earlier process. One more takes a minute, so 500 more take 8 hours, not five minutes."""
+def bar_of(monkeypatch, name: str, total: int, done: int, requests=0):
+    """Return the bar of a stage, and a function that lets seconds pass until some items are done."""
     now = [1000.0]
     monkeypatch.setattr(runs.time, "time", lambda: now[0])
-    for total, line in ((600, "samples: about 8 hours at this speed"), (150, "")):
-        with runs.progress_bar("samples", total, 99) as bar:
-            bar.start_t = now[0]
-            now[0] += 60
-            bar.update()
-            runs.warn_if_long(bar)
-        said = capsys.readouterr().out
-        assert line in said and bool(said) is bool(line)
+    bar = runs.progress_bar(name, total, done, requests)
+    bar.start_t = now[0]
+
+    def work(seconds, items):
+        now[0] += seconds
+        bar.update(items)
+
+    return bar, work
+
+
+@pytest.mark.parametrize("total, line", [(600, "samples: about 8.3 hours more"), (115, "samples: about 0.2 hours more"),
+                                         (105, "")])
+def test_a_long_stage_says_so_once_and_does_not_count_what_another_process_did(total, line, monkeypatch, capsys):
+    """99 answers are from an earlier process. One more takes a minute, so 500 more take 8 hours, not five minutes."""
+    bar, work = bar_of(monkeypatch, "samples", total, 99)
+    with bar:
+        work(60, 1)
+        work(60, 1)
+    said = capsys.readouterr().out
+    assert line in said and said.count("\n") == bool(line)
+
+
+def test_the_length_of_a_stage_is_told_after_a_minute_not_after_its_first_items(monkeypatch, capsys):
+    """The first batch is slow, because it also warms up."""
+    bar, work = bar_of(monkeypatch, "base-samples", 10000, 0)
+    with bar:
+        work(30, 1)
+        assert not capsys.readouterr().out
+        work(30, 99)
+        assert "about 1.6 hours more" in capsys.readouterr().out
+
+
+def test_the_first_answers_of_a_server_say_nothing_about_its_speed(monkeypatch, capsys):
+    """64 answers are drawn at a time. The shortest come first: 10 in the first two minutes, then all of them."""
+    bar, work = bar_of(monkeypatch, "samples", 6400, 0, requests=64)
+    with bar:
+        work(120, 10)
+        assert not capsys.readouterr().out
+        work(120, 54)
+        assert "samples: about 6.6 hours more. Faster: more --server-requests" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage, requests, words", [
+    ("samples", 0, ["--server", "torchrun", "--limit or --candidates", "--max-new-tokens"]),
+    ("base-rankings", 0, ["--server", "--eval-limit or --repeats"]), ("trained-samples", 0, ["torchrun", "--repeats"]),
+    ("base-labels", 0, ["more --workers", "--eval-limit", "--timeout"]), ("train", 0, ["torchrun", "--steps"]),
+    ("trained-finals", 64, ["--server-requests", "--eval-limit"]),
+])
+def test_what_makes_a_stage_shorter_are_options_of_that_stage(stage, requests, words):
+    """In this process the server cannot draw the trained model's answers, so there --server would not help."""
+    advice = runs.shorter(stage, requests)
+    assert all(word in advice for word in words)
+    assert "--server " not in advice or "--server" in words
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

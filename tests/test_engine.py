@@ -11,18 +11,21 @@ import sys
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import check_server
 import dust
 import grpo
 from grpo import Sampling, importance_weights
 from plumbing import engine, models
 from plumbing.engine import Server, start_command
 from plumbing.problems import BadInput, load_problems
+from plumbing.runs import answers_of
 from test_dust import error_of, run_dust
 from server import TINY, ModelServer, load
 
@@ -46,14 +49,17 @@ def client(server: ModelServer, **changes) -> Server:
     return Server(**fields | changes)
 
 
-def connected(server: ModelServer, tiny, weights=True, longest=100, **changes):
-    """Check a server as a run does; return the client and the line that says what was found."""
-    model, tokenizer, prompts = tiny
+def connected(server: ModelServer, tiny, **changes) -> tuple:
+    """Check a server as a run does, but for its weights; return the client and the server's answer."""
+    _, tokenizer, prompts = tiny
+    return client(server, **changes).check(prompts[0], 100, tokenizer.decode)
 
-    def logps_of(ids):
-        return grpo.answer_logprobs(model, torch.tensor(prompts[0]), [torch.tensor(ids)])[0].tolist()
 
-    return client(server, **changes).check(prompts[0], longest, tokenizer.decode, logps_of if weights else None)
+def check_weights(checked: Server, answer, tiny) -> float:
+    """Compare the log-probs of a server's answer with those of the shipped model."""
+    model, _, prompts = tiny
+    (logps,) = grpo.answer_logprobs(model, torch.tensor(prompts[0]), [torch.tensor(answer.ids)])
+    return checked.check_weights(answer, logps.tolist())
 
 
 # ------------------------------------------------------------------------------------------------------ ids in and out
@@ -93,6 +99,21 @@ def test_many_requests_at_a_time_but_no_more_than_asked_for(tiny):
     assert 2 < server.most <= 6
     ids = [[a.ids for a in drawn] for drawn in answers]
     assert ids == [[a.ids for a in drawn] for drawn in in_turn]  # in the order of the prompts, each with its seed
+
+
+def test_after_an_error_no_thread_begins_another_request():
+    begun = []
+
+    def do(item):
+        begun.append(item)
+        time.sleep(0.05)
+        if item == 0:
+            raise BadInput("the first one fails")
+
+    with pytest.raises(BadInput):
+        list(engine.at_once(do, list(range(100)), 4))
+    time.sleep(0.5)
+    assert len(begun) < 20
 
 
 # ------------------------------------------------------------------------------------------------- servers that fail
@@ -152,7 +173,11 @@ def test_a_request_that_is_refused_is_not_sent_again_and_its_reason_is_shown(tin
     assert len(server.log) == 1
 
 
-def test_a_server_that_asks_for_a_key_names_the_variable(tiny):
+def test_a_server_that_asks_for_a_key_gets_it_and_without_it_the_variable_is_named(tiny, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    with ModelServer() as server:
+        client(server).draw([tiny[2][0]], [[1]], FREE, 8)
+    assert server.keys == {"Bearer secret"}
     with ModelServer(fault=lambda number, body, reply: 401) as server:
         with pytest.raises(BadInput, match="set the environment variable VLLM_API_KEY"):
             client(server).draw([tiny[2][0]], [[1]], FREE, 8)
@@ -223,13 +248,11 @@ def answer_with_a_page(listener):
 # ---------------------------------------------------------------------------------------- checks before work starts
 
 
-def test_a_good_server_passes_with_and_without_the_weights_here(tiny):
+def test_a_good_server_passes(tiny):
     with ModelServer() as server:
-        checked, found = connected(server, tiny)
-        assert (checked.model, checked.context, len(checked.pauses)) == ("base", 1024, 8)
-        assert "context 1024" in found and "nats of the weights loaded here" in found
-        assert "nats" not in connected(server, tiny, weights=False)[1]
-        assert "base at" in connected(server, tiny)[1]
+        checked, answer = connected(server, tiny)
+    assert (checked.model, checked.context, len(checked.pauses)) == ("base", 1024, 8)
+    assert check_weights(checked, answer, tiny) < 1e-4
 
 
 def test_a_server_with_other_weights_is_refused(tiny, tmp_path):
@@ -239,16 +262,16 @@ def test_a_server_with_other_weights_is_refused(tiny, tmp_path):
     model.save_pretrained(tmp_path)
     tiny[1].save_pretrained(tmp_path)
     with ModelServer(tmp_path) as server, pytest.raises(BadInput, match="it serves other weights. Start it: COMMAND"):
-        connected(server, tiny)
+        check_weights(*connected(server, tiny), tiny)
 
 
-def test_a_server_with_another_tokenizer_is_refused_without_the_weights_here(tiny):
+def test_a_server_with_another_tokenizer_is_refused(tiny):
     def fault(number, body, reply):
         if reply:
             reply["choices"][0]["text"] = "words of another tokenizer"
 
     with ModelServer(fault=fault) as server, pytest.raises(BadInput, match="another model. Start it: COMMAND"):
-        connected(server, tiny, weights=False)
+        connected(server, tiny)
 
 
 def test_a_context_that_is_too_short_is_named_before_work_starts(tiny):
@@ -263,6 +286,18 @@ def test_the_check_does_not_wait_for_a_server_that_is_not_there(tiny):
     with pytest.raises(BadInput, match="does not answer") as caught:
         connected(server, tiny, pauses=(30,) * 5)
     assert time.time() - began < 5 and "--resume" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_the_script_that_checks_a_server_finds_that_all_is_well(lora, tmp_path, capsys):
+    """No run calls it, so a change of dust.draw once broke it without a sign."""
+    pytest.importorskip("peft") if lora else None
+    with ModelServer() as server:
+        options = [server.url, "--prompts", "4", "--max-new-tokens", "60", "--lora", str(lora), "--out", str(tmp_path)]
+        assert check_server.main(options) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("4 of 4 greedy answers are those of the model here") == 2
+    assert "8 of 8 answers came again" in printed and ("adapter: " in printed) == bool(lora)
 
 
 @pytest.mark.parametrize("given", ["host:8000", "http://host:8000", "http://host:8000/", "http://host:8000/v1/"])
@@ -443,6 +478,21 @@ def test_a_server_that_stays_away_ends_a_run_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_server_that_goes_away_ends_a_run_in_one_line_and_resume_goes_on(tmp_path, capsys, monkeypatch):
+    """After ten minutes of tries. The answers that came are kept, and the server gets only the other questions again."""
+    monkeypatch.setattr(engine, "time", SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(0.01)))
+    options = [*SMALL_RUN, "--eval-only", "--server-requests", "2", "--out", tmp_path / "run"]
+    with ModelServer(fault=lambda number, body, reply: 503 if number > 5 else None) as server:
+        error = error_of(capsys, *options, "--server", server.url)
+    assert error.startswith(f"dust: --server {server.url} does not answer (503") and "--resume goes on" in error
+    kept = eval_texts(tmp_path / "run")
+    assert len(kept) == 4  # the first two requests are the check's
+    with ModelServer() as server:
+        assert run_dust(*options, "--server", server.url, "--resume") == 0
+    assert Counter(body["n"] for body in server.log)[4] == 2
+    assert set(kept) < set(eval_texts(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("options, message", [
     (["--server-rollouts", "--server", "a:1"], "--server-rollouts needs --server and --lora"),
     (["--server-rollouts", "--lora", "4"], "--server-rollouts needs --server and --lora"),
@@ -453,6 +503,54 @@ def test_a_server_that_stays_away_ends_a_run_in_one_line(tmp_path, capsys):
 def test_options_that_do_not_go_together_are_named(options, message, capsys):
     pytest.importorskip("peft")
     assert message in error_of(capsys, *options)
+
+
+# ---------------------------------------------------------------------------------------- how long will it take
+
+HERE, SERVED = 506, 7224  # tokens a second, as the README says whose they are
+
+
+def hours(answers: dict, by_server: tuple, length: int) -> str:
+    """Return the hours in which the answers of a run are drawn. by_server: the stages that a server draws."""
+    seconds = sum(count * length / (SERVED if stage in by_server else HERE) for stage, count in answers.items())
+    return f"{seconds / 3600:,.0f} h"
+
+
+@pytest.mark.parametrize("preset, by_server", [("quick", ("candidates", "base", "curve", "trained")),
+                                               ("paper", ("candidates", "base"))])
+def test_the_table_of_hours_is_what_the_presets_ask_for(preset, by_server):
+    """by_server: the stages that a server draws without --server-rollouts; quick has --lora."""
+    args = dust.Args(**dust.PRESETS[preset])
+    answers = answers_of(args, args.limit or 10_000, 131, dust.CURVE_PROBLEMS, mixed=37 / 160)
+    length = args.max_new_tokens // 2
+    cells = [f"`{preset}`", f"{answers['candidates']:,}", f"{answers['training']:,}",
+             f"{answers['base'] + answers['curve'] + answers['trained']:,}", f"{sum(answers.values()) * length / 1e6:,.0f} million",
+             *[hours(answers, stages, length) for stages in ((), by_server, tuple(answers))]]
+    readme = (TINY.parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join(cells)} |" in readme
+    assert f"{HERE} tokens a second" in readme and f"{SERVED:,}" in readme and f"{length:,}" in readme
+
+
+def write_programs_in_turn(number, body, reply) -> None:
+    """Make every answer a program: a right one, a wrong one, and so on."""
+    right, wrong = 3, 5  # print(1) and print(2) of the model in conftest.py, whose end of text is 2
+    for choice in reply["choices"] if reply and number > 1 else ():
+        choice["token_ids"], choice["finish_reason"] = [wrong if choice["index"] % 2 else right, 2], "stop"
+        choice["logprobs"] = {"token_logprobs": [-1.0, -1.0]}
+
+
+def test_the_answers_that_a_run_draws_are_as_many_as_were_counted(llama, tmp_path, capsys):
+    """Here each answer holds a program, so all groups are ranked. The server draws for all stages, and counts too."""
+    pytest.importorskip("peft")
+    options = [*llama["arguments"], "--repeats", "2", "--lora", "4", "--server-rollouts", "--eval-every", "1", "--out", tmp_path / "run"]
+    with ModelServer(llama["folder"] / "model", context=512, fault=write_programs_in_turn) as server:
+        with pytest.warns():  # the log-probs that the fault gives are far from ours
+            assert run_dust(*options, "--server", server.url) == 0
+    args = dust.parse_args([str(option) for option in [*options, "--server", server.url]])
+    counted = answers_of(args, 8, 6, dust.CURVE_PROBLEMS)
+    assert sum(body["n"] for body in server.log[2:]) == sum(counted.values())  # the first two are the check's
+    total = counted["base"] + counted["curve"] + counted["trained"]
+    assert f"with rankings and curve {total} answers" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ importance weights

@@ -25,6 +25,7 @@ from plumbing import ranks
 from plumbing.problems import BadInput, Problem
 from plumbing.models import load_checkpoint, load_model, make_optimizer, save_checkpoint, save_model
 from plumbing.ranks import full_state, shard_model
+from server import ModelServer
 from test_grpo import distance, qwen3, scored, settings
 from test_models import QWEN, make_model, make_tokenizer, quantise
 
@@ -464,6 +465,50 @@ def test_two_ranks_do_what_one_does_also_sharded(llama, tmp_path):
         models = [AutoModelForCausalLM.from_pretrained(tmp_path / n / "model") for n in (name, "one")]
         assert distance(*[[p.detach() for p in m.parameters()] for m in models]) < 1e-5
         assert (tmp_path / f"{name}-said" / "1").read_text() == ""  # rank 0 alone shows anything
+
+
+def asked_of(server: ModelServer) -> list[str]:
+    """Return the requests for answers that a server got, in any order. An adapter's name follows its last bits."""
+    return sorted(json.dumps(body | {"model": ""}) for body in server.log)
+
+
+@pytest.mark.parametrize("more", [[], ["--lora", "4", "--server-rollouts"]])
+def test_two_ranks_ask_a_server_for_what_one_asks_for(more, llama, tmp_path):
+    """No answer is drawn twice, and the results are those of one rank."""
+    if more:
+        pytest.importorskip("peft")
+    runs, asked = {}, {}
+    for name in ("one", "two"):
+        with ModelServer(llama["folder"] / "model", context=512) as server:
+            arguments = [*llama["arguments"], *more, "--rows", "16", "--server", server.url, "--out", tmp_path / name]
+            count = 1 + (name == "two")
+            assert run_ranks(arguments, tmp_path / f"{name}-said", count=count) == [0] * count
+            runs[name], asked[name] = read_run(tmp_path / name), asked_of(server)
+    assert asked["one"] == asked["two"]
+    (candidates, steps, report), other = runs["one"], runs["two"]
+    assert other[0] == candidates and other[2]["rows"] == report["rows"]
+    for mine, theirs in zip(steps, other[1], strict=True):
+        for key in ("reward", "grad_norm", "answer_tokens"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.parametrize("when", ["at the start", "in training"])
+def test_an_error_of_a_server_is_said_once_whichever_rank_would_meet_it(when, llama, tmp_path):
+    """Where another rank than the first one met it, it was never said: there was only "another process has ended"."""
+    pytest.importorskip("peft")
+    told = []
+
+    def refuse_one(number, body, reply):
+        training = body["n"] == 4 and body["temperature"] == 1
+        if reply is None and not told and (training if when == "in training" else number == 2):
+            told.append(number)
+            return 400
+
+    with ModelServer(llama["folder"] / "model", context=512, fault=refuse_one) as server:
+        arguments = [*llama["arguments"], "--lora", "4", "--server-rollouts", "--server", server.url]
+        assert run_ranks([*arguments, "--out", tmp_path / "run"], tmp_path / "said") == [2, 2]
+    (line,) = said(tmp_path / "said")
+    assert "refuses /v1/completions: 400" in line
 
 
 def test_every_sharded_model_shares_prompts_from_its_loading_on(llama, tmp_path, monkeypatch):
