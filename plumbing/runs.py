@@ -40,7 +40,8 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
     size = min(ranks.gather(size)) * ranks.world()  # the ranks may have unlike memory
     chunks = [keys[i : i + size] for i in range(0, len(keys), size)]
     chunks = [chunk for chunk in chunks if not done.keys() >= set(chunk)]
-    with progress_bar(file and file.stem, len(keys), len(keys) - sum(map(len, chunks)), leave=not of_curve(file)) as bar:
+    found = len(keys) - sum(map(len, chunks))
+    with progress_bar(file and file.stem, len(keys), found, leave=not of_curve(file)) as bar:
         for chunk in chunks:
             results = ranks.spread(chunk, lambda mine: do([work[key] for key in mine]))
             new = {key: result for key, result in zip(chunk, results) if key not in done}
@@ -227,9 +228,9 @@ def choose_device(name: str) -> str:
 def answers_of(args, problems: int, held_out: int, curve: int, mixed: float = 0.0) -> dict[str, int]:
     """Return how many answers a run draws at most, by what they are for.
 
-    problems, held_out, curve: numbers of problems, the last one those of each point of the curve. mixed: the share of groups that
-    are mixed, by which --until-enough ends sampling; 0: not known, so all problems are sampled. The programs that
-    --mode rank-onpolicy and iterative draw in each step are not counted.
+    problems, held_out, curve: numbers of problems, the last one those of each point of the curve. mixed: the share of
+    groups that are mixed, by which --until-enough ends sampling; 0: not known, so all problems are sampled. The
+    programs that --mode rank-onpolicy and iterative draw in each step are not counted.
     """
     rankings = held_out * args.repeats + held_out * (args.repeats // 2)  # with the finals
     programs, training = held_out * args.repeats * args.best_of, args.steps * args.batch * args.answers
