@@ -188,6 +188,7 @@ class Candidate:
     answer: str
     code: str | None  # the program in the answer; None if there is none
     correct: bool = False  # y (paper 2.2): the program passes every test; set by label()
+    failure: dict | None = None  # sandbox.Verdict.failure, for a reader; set by label()
 
 
 @dataclass
@@ -352,15 +353,16 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, file
     workers = max(1, args.workers // ranks.local_world())  # the ranks on one machine share its cores
     with sandbox.Pool(workers=workers, timeout=args.timeout, memory_mb=args.memory_mb) as pool:
 
-        def run_programs(chunk: list[tuple[str, str]]) -> list[int]:
-            return [int(passed) for passed in pool.label([(code, tests[problem_id]) for problem_id, code in chunk])]
+        def run_programs(chunk: list[tuple[str, str]]) -> list:  # 1, or the first failed test
+            return [failure or 1 for failure in pool.failures([(code, tests[id]) for id, code in chunk])]
 
         # the same size on every rank; a kill loses at most one chunk of labels
         size = 32 * min(ranks.gather(workers)) if file else max(len(work), 1)
         labels = runs.resumable(file, work, run_programs, size)
-    labels = dict(zip(work.values(), labels.values()))  # (problem id, code) -> y
+    labels = dict(zip(work.values(), labels.values()))  # (problem id, code) -> 1, or the first failed test
     for candidate in candidates:
-        candidate.correct = bool(labels.get((candidate.problem_id, candidate.code), 0))
+        verdict = labels.get((candidate.problem_id, candidate.code))
+        candidate.correct, candidate.failure = verdict == 1, verdict if isinstance(verdict, dict) else None
     if file:
         share = sum(candidate.correct for candidate in candidates) / max(len(candidates), 1)
         tqdm.write(f"  {len(programs)} different programs; {share:.1%} of the answers are correct")
