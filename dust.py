@@ -174,7 +174,7 @@ from tqdm import tqdm  # noqa: E402
 
 import grpo  # noqa: E402
 from grpo import Rollout, Sampling  # noqa: E402
-from plumbing import fast_decode, models, ranks, report, runs, served  # noqa: E402
+from plumbing import fast_decode, models, ranks, report, runs, served, steps  # noqa: E402
 from plumbing.engine import Server  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ what flows through
@@ -434,7 +434,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
     reference = frozen_copy(model, args) if args.kl and not supervised else None
     optimizer = models.make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
     first = models.load_checkpoint(out / "checkpoint.pt", model, optimizer)
-    ranks.on_first(lambda: runs.keep_lines(out / "metrics.jsonl", first))
+    ranks.on_first(lambda: [runs.keep_lines(out / name, first) for name in ("metrics.jsonl", "steps.jsonl")])
     told = False  # that answers are cut off
     with runs.progress_bar("train", args.steps, first) as bar:
         for step in range(first, args.steps):
@@ -445,6 +445,8 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], args: 
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
             metrics |= grpo.update(model, optimizer, rollouts, args, reference=reference, generator=generator)
+            steps.keep_step(out / "steps.jsonl", step, rollouts, model, tokenizer, args, grpo.logprobs,
+                            grpo.group_advantages)
             metrics |= {"step": step + 1, "seconds": time.time() - began}
             trained = metrics["prompts"] * args.answers * metrics["answer_tokens"]
             metrics["tokens_per_second"] = trained / metrics["seconds"]  # the candidates of rank-onpolicy not counted
@@ -765,7 +767,7 @@ def run(args: Args) -> None:
         rows["trained"] = rank_all(trained, tokenizer, drawn, args, out / "trained")
     ranked = {name: row[0] for name, row in rows.items()}
     finals = {name: row[1] for name, row in rows.items()}
-    text = ranks.on_first(lambda: report.write_report(ranked, finals, METRICS, asdict(args), out))
+    text = ranks.on_first(lambda: report.write_report(ranked, finals, METRICS, asdict(args), out, asdict(Args())))
     tqdm.write(f"\n{text}\nall of it: {out}")
 
 

@@ -13,9 +13,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from plumbing import page
 from plumbing.problems import write_atomic
 
 CURVE = (1, 2, 4, 8)  # the N's in the plot of Best-of-N
+SHOWN = 200  # characters of a test in groups.jsonl
 
 # ------------------------------------------------------------------------------------------------------- the figures
 
@@ -145,10 +147,12 @@ def curve_table(figures: dict) -> str:
 # --------------------------------------------------------------------------------------------------------- the files
 
 
-def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, args: dict, out: Path) -> str:
-    """Write report.json, report.md, examples.md and judged.jsonl. Return the text of report.md.
+def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, args: dict, out: Path,
+                 defaults: dict | None = None) -> str:
+    """Write report.json, report.md, examples.md, judged.jsonl, groups.jsonl and page.html. Return report.md's text.
 
     With matplotlib, write best_of_n.png and curves.png too. finals may be empty. args: the settings of the run.
+    defaults: the same settings where nothing was given; report.json names those that differ.
     """
     summary = summarise(rows, metrics)
     for name, own in finals.items():
@@ -159,7 +163,8 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
     for mark in marks if len(marks) > 1 else []:
         only = {name: [one for one in own if one.group.problem.difficulty == mark] for name, own in rows.items()}
         summary["slices"][mark] = summarise(only, metrics)
-    summary |= {"best_of_n": curves(rows, finals, metrics), "args": args}
+    changed = {name: args[name] for name, value in (defaults or {}).items() if args[name] != value}
+    summary |= {"best_of_n": curves(rows, finals, metrics), "args": args, "changed": changed}
 
     parts = [f"# DuST on `{Path(args['model']).name}`, seed {args['seed']}", table(summary), NOTE]
     parts += ["## Best-of-N", curve_table(summary["best_of_n"]), CURVE_NOTE]
@@ -169,13 +174,52 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
     text = "\n\n".join(parts) + "\n"
 
     write_atomic(out / "judged.jsonl", judged_lines(rows, finals))
+    write_atomic(out / "groups.jsonl", group_lines(rows))
     write_atomic(out / "report.json", json.dumps(summary, indent=1))
     write_atomic(out / "report.md", text)
     write_atomic(out / "examples.md", examples(rows))
     with contextlib.suppress(ImportError):
         draw_best_of_n(summary["best_of_n"], out / "best_of_n.png")
         draw_curves(out)
+    page.write_page(out)
     return text
+
+
+def in_order_shown(one) -> list:
+    """Return the candidates of a ranked group as the judge saw them; after them the answers without a program."""
+    return [*one.group.candidates, *(c for c in one.ordered if c.code is None)]
+
+
+def order_of(one) -> list[int]:
+    """Return the judge's order as numbers, from 1, of the candidates in_order_shown."""
+    places = {id(candidate): number for number, candidate in enumerate(one.group.candidates, 1)}
+    shown = [places[id(candidate)] for candidate in one.ordered if candidate.code is not None]
+    return [*shown, *range(len(shown) + 1, len(one.ordered) + 1)]
+
+
+def group_lines(rows: dict[str, list]) -> str:
+    """Return the text of groups.jsonl: what the base and the trained generator wrote, a line for each of their groups.
+
+    The candidates stand in the order shown, each with its label and, if it is wrong, the first failed test.
+    """
+    lines = []
+    for row, one in [(row, one) for row in JUDGES for one in rows.get(row, [])]:
+        problem, candidates = one.group.problem, []
+        for c in in_order_shown(one):
+            failure = c.failure and c.failure | test_text(problem.tests[c.failure["test"]])
+            candidates.append({"code": c.code, "correct": c.correct, "failure": failure})
+        lines.append({"row": row, "problem": problem.id, "question": problem.question, "candidates": candidates})
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def test_text(test: dict) -> dict[str, str]:
+    """Return the first characters of a test: what goes in, and what should come out."""
+    given, wanted = test.get("input", test.get("asserts", "")), test.get("output", "")
+    if "fn_name" in test:
+        with contextlib.suppress(ValueError, RecursionError):  # a number of many digits, a list that is nested too deep
+            wanted = repr(test["expected"])
+            given = f"{test['fn_name']}({', '.join(map(repr, test['args']))})"
+    return {"given": given[:SHOWN], "wanted": wanted[:SHOWN]}
 
 
 def judged_lines(rows: dict[str, list], finals: dict[str, list]) -> str:
@@ -185,7 +229,8 @@ def judged_lines(rows: dict[str, list], finals: dict[str, list]) -> str:
         for row, one in [(row, one) for row, judged in part.items() for one in judged]:
             problem, shown = one.group.problem, len(one.group.candidates)
             lines.append({"row": row, "problem": problem.id, "difficulty": problem.difficulty, "ranked": one.ranked,
-                          "shown": shown, "malformed": one.malformed, "final": part is finals})
+                          "order": order_of(one), "shown": shown, "malformed": one.malformed,
+                          "final": part is finals})
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
