@@ -108,7 +108,7 @@ def pack_groups(groups: list[dict], limit: int) -> tuple[list, list]:
 
 
 def pack_steps(steps: list[dict], limit: int) -> list[dict]:
-    """Return the steps that fit into a number of bytes, first those with tokens. A step that is there twice counts once.
+    """Return the steps that fit into a number of bytes, first those with tokens. The last line of a step counts.
 
     Of a long answer only the first and the last tokens are kept, with a number in between: how many are left out.
     """
@@ -133,7 +133,7 @@ def page_data(run: Path) -> dict:
         raise BadInput(f"{run} holds no report.json: give the folder of a run that has ended, such as runs/tiny-1")
     if not isinstance(report, dict) or not {"rows", "args"} <= report.keys():
         raise BadInput(f"{run / 'report.json'} is not the report of a run")
-    left_out, curve, steps = [], read(run / "curve.jsonl"), read(run / "steps.jsonl")
+    curve, steps = read(run / "curve.jsonl"), read(run / "steps.jsonl")
     changed = {name: value for name, value in report.get("changed", {}).items() if name not in UNCHANGED}
     data = {"run": run.resolve().name, "model": Path(report["args"].get("model", "")).name,
             "seed": report["args"].get("seed"), "mode": report["args"].get("mode"), "rows": report["rows"],
@@ -143,7 +143,7 @@ def page_data(run: Path) -> dict:
     data["groups"], data["candidates"] = pack_groups(groups, LIMIT - len(TEMPLATE.read_bytes()) - len(to_json(data)))
     missing = {
         "Settings that differ from the defaults: report.json names none (an older run).": "changed" not in report,
-        "The curve: there is no curve.jsonl (--eval-every makes it).": not curve and not report["args"].get("eval_only"),
+        "The curve: there is no curve.jsonl (--eval-every makes it).": not curve and steps is not None,
         "The groups: there is no judged.jsonl.": not groups,
         "The programs of the groups: there is no groups.jsonl (an older run).": not (run / "groups.jsonl").exists(),
         "The steps of the training: there is no steps.jsonl (nothing was trained, or an older run).": steps is None,
@@ -152,8 +152,7 @@ def page_data(run: Path) -> dict:
         f"{len(steps or []) - len(data['steps'])} of {len(steps or [])} steps: the page would be larger than 3 MB.":
             len(data["steps"]) < len(steps or []),
     }
-    left_out += [sentence for sentence, applies in missing.items() if applies]
-    return data | {"left_out": left_out}
+    return data | {"left_out": [sentence for sentence, applies in missing.items() if applies]}
 
 
 def write_page(run: Path) -> Path:
