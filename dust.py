@@ -188,7 +188,7 @@ from tqdm import tqdm  # noqa: E402
 
 import grpo  # noqa: E402
 from grpo import Rollout, Sampling  # noqa: E402
-from plumbing import fast_decode, models, ranks, report, runs, served  # noqa: E402
+from plumbing import fast_decode, models, ranks, report, runs, served, steps  # noqa: E402
 from plumbing.engine import Server  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ what flows through
@@ -202,6 +202,7 @@ class Candidate:
     answer: str
     code: str | None  # the program in the answer; None if there is none
     correct: bool = False  # y (paper 2.2): the program passes every test; set by label()
+    failure: dict | None = None  # sandbox.Verdict.failure, for a reader; set by label()
 
 
 @dataclass
@@ -385,15 +386,16 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, file
     workers = max(1, args.workers // ranks.local_world())  # the ranks on one machine share its cores
     with sandbox.Pool(workers=workers, timeout=args.timeout, memory_mb=args.memory_mb) as pool:
 
-        def run_programs(chunk: list[tuple[str, str]]) -> list[int]:
-            return [int(passed) for passed in pool.label([(code, tests[problem_id]) for problem_id, code in chunk])]
+        def run_programs(chunk: list[tuple[str, str]]) -> list:  # 1, or the first failed test
+            return [failure or 1 for failure in pool.failures([(code, tests[id]) for id, code in chunk])]
 
         # the same size on every rank; a kill loses at most one chunk of labels
         size = 32 * min(ranks.gather(workers)) if file else max(len(work), 1)
         labels = runs.resumable(file, work, run_programs, size)
-    labels = dict(zip(work.values(), labels.values()))  # (problem id, code) -> y
+    labels = dict(zip(work.values(), labels.values()))  # (problem id, code) -> 1, or the first failed test
     for candidate in candidates:
-        candidate.correct = bool(labels.get((candidate.problem_id, candidate.code), 0))
+        verdict = labels.get((candidate.problem_id, candidate.code))
+        candidate.correct, candidate.failure = verdict == 1, verdict if isinstance(verdict, dict) else None
     if file:
         share = sum(candidate.correct for candidate in candidates) / max(len(candidates), 1)
         runs.say(file, f"  {len(programs)} different programs; {share:.1%} of the answers are correct")
@@ -475,7 +477,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], base: 
     reference = frozen_copy(model, args) if args.kl and not supervised else None
     optimizer = models.make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
     first = models.load_checkpoint(out / "checkpoint.pt", model, optimizer)
-    ranks.on_first(lambda: runs.keep_lines(out / "metrics.jsonl", first))
+    ranks.on_first(lambda: [runs.keep_lines(out / name, first) for name in ("metrics.jsonl", "steps.jsonl")])
     told = False  # that answers are cut off
     with runs.progress_bar("train", args.steps, first) as bar:
         for step in range(first, args.steps):
@@ -490,6 +492,8 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], base: 
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
             metrics |= grpo.update(model, optimizer, rollouts, args, reference=reference, generator=generator)
+            steps.keep_step(out / "steps.jsonl", step, rollouts, model, tokenizer, args, grpo.logprobs,
+                            grpo.group_advantages)
             metrics |= {"step": step + 1, "seconds": time.time() - began}
             trained = metrics["prompts"] * args.answers * metrics["answer_tokens"]
             metrics["tokens_per_second"] = trained / metrics["seconds"]  # the candidates of rank-onpolicy not counted
@@ -862,7 +866,8 @@ def run(args: Args) -> None:
     finals = {name: row[1] for name, row in rows.items()}
     if args.eval_every and not args.eval_only:
         ranks.on_first(lambda: keep_ends(ranked, base, steps, args, out))
-    text = ranks.on_first(lambda: report.write_report(ranked, finals, metrics_of(args.best_of), asdict(args), out))
+    text = ranks.on_first(lambda: report.write_report(ranked, finals, metrics_of(args.best_of), asdict(args), out,
+                                                      asdict(Args())))
     tqdm.write(f"\n{text}\nall of it: {out}")
 
 

@@ -45,6 +45,7 @@ from plumbing.sandbox_worker import SandboxError, Worker, WorkerDied, memory_fil
 
 KEPT = 100_000  # bytes of stdout and of stderr that a verdict keeps for each test
 BLANKS = re.compile(rb"\s*")
+SHOWN, SHOWN_LINES = 200, 5  # characters and lines of what a failed program printed, in Verdict.failure
 
 
 class Result(NamedTuple):
@@ -66,6 +67,21 @@ class Verdict(NamedTuple):
 
     def __bool__(self) -> bool:
         return self.passed
+
+    @property
+    def failure(self) -> "dict | None":
+        """What a reader wants to know of the first failed test, in short; None if all passed.
+
+        "test": its number, from 0. "why": the reason, with the last line of an exception. "printed": the first lines
+        that the program printed there.
+        """
+        if self.passed:
+            return None
+        result, why = self.results[-1], self.reason.partition(": ")[2]
+        if result.status == "error":
+            why += f": {(result.stderr.strip().splitlines() or ['nothing on stderr'])[-1]}"
+        printed = "\n".join(result.stdout.splitlines()[:SHOWN_LINES])
+        return {"test": self.failed_test, "why": why[:SHOWN], "printed": printed[:SHOWN]}
 
 
 # --------------------------------------------------------------------------------------------------- the verdict
@@ -284,7 +300,12 @@ class Pool(contextlib.AbstractContextManager):
 
     def label(self, jobs: "Iterable[tuple[str, list]]") -> "list[bool]":
         """Return whether each (code, tests) passes, in order."""
-        return [passed for _, passed in sorted((verdict.job, verdict.passed) for verdict in self.run_tests(jobs))]
+        return [failure is None for failure in self.failures(jobs)]
+
+    def failures(self, jobs: "Iterable[tuple[str, list]]") -> "list[dict | None]":
+        """Return Verdict.failure for each (code, tests), in order: None if it passes."""
+        found = {verdict.job: verdict.failure for verdict in self.run_tests(jobs)}
+        return [found[job] for job in range(len(found))]
 
     def run_tests(self, jobs: "Iterable[tuple[str, list]]") -> Iterator[Verdict]:
         """Yield the Verdict of each (code, tests) as soon as it is known. Verdict.job: the number of the pair."""

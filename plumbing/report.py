@@ -13,7 +13,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from plumbing import page
 from plumbing.problems import write_atomic
+
+SHOWN = 200  # characters of a test in groups.jsonl
 
 # ------------------------------------------------------------------------------------------------------- the figures
 
@@ -218,10 +221,12 @@ def curve_table(figures: dict) -> str:
 # --------------------------------------------------------------------------------------------------------- the files
 
 
-def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, args: dict, out: Path) -> str:
-    """Write report.json, report.md, examples.md and judged.jsonl. Return the text of report.md.
+def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, args: dict, out: Path,
+                 defaults: dict | None = None) -> str:
+    """Write report.json, report.md, examples.md, judged.jsonl, groups.jsonl and page.html. Return report.md's text.
 
     With matplotlib, write best_of_n.png and curves.png too. finals may be empty. args: the settings of the run.
+    defaults: the same settings where nothing was given; report.json names those that differ.
     """
     summary = summarise(rows, metrics)
     for name, own in finals.items():
@@ -234,8 +239,9 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
             only = {name: [one for one in own if getattr(one.group.problem, kind) == mark]
                     for name, own in rows.items()}
             summary["slices"][mark] = summarise(only, metrics)
+    changed = {name: args[name] for name, value in (defaults or {}).items() if args[name] != value}
     curve = [read_point(file, metrics) for file in curve_files(out)]
-    summary |= {"best_of_n": curves(rows, finals, metrics), "curve": curve, "args": args}
+    summary |= {"best_of_n": curves(rows, finals, metrics), "curve": curve, "args": args, "changed": changed}
 
     parts = [f"# DuST on `{Path(args['model']).name}`, seed {args['seed']}", table(summary), NOTE]
     parts += [headline(summary)] if "trained" in rows else []
@@ -247,6 +253,7 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
     text = "\n\n".join(parts) + "\n"
 
     write_atomic(out / "judged.jsonl", judged_lines(rows, finals))
+    write_atomic(out / "groups.jsonl", group_lines(rows))
     write_atomic(out / "report.json", json.dumps(summary, indent=1))
     write_atomic(out / "report.md", text)
     if curve:
@@ -255,7 +262,45 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
     with contextlib.suppress(ImportError):
         draw_best_of_n(summary["best_of_n"], out / "best_of_n.png")
         draw_curves(curve, out)
+    page.write_page(out)
     return text
+
+
+def in_order_shown(one) -> list:
+    """Return the candidates of a ranked group as the judge saw them; after them the answers without a program."""
+    return [*one.group.candidates, *(c for c in one.ordered if c.code is None)]
+
+
+def order_of(one) -> list[int]:
+    """Return the judge's order as numbers, from 1, of the candidates in_order_shown."""
+    places = {id(candidate): number for number, candidate in enumerate(one.group.candidates, 1)}
+    shown = [places[id(candidate)] for candidate in one.ordered if candidate.code is not None]
+    return [*shown, *range(len(shown) + 1, len(one.ordered) + 1)]
+
+
+def group_lines(rows: dict[str, list]) -> str:
+    """Return the text of groups.jsonl: what the base and the trained generator wrote, a line for each of their groups.
+
+    The candidates stand in the order shown, each with its label and, if it is wrong, the first failed test.
+    """
+    lines = []
+    for row, one in [(row, one) for row in JUDGES for one in rows.get(row, [])]:
+        problem, candidates = one.group.problem, []
+        for c in in_order_shown(one):
+            failure = c.failure and c.failure | test_text(problem.tests[c.failure["test"]])
+            candidates.append({"code": c.code, "correct": c.correct, "failure": failure})
+        lines.append({"row": row, "problem": problem.id, "question": problem.question, "candidates": candidates})
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def test_text(test: dict) -> dict[str, str]:
+    """Return the first characters of a test: what goes in, and what should come out."""
+    given, wanted = test.get("input", test.get("asserts", "")), test.get("output", "")
+    if "fn_name" in test:
+        with contextlib.suppress(ValueError, RecursionError):  # a number of many digits, a list that is nested too deep
+            wanted = repr(test["expected"])
+            given = f"{test['fn_name']}({', '.join(map(repr, test['args']))})"
+    return {"given": given[:SHOWN], "wanted": wanted[:SHOWN]}
 
 
 def judged_lines(rows: dict[str, list], finals: dict[str, list]) -> str:
@@ -265,7 +310,8 @@ def judged_lines(rows: dict[str, list], finals: dict[str, list]) -> str:
         for row, one in [(row, one) for row, judged in part.items() for one in judged]:
             problem, shown = one.group.problem, len(one.group.candidates)
             lines.append({"row": row, "problem": problem.id, "difficulty": problem.difficulty, "set": problem.set,
-                          "ranked": one.ranked, "shown": shown, "malformed": one.malformed, "final": part is finals})
+                          "ranked": one.ranked, "order": order_of(one), "shown": shown, "malformed": one.malformed,
+                          "final": part is finals})
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 

@@ -184,12 +184,14 @@ def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_was_not(llama, tmp
     timed = ("seconds", "tokens_per_second")
     strip = lambda steps: [{k: v for k, v in s.items() if k not in timed} for s in steps]  # noqa: E731
     assert strip(one["steps"]) == strip(other["steps"]) and len(one["steps"]) == 4
+    for name in ("steps.jsonl", "groups.jsonl", "judged.jsonl"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "killed" / name).read_text(), name
     whole, again = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed"))
     assert all(torch.equal(p, again["model"][name]) for name, p in whole["model"].items())  # to the last bit
     for index, state in whole["optimizer"]["state"].items():
         assert all(torch.equal(value, again["optimizer"]["state"][index][name]) for name, value in state.items())
     kept = [path for path in (tmp_path / "killed").glob("*.jsonl") if path.stem.endswith("s") and path.stem not in (
-        "metrics", "candidates")]
+        "metrics", "candidates", "steps", "groups")]
     assert len(kept) == 9
     for path in kept:
         keys = [json.loads(line)[0] for line in path.read_text().splitlines()]
@@ -540,9 +542,9 @@ def test_the_same_program_runs_once_and_only_for_its_own_problem(tmp_path, monke
         def __init__(self, **settings): ...
         def __enter__(self): return self
         def __exit__(self, *error): ...
-        def label(self, work):
+        def failures(self, work):
             ran.extend((code, tests[0]["output"]) for code, tests in work)
-            return [tests[0]["output"] == "yes" for _, tests in work]
+            return [None if tests[0]["output"] == "yes" else {"test": 0} for _, tests in work]
 
     monkeypatch.setattr(dust.sandbox, "Pool", Pool)
     problems = [Problem("a", "Q", [{"input": "", "output": "yes"}]), Problem("b", "Q", [{"input": "", "output": "no"}])]

@@ -13,13 +13,17 @@ from plumbing import report
 from plumbing.problems import Problem
 
 SETTINGS = {"model": "m", "seed": 0}
-PROGRAM = SimpleNamespace(code="print(1)", correct=True)
 
 
 def judged(name: str, *rankings: list[int], malformed: bool = False, shown: int = 4) -> list:
     """Return ranked groups of one problem. A ranking lists the labels, the best-ranked first."""
-    group = SimpleNamespace(problem=Problem(name, "Q", [], difficulty="seen order"), candidates=[PROGRAM] * shown)
-    return [SimpleNamespace(group=group, ranked=ranked, answer="", malformed=malformed) for ranked in rankings]
+    groups = []
+    for ranked in rankings:
+        ordered = [SimpleNamespace(code="print(1)" if place < shown else None, correct=bool(label), failure=None)
+                   for place, label in enumerate(ranked)]
+        group = SimpleNamespace(problem=Problem(name, "Q", [], difficulty="seen order"), candidates=ordered[:shown])
+        groups.append(SimpleNamespace(group=group, ordered=ordered, ranked=ranked, answer="", malformed=malformed))
+    return groups
 
 
 # ------------------------------------------------------------------------------------------------------------ Best-of-N

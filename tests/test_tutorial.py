@@ -417,6 +417,25 @@ def test_the_quick_run_prints_what_the_tutorial_says(tmp_path):
     assert all(block in first + "\n" for block in fences(TEXT, "text") if not block.startswith(PRINTED))
     quoted = [line for block in printed(TEXT) for line in block.splitlines() if line.strip()]
     assert len(quoted) == 10 and [line for line in quoted if line.strip() not in said] == []
+    assert [words for words in on_the_page(tmp_path / "run") if words not in " ".join(TEXT.split())] == []
+
+
+def on_the_page(run: Path) -> list[str]:
+    """What the tour says of the page of the quick run, as the files of the run have it."""
+    group = json.loads((run / "steps.jsonl").read_text().splitlines()[0])["groups"][0]
+    tokens, parts = [token for answer in group["tokens"] for token in answer], {True: [], False: []}
+    for text, before, after, _ in tokens:
+        parts[text in (": yes", ": no")].append(abs(after - before))
+    verdicts, others = (sum(part) / len(part) for part in (parts[True], parts[False]))
+    before, after = next(token[1:3] for token in group["tokens"][3] if token[0] == ": no")
+    answers = [dict(map(json.loads, (run / f"{name}-rankings.jsonl").read_text().splitlines()))["21"][0].splitlines()
+               for name in ("base", "judge")]
+    [(no, yes), _] = [pair for pair in zip(*answers) if len(set(pair)) > 1]
+    assert (no.endswith(": no"), yes) == (True, no.removesuffix("no") + "yes")
+    return [f"Of these {len(tokens)} tokens {len(parts[True])} are verdicts",
+            f"moved by {verdicts:.3f} on average, all others by {others:.3f}",
+            f"Answer 4 has the advantage {group['advantages'][3]:.2f}", f"stood at {before} before", f"at {after} after",
+            f"says yes to `{no.partition(' -> ')[2].removesuffix(': no')}`"]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,457 @@
+"""Test the page of a run: what is kept for it, what it shows, and that nothing in a model's text is ever run.
+
+One test opens the page in a real browser (Debian's chromium); it is skipped where there is none.
+"""
+import copy
+import html
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dust
+import grpo
+import sandbox
+from dust import METRICS, Candidate, Group, RankedGroup
+from plumbing import page, report, steps
+from plumbing.problems import Problem
+
+torch.set_num_threads(1)
+ROOT = Path(dust.__file__).resolve().parent
+HOSTILE = ("print(1)  # </script><img src='http://127.0.0.1:9/x' onerror='faults.push(1)'>"
+           "<script>faults.push('ran')</script><!--")
+SETTINGS = {"model": "tiny", "seed": 0, "mode": "rank", "lr": 0.1, "out": "there"}
+LABELS = {  # a group -> the labels in the order of the base's judge, of the trained judge, of the trained generator
+    "mended": ([0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]), "broken": ([1, 0, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]),
+    "right": ([1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]), "wrong": ([0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]),
+    "again": ([0, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Plots take seconds, and the page has none of them."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+def ranked_group(problem: Problem, candidates: list[Candidate], labels: list[int], malformed: bool) -> RankedGroup:
+    """Return a group whose order has these labels. Of wrong candidates the first is taken first."""
+    left, ordered = list(candidates), []
+    for label in labels:
+        ordered.append(left.pop(next(i for i, c in enumerate(left) if c.correct == label)))
+    shown = [c for c in candidates if c.code is not None]
+    return RankedGroup(Group(problem, shown), ordered, f"words about {problem.id} {HOSTILE}", malformed)
+
+
+def programs(problem: Problem, labels: list[int]) -> list[Candidate]:
+    """Return candidates with these labels. A wrong one fails the first test. All right or all wrong ones are alike."""
+    failure = {"test": 0, "why": f"line 1 should be '1', not {HOSTILE!r}", "printed": HOSTILE}
+    drawn = [Candidate(problem.id, "", HOSTILE, bool(y), None if y else failure) for y in labels]
+    if problem.id == "mended" and not labels[-1]:  # one without a program, which is the last in every order
+        drawn[-1] = Candidate(problem.id, "", None)
+    return drawn
+
+
+def make_run(out: Path, groups: dict = LABELS) -> Path:
+    """Write the files of a small run by hand, and with write_report."""
+    out.mkdir(exist_ok=True)
+    rows = {"base": [], "trained_judge": [], "trained": []}
+    for name, (base, judge, trained) in groups.items():
+        problem = Problem(name, f"Print one. {HOSTILE}", [{"input": HOSTILE, "output": "1"}])
+        drawn = programs(problem, sorted(base, reverse=True))
+        rows["base"].append(ranked_group(problem, drawn, base, malformed=name == "broken"))
+        rows["trained_judge"].append(ranked_group(problem, drawn, judge, malformed=False))
+        own = programs(problem, sorted(trained, reverse=True))
+        rows["trained"].append(ranked_group(problem, own, trained, malformed=False))
+    for row, file in page.RANKINGS.items():
+        lines = [json.dumps([str(i), [one.answer, True]]) for i, one in enumerate(rows[row])]
+        (out / f"{file}.jsonl").write_text("".join(line + "\n" for line in lines))
+    tokens = [["\nyes", -1.0, -0.5, 0.25], [HOSTILE, -0.125, None, 0.0]]
+    kept = {"prompt": HOSTILE, "answers": [HOSTILE] * 2, "ended": [True, False], "rewards": [1.0, -1.0]}
+    close, plain = kept | {"advantages": [0.5, -0.5], "tokens": [tokens] * 2}, kept | {"advantages": []}
+    lines = [{"step": i + 1, "groups": groups} for i, groups in enumerate([[close, plain], [], [plain]])]
+    (out / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figure = {"mean": 40.0, "low": 30.0, "high": 50.0}
+    lines = [{"step": step} | dict.fromkeys(("pass1", "ndcg_all", "best_of_4"), figure) for step in (0, 10)]
+    (out / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.write_report(rows, {}, METRICS, SETTINGS, out, SETTINGS | {"lr": 0.5, "out": ""})
+    return out
+
+
+def data_of(out: Path) -> dict:
+    """Return what a browser would read in the page's data."""
+    text = (out / "page.html").read_text()
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+
+
+def lines_of(path: Path) -> list:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------- the page's data
+
+
+def test_text_of_a_model_cannot_end_the_script_that_holds_it(tmp_path):
+    text = (make_run(tmp_path) / "page.html").read_text()
+    template = page.TEMPLATE.read_text()
+    for mark in ("<script", "</script", "<!--", "<img"):
+        assert text.count(mark) == template.count(mark), mark
+    assert any(HOSTILE in (one["code"] or "") for one in data_of(tmp_path)["candidates"])  # and it is there
+
+
+def test_every_number_of_the_page_stands_in_the_files_of_the_run(tmp_path):
+    data, saved = data_of(make_run(tmp_path)), json.loads((tmp_path / "report.json").read_text())
+    assert data["rows"] == saved["rows"] and data["gains"] == saved["gains"]
+    assert data["changed"] == {"lr": 0.1} and saved["changed"] == {"lr": 0.1, "out": "there"}
+    assert data["steps"] == lines_of(tmp_path / "steps.jsonl") and data["curve"] == lines_of(tmp_path / "curve.jsonl")
+    judged = lines_of(tmp_path / "judged.jsonl")
+    for generator, judges in page.GENERATORS.items():
+        for judge in judges:
+            shown = [group["parts"][generator][judge] for group in data["groups"]]
+            assert [[one["ranked"], one["order"], one["malformed"]] for one in shown] == [
+                [one["ranked"], one["order"], one["malformed"]] for one in judged if one["row"] == judge]
+            assert all(one["words"].startswith(f"words about {name} ") for one, name in zip(shown, LABELS))
+    assert data["left_out"] == []
+
+
+def test_an_order_names_the_candidates_that_it_puts_first(tmp_path):
+    """Candidates that are alike, and answers without a program, must not be taken for one another."""
+    data = data_of(make_run(tmp_path))
+    for group in data["groups"]:
+        for part in group["parts"].values():
+            candidates = [data["candidates"][place] for place in part["candidates"]]
+            for judge in page.RANKINGS.keys() & part.keys():
+                order = part[judge]["order"]
+                assert sorted(order) == [1, 2, 3, 4]
+                assert [int(candidates[number - 1]["correct"]) for number in order] == part[judge]["ranked"]
+            assert all(one["failure"]["given"] == HOSTILE for one in candidates if one["failure"])
+
+
+def test_a_large_run_stays_under_three_megabytes_and_says_what_is_left_out(tmp_path):
+    """Chinese letters take six bytes each in the page, so a limit of characters is no limit of bytes."""
+    make_run(tmp_path)
+    lines = lines_of(tmp_path / "groups.jsonl")
+    for line in lines:
+        line["candidates"] = [one | {"code": f"{i}题" + "题" * 9000} for i, one in enumerate(line["candidates"])]
+    judged = lines_of(tmp_path / "judged.jsonl")
+    by_row = [[line for line in part if line["row"] == row] for part in (lines, judged) for row in page.RANKINGS]
+    many = [[line | {"n": i} for i, line in enumerate(part * 100)] for part in by_row]
+    (tmp_path / "groups.jsonl").write_text("".join(json.dumps(line) + "\n" for part in many[:3] for line in part))
+    (tmp_path / "judged.jsonl").write_text("".join(json.dumps(line) + "\n" for part in many[3:] for line in part))
+    step = lines_of(tmp_path / "steps.jsonl")[0]
+    plain = step | {"groups": [step["groups"][1] | {"answers": ["题" * 5000] * 2}]}
+    close = step | {"groups": [step["groups"][0] | {"tokens": [[["题", -1.0, -1.0, 0.0]] * 3_000] * 2}]}
+    unlike = [(plain if i < 200 else close) | {"step": i + 1} for i in range(205)]
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in unlike))
+    began = time.process_time()
+    page.write_page(tmp_path)
+    assert time.process_time() - began < 5
+    assert 1_000_000 < (tmp_path / "page.html").stat().st_size < 3_000_000
+    data = data_of(tmp_path)
+    assert "[... 5" in data["candidates"][0]["code"] and len(data["candidates"][0]["code"]) < page.TEXT + 100
+    shown = [one["step"] for one in data["steps"]]
+    assert shown[-5:] == [201, 202, 203, 204, 205] and 5 < len(shown) < 205 and shown == sorted(shown)
+    assert f"{205 - len(shown)} of 205 steps: the page would be larger than 3 MB." in data["left_out"]
+    tokens = data["steps"][-1]["groups"][0]["tokens"][0]
+    assert len(tokens) == page.TOKENS + 1 and tokens[page.TOKENS // 2] == 3_000 - page.TOKENS
+
+
+def test_groups_that_do_not_fit_are_counted(tmp_path, monkeypatch):
+    make_run(tmp_path)
+    monkeypatch.setattr(page, "LIMIT", (tmp_path / "page.html").stat().st_size - 1000)
+    page.write_page(tmp_path)
+    data = data_of(tmp_path)
+    assert 0 < len(data["groups"]) < 5 and (tmp_path / "page.html").stat().st_size < page.LIMIT + 500  # what it says
+    assert f"Groups {len(data['groups']) + 1} to 5: the page would be larger than 3 MB." in data["left_out"]
+
+
+@pytest.mark.parametrize("file, words", [
+    ("groups.jsonl", "programs of the groups"), ("judged.jsonl", "no judged.jsonl"), ("steps.jsonl", "no steps.jsonl"),
+    ("curve.jsonl", "no curve.jsonl"), ("base-rankings.jsonl", ""),
+])
+def test_a_run_that_lacks_a_file_shows_the_rest_and_says_so(file, words, tmp_path):
+    (make_run(tmp_path) / file).unlink()
+    page.write_page(tmp_path)
+    data = data_of(tmp_path)
+    assert [words in sentence for sentence in data["left_out"]] == [True] * bool(words)
+    assert data["rows"] and bool(data["groups"]) == (file != "judged.jsonl")
+
+
+def test_a_wrong_folder_and_a_damaged_file_are_one_clear_line(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    assert page.main([str(run)]) == 0 and capsys.readouterr().out == f"{run / 'page.html'}\n"
+    damaged = {"report.json": ["{", "[1]", '{"rows": {}, "args": []}'],
+               "steps.jsonl": ["{}\n", '{"step": 1, "groups": 3}\n', "{\n"],
+               "judged.jsonl": ["5\n", '{"row": "base", "final": false}\n'], "groups.jsonl": ["nothing\n", "{}\n"]}
+    cases = [(tmp_path / "nowhere", ""), (run / "report.json", ""), (tmp_path, "")]
+    cases += [(run, (file, text)) for file, texts in damaged.items() for text in texts]
+    for folder, change in cases:
+        if change:
+            whole = (run / change[0]).read_text()
+            (run / change[0]).write_text(change[1])
+        assert page.main([str(folder)]) == 2, (folder, change)
+        error = capsys.readouterr().err
+        assert error.startswith("page: ") and error.count("\n") == 1 and len(error) < 300, (change, error)
+        if change:
+            (run / change[0]).write_text(whole)
+
+
+# ---------------------------------------------------------------------------------------------- what labelling keeps
+
+
+@pytest.mark.parametrize("code, tests, why, printed", [
+    ("print(3)", [{"input": "", "output": "3"}, {"input": "", "output": "4"}], "line 1 should be '4', not '3'", "3"),
+    ("print('a\\n' * 99)\n1 / 0", [{"input": "", "output": "3"}] * 2, "error: ZeroDivisionError: division by zero",
+     "a\na\na\na\na"),
+    ("print('ab' * 999)", [{"input": "", "output": "3"}], "line 1 should be '3', not '" + "ab" * 30 + "'", "ab" * 100),
+    ("def f(): print(5)", [{"fn_name": "f", "args": [], "expected": 1}],
+     "the function did not return what it should", "5"),
+    ("a\0", [{"input": "", "output": "3"}], "the source holds a NUL", ""),
+])
+def test_a_failed_label_keeps_the_first_failed_test_in_short(code, tests, why, printed):
+    with sandbox.Pool(1) as pool:
+        [failure] = pool.failures([(code, tests)])
+    assert failure == {"test": len(tests) - 1 if code == "print(3)" else 0, "why": why, "printed": printed}
+
+
+def test_labels_of_both_forms_are_read_and_mean_the_same(tmp_path):
+    """Labels were only 1 or 0 once, and the studies copy files of labels from run to run."""
+    problem = Problem("a", "Q", [{"input": "", "output": "1\n"}])
+    drawn = [[Candidate("a", "", code) for code in ("print(1)", "print(2)", None)] for _ in range(3)]
+    dust.label([problem], drawn[0], dust.Args(workers=1), tmp_path / "labels.jsonl")
+    dust.label([problem], drawn[1], dust.Args(workers=1), tmp_path / "labels.jsonl")  # nothing runs again
+    lines = [[key, int(label == 1)] for key, label in lines_of(tmp_path / "labels.jsonl")]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    dust.label([problem], drawn[2], dust.Args(workers=1), tmp_path / "labels.jsonl")
+    assert [[c.correct for c in part] for part in drawn] == [[True, False, False]] * 3
+    assert drawn[0] == drawn[1] and drawn[0][1].failure["printed"] == "2" and drawn[2][1].failure is None
+
+
+# ----------------------------------------------------------------------------------------------- a step under the glass
+
+
+@pytest.mark.parametrize("total, chosen", [(60, {0, 15, 30, 44, 59}), (1, {0}), (3, {0, 1, 2}), (10, {0, 2, 4, 7, 9})])
+def test_the_first_the_last_and_three_steps_between_are_looked_at(total, chosen):
+    assert steps.closely(total) == chosen or total == 60 and len(steps.closely(60)) == 5
+    assert {0, total - 1} <= steps.closely(total)
+
+
+def test_a_run_that_looks_at_its_steps_trains_the_same_weights(llama, tmp_path, monkeypatch):
+    """To the last bit, and with the same optimiser, although the model reads a group once more after some steps."""
+    arguments = [*llama["arguments"], "--steps", "3", "--lr", "0.01"]
+    assert dust.main([*arguments, "--out", str(tmp_path / "with")]) == 0
+    monkeypatch.setattr(dust.steps, "keep_step", lambda *inputs: None)
+    assert dust.main([*arguments, "--out", str(tmp_path / "without")]) == 0
+    one, other = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("with", "without"))
+    assert all(torch.equal(p, other["model"][name]) for name, p in one["model"].items())
+    for index, state in one["optimizer"]["state"].items():
+        assert all(torch.equal(value, other["optimizer"]["state"][index][name]) for name, value in state.items())
+    assert (tmp_path / "with" / "judged.jsonl").read_text() == (tmp_path / "without" / "judged.jsonl").read_text()
+    kept = lines_of(tmp_path / "with" / "steps.jsonl")
+    assert [line["step"] for line in kept] == [1, 2, 3] and not lines_of(tmp_path / "without" / "steps.jsonl")
+    for line in kept:
+        first = line["groups"][0]
+        assert len(first["tokens"]) == len(first["answers"]) == len(first["advantages"]) == 4
+        assert len(set(first["rewards"])) > 1 or set(first["advantages"]) == {0.0}
+        assert all(len(token) == 4 for tokens in first["tokens"] for token in tokens)
+    assert "page" in (tmp_path / "with" / "page.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return dust.load(str(ROOT / "data" / "tiny"), dust.Args(device="cpu", optimizer="fp32"))
+
+
+def keep(folder: Path, rollouts: list, model, tokenizer, args) -> dict:
+    """Keep the first step. Return the line of steps.jsonl."""
+    steps.keep_step(folder / "steps.jsonl", 0, rollouts, model, tokenizer, args, grpo.logprobs, grpo.group_advantages)
+    return lines_of(folder / "steps.jsonl")[-1]
+
+
+def one_step(tiny, folder: Path, **settings) -> tuple:
+    """Draw answers to a prompt and keep them. Return (the rollout, the line of steps.jsonl)."""
+    model, tokenizer = tiny
+    args = dust.Args(**dict(steps=1, max_new_tokens=24) | settings)
+    prompt = dust.program_ids(tokenizer, Problem("a", "Read three digits, then grow them.", []), args)
+    [rollout] = dust.draw(model, tokenizer, [prompt], [[1, 2, 3]], args, grpo.Sampling(1.0), 8)
+    rollout.rewards = torch.tensor([1.0, 0.0, 1.0])
+    return rollout, keep(folder, [rollout], model, tokenizer, args)
+
+
+def test_a_step_that_moved_nothing_shows_no_move_and_uses_no_random_number(tiny, tmp_path):
+    states = torch.get_rng_state(), random.getstate()
+    rollout, line = one_step(tiny, tmp_path)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    [group] = line["groups"]
+    for answer, logps, tokens in zip(rollout.answers, rollout.logps, group["tokens"]):
+        assert len(tokens) == len(answer)
+        assert [before for _, before, _, _ in tokens] == pytest.approx(logps.tolist(), abs=1e-4)
+        assert [after for _, _, after, _ in tokens] == pytest.approx(logps.tolist(), abs=1e-3)
+        assert all(entropy >= 0 for *_, entropy in tokens)
+    assert group["advantages"] == pytest.approx(grpo.group_advantages(rollout.rewards).tolist(), abs=1e-4)
+    text = "".join(piece for piece, *_ in group["tokens"][0])
+    assert text.startswith(group["answers"][0][:20])
+
+
+def test_a_token_goes_up_in_an_answer_that_did_better_than_its_siblings(tiny, tmp_path):
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    rollout, _ = one_step((model, tokenizer), tmp_path)
+    args = dust.Args(steps=1, kl=0.0, batch=1, mini_batch=1)
+    grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), [rollout], args)
+    [group] = keep(tmp_path, [rollout], model, tokenizer, args)["groups"]
+    shift = [sum(after - was for _, was, after, _ in tokens) for tokens in group["tokens"]]
+    assert shift[0] > 0 > shift[1], shift
+
+
+def test_imitated_answers_have_no_advantages_and_no_log_probs_from_before(tiny, tmp_path):
+    _, line = one_step(tiny, tmp_path, mode="sft")
+    [group] = line["groups"]
+    assert group["advantages"] == [] and all(was is None for tokens in group["tokens"] for _, was, _, _ in tokens)
+    assert all(isinstance(after, float) for tokens in group["tokens"] for _, _, after, _ in tokens)
+
+
+def test_a_step_without_answers_is_kept_as_an_empty_line(tiny, tmp_path):
+    """--mode sft may find no perfect ranking, --mode rank-onpolicy no mixed group."""
+    args = dust.Args(steps=1)
+    empty = grpo.Rollout(torch.tensor([1]), [], [], [], torch.tensor([]))
+    for rollouts in ([], [empty]):
+        assert keep(tmp_path, rollouts, *tiny, args) == {"step": 1, "groups": []}
+
+
+def test_a_group_that_teaches_is_kept_before_one_that_does_not_and_no_number_breaks_the_json(tiny, tmp_path):
+    args, ones = dust.Args(steps=3), torch.ones(2)
+    answers, logps = [torch.tensor([5, 6])] * 2, [torch.tensor([-0.5, float("-inf")])] * 2
+    rollouts = [grpo.Rollout(torch.tensor([7, 8]), answers, logps, [True, True], rewards)
+                for rewards in (ones, ones, torch.tensor([1.0, 0.5]))]
+    keep(tmp_path, rollouts, *tiny, args)
+    groups = json.loads((tmp_path / "steps.jsonl").read_text(), parse_constant=pytest.fail)["groups"]
+    assert [group["rewards"] for group in groups] == [[1.0, 0.5], [1.0, 1.0]] and "tokens" not in groups[1]
+    assert groups[0]["tokens"][0][1][1] is None
+
+
+def test_a_piece_of_half_a_character_or_of_nothing_is_shown_by_its_name():
+    class Tokenizer:
+        pieces = {1: ("\ufffd", "ä½"), 2: ("word", "▁word"), 3: ("", "<unused>"), 4: ("", None), 5: (" a", "Ġa")}
+
+        def decode(self, ids):
+            return self.pieces[ids[0]][0]
+
+        def convert_ids_to_tokens(self, token):
+            return self.pieces[token][1]
+
+    assert [steps.piece_of(Tokenizer(), token) for token in range(1, 6)] == ["ä½", " word", "<unused>", "<4>", " a"]
+
+
+# ---------------------------------------------------------------------------------------------------------- a browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+WATCH = """<script>
+const faults = [];
+addEventListener("error", event => faults.push("error: " + (event.message || event.target.tagName)), true);
+addEventListener("securitypolicyviolation", event => faults.push("request: " + event.blockedURI));
+</script>"""
+VISIT = """<script>
+const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+const text = id => document.getElementById(id).textContent;
+const pause = () => new Promise(done => setTimeout(done, 100));
+const walk = () => {  // the numbers of the groups of a filter, by the key for the next one
+  const seen = [];
+  while (text("place") !== "no group" && seen[seen.length - 1] !== text("place").split("group ")[1]) {
+    seen.push(text("place").split("group ")[1]);
+    press("n");
+  }
+  return seen;
+};
+const found = {start: text("place"), filters: {}};
+async function visit() {
+  for (const button of document.getElementById("filters").children) {
+    button.click();
+    press("p"); press("p"); press("p"); press("p");
+    found.filters[button.textContent] = walk();
+  }
+  document.getElementById("filters").children[0].click();
+  location.hash = "#g4"; await pause();
+  found.link = text("place");
+  press("p"); found.back = [text("place"), location.hash];
+  document.querySelector("#step .tokens span").focus();
+  found.token = text("inspector");
+  press("ArrowRight"); found.next = text("inspector");
+  press("]"); press("]"); found.step = [location.hash, document.querySelectorAll("#step .card").length];
+  location.hash = "#s1"; await pause();
+  found.answers = document.querySelectorAll("#step .card").length;
+  found.bars = document.querySelectorAll("#rows .whisker").length;
+  found.lines = document.querySelectorAll("#curve polyline").length;
+  found.shown = document.body.innerText.split("</" + "script><img src=").length - 1;
+  found.images = document.images.length;
+  found.scripts = document.scripts.length;
+  found.requests = performance.getEntriesByType("resource").map(entry => entry.name);
+  await pause();
+}
+visit().catch(error => faults.push(String(error))).finally(() => {
+  const result = document.createElement("pre");
+  result.id = "result";
+  result.textContent = JSON.stringify({...found, faults});
+  document.body.append(result);
+});
+</script>"""
+
+
+def open_page(text: str, folder: Path, link: str) -> dict:
+    """Open a page in the browser with the two scripts in it. Return what they found."""
+    folder.mkdir()
+    (folder / "page.html").write_text(text.replace("<head>", "<head>" + WATCH).replace("</body>", VISIT + "</body>"))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
+               "--virtual-time-budget=5000", "--dump-dom", f"file://{folder / 'page.html'}{link}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
+    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.S)
+    assert found, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(html.unescape(found[1]))
+
+
+@pytest.mark.skipif(not BROWSER, reason="there is no chromium here (apt-get install chromium)")
+def test_the_page_opens_in_a_browser_without_an_error_or_a_request(tmp_path):
+    text = (make_run(tmp_path / "run") / "page.html").read_text()
+    found = open_page(text, tmp_path / "plain", "#g2")
+    assert found["faults"] == [] and found["requests"] == [] and found["images"] == 0
+    assert found["scripts"] == 4 and found["shown"] > 10  # the page's two and the test's two; the hostile text is there
+    assert found["start"] == "2 of 5: group 2" and found["link"] == "4 of 5: group 4"
+    assert found["back"] == ["3 of 5: group 3", "#g3"]
+    assert found["filters"] == {
+        "all 5": ["1", "2", "3", "4", "5"], "mended by training 2": ["1", "5"], "broken by it 1": ["2"],
+        "both right 1": ["3"], "both wrong 1": ["4"], "malformed 1": ["2"]}
+    assert found["token"] == '"\\nyes"log-prob before -1.0000after -0.5000ratio 1.6487entropy 0.2500'
+    assert "before -0.1250after -ratio -entropy 0.0000" in found["next"]
+    assert found["step"] == ["#s3", 2] and found["answers"] == 4
+    assert found["bars"] == 12 and found["lines"] == 3
+
+    # the control: a page that would take text for HTML is seen
+    careful = "made.append(...children.filter(child => child !== null));"
+    assert text.count(careful) == 1
+    careless = text.replace(careful, "for (const child of children) if (typeof child === 'string') "
+                                     "made.innerHTML += child; else if (child) made.append(child);")
+    found = open_page(careless, tmp_path / "careless", "#g2")
+    assert found["images"] > 0 and any(fault.startswith("request: http://127.0.0.1:9") for fault in found["faults"])
+
+
+@pytest.mark.skipif(not BROWSER, reason="there is no chromium here (apt-get install chromium)")
+def test_the_page_of_a_run_without_training_opens_too(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "steps.jsonl").unlink()
+    (run / "curve.jsonl").unlink()
+    for file in ("judged.jsonl", "groups.jsonl"):
+        lines = [line for line in lines_of(run / file) if line["row"] == "base"]
+        (run / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    saved = json.loads((run / "report.json").read_text())
+    saved["rows"], saved["gains"] = {"base": saved["rows"]["base"]}, {}
+    (run / "report.json").write_text(json.dumps(saved))
+    text = page.write_page(run).read_text()
+    found = open_page(text.replace("</main>", '<div id="step"><span class="tokens"><span></span></span></div></main>'),
+                      tmp_path / "plain", "")
+    assert found["faults"] == [] and list(found["filters"]) == ["all 5", "right 2", "wrong 3", "malformed 1"]
