@@ -45,7 +45,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def draw(model, tokenizer, prompts: list, seeds: list, args, sampling) -> list:
     """Draw an answer to each prompt [L] for each of its seeds, by the server or by the model here."""
-    return dust.draw(model, tokenizer, list(zip(prompts, seeds)), args, sampling, rows=64)
+    return dust.draw(model, tokenizer, list(zip(prompts, seeds)), args.max_new_tokens, sampling, rows=64)
 
 
 def timed(do, *arguments) -> tuple:

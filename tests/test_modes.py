@@ -240,9 +240,9 @@ def test_a_thinking_part_that_both_templates_open_is_opened_once(tmp_path, monke
     student.chat_template = teacher.chat_template = teacher.chat_template + "{{ '<think>\n' }}"
     said = "\nTry:\n</think>\n\nRanking: 1, 2, 3, 4"
 
-    def draw(model, tokenizer, prompts, *_):
+    def draw(model, tokenizer, asked, *_):
         ids = torch.tensor([*tokenizer(said, add_special_tokens=False).input_ids, end])
-        return [dust.grpo.Rollout(prompt, [ids], [torch.zeros(len(ids))], [True]) for prompt in prompts]
+        return [dust.grpo.Rollout(prompt, [ids], [torch.zeros(len(ids))], [True]) for prompt, _ in asked]
 
     end = student.eos_token_id
     student.eos_token = None  # some models name their end token only in the generation config

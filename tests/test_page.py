@@ -280,7 +280,7 @@ def one_step(tiny, folder: Path, **settings) -> tuple:
     model, tokenizer = tiny
     args = dust.Args(**dict(steps=1, max_new_tokens=24) | settings)
     prompt = dust.program_ids(tokenizer, Problem("a", "Read three digits, then grow them.", []), args)
-    [rollout] = dust.draw(model, tokenizer, [prompt], [[1, 2, 3]], args, grpo.Sampling(1.0), 8)
+    [rollout] = dust.draw(model, tokenizer, [(prompt, [1, 2, 3])], args.max_new_tokens, grpo.Sampling(1.0), 8)
     rollout.rewards = torch.tensor([1.0, 0.0, 1.0])
     return rollout, keep(folder, [rollout], model, tokenizer, args)
 

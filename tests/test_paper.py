@@ -56,9 +56,9 @@ def test_each_stage_has_its_longest_answer(llama, tmp_path, monkeypatch):
     """The paper has 128K for candidates, 32,768 for training answers and 65,536 in the evaluation."""
     asked, draw = [], dust.draw
 
-    def spy(model, tokenizer, prompts, seeds, limit, *rest):
+    def spy(model, tokenizer, pairs, limit, *rest):
         asked.append(limit)
-        return draw(model, tokenizer, prompts, seeds, limit, *rest)
+        return draw(model, tokenizer, pairs, limit, *rest)
 
     monkeypatch.setattr(dust, "draw", spy)
     command = [*llama["arguments"], "--candidate-tokens", "14", "--eval-tokens", "13", "--eval-every", "1"]
