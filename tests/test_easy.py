@@ -7,6 +7,7 @@ import copy
 import inspect
 import json
 import random
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import dust  # noqa: E402
 import easy_solutions  # noqa: E402
 import sandbox  # noqa: E402
 from plumbing.problems import load_problems, normalised  # noqa: E402
@@ -208,6 +210,52 @@ def test_values_survive_json():
         for test in problem.tests:
             value = getattr(easy_solutions, name_of(problem))(*copy.deepcopy(test["args"]))
             assert json.loads(json.dumps(value)) == value and not isinstance(value, float), problem.id
+
+
+# ---------------------------------------------------------------------------------------------------- a run with them
+
+
+@pytest.fixture
+def settings(llama, tmp_path) -> list[str]:
+    """Return the options of a small run of the random Llama, with a token that is a program with all solutions."""
+    program = Path(easy_solutions.__file__).read_text()
+    shutil.copytree(llama["folder"] / "model", tmp_path / "model")
+    for file in (tmp_path / "model").glob("token*.json"):
+        file.write_text(file.read_text().replace(json.dumps("print(1)")[1:-1], json.dumps(program)[1:-1]))
+    return [*llama["arguments"], "--model", str(tmp_path / "model"), "--train", "easy-train", "--eval", "easy-eval",
+            "--limit", "16", "--eval-limit", "8", "--out", str(tmp_path / "run")]
+
+
+def test_a_run_with_the_easy_problems_goes_from_sample_to_report(settings, tmp_path):
+    assert dust.main(settings) == 0
+    made = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert list(made["rows"]) == ["base", "trained_judge", "trained"] and list(made["slices"]) == ["easy", "medium"]
+    assert 0 < made["rows"]["base"]["pass1"]["mean"] < 100
+
+
+def test_the_probe_goes_on_where_it_was_stopped(settings, tmp_path, monkeypatch):
+    """It takes an hour, so it must not begin anew after a stop in its warm-up or in its run."""
+    from data import smollm2
+
+    monkeypatch.setattr(sys, "argv", ["smollm2.py", *settings, "--save-every", "1"])
+    update, calls = smollm2.grpo.update, []
+
+    def stopped_twice(*args, **more):
+        calls.append(1)
+        if len(calls) in (4, 19):  # 3 of 16 steps of the warm-up are made; then 13 of it and 1 of the run
+            raise KeyboardInterrupt
+        return update(*args, **more)
+
+    monkeypatch.setattr(smollm2.grpo, "update", stopped_twice)
+    with pytest.raises(KeyboardInterrupt):
+        smollm2.main()
+    with pytest.raises(smollm2.BadInput, match="run has stopped, see above"):
+        smollm2.main()
+    smollm2.main()
+    assert len(calls) == 16 + 2 + 2
+    written = (tmp_path / "run" / "smollm2.md").read_text()
+    assert written.startswith("# A first look") and written.count("## What came out") == 1
+    assert "1. The form: refuted. Malformed rankings" in written and "\n3. pass@1: " in written
 
 
 if __name__ == "__main__":  # all mutants: print those that no test tells from the solution; look whether one could
