@@ -3,8 +3,8 @@
     python data/smollm2.py                   # under 40 minutes on one free thread; the same command continues
     python data/smollm2.py --model FOLDER    # without the Hub: python tests/test_real.py FOLDER makes the folder
 
-The model writes no well-formed ranking, so all rewards of a group are equal and GRPO has nothing to compare. So a
-warm-up teaches the form first, with rankings in random order, which teach no judgment. Options are those of dust.py.
+The model writes no well-formed ranking, so GRPO has nothing to compare. A warm-up teaches the form first, with rankings
+in random order, which teach no judgment. Options are those of dust.py.
 """
 import json
 import random
@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dust  # noqa: E402
 import grpo  # noqa: E402
-from plumbing import models, report, runs  # noqa: E402
+from plumbing import models, report  # noqa: E402
 from plumbing.problems import BadInput, load_problems, seed_for, write_atomic  # noqa: E402
 from plumbing.settings import prepare_terminal  # noqa: E402
 
@@ -32,19 +32,16 @@ def warm_up(args, out: Path) -> None:
     groups = dust.training_groups(model, tokenizer, load_problems(args.train, args.limit), args, out)
     args = replace(args, **WARM_UP)
     optimizer = models.make_optimizer(model, args.optimizer, args.lr)
-    first = models.load_checkpoint(out / "checkpoint.pt", model, optimizer)
-    with runs.progress_bar("warm-up", args.steps, first) as bar:
-        for step in range(first, args.steps):
-            draw, rollouts = random.Random(seed_for(args.seed, "orders", step)), []
-            for group in dust.batch_at(groups, step, args):
-                prompt = dust.ranking_ids(tokenizer, group, args)
-                texts = [f"Ranking: {', '.join(draw.sample('1234', 4))}" for _ in range(args.answers)]
-                answers = models.encode_answers(tokenizer, prompt, texts, dust.end_ids(model, tokenizer)[0])
-                rollouts.append(grpo.Rollout(prompt, answers, [], []))
-            grpo.update(model, optimizer, rollouts, args)
-            if (step + 1) % args.save_every == 0:
-                models.save_checkpoint(out / "checkpoint.pt", model, optimizer, step + 1)
-            bar.update()
+    for step in range(models.load_checkpoint(out / "checkpoint.pt", model, optimizer), args.steps):
+        draw, rollouts = random.Random(seed_for(args.seed, "orders", step)), []
+        for group in dust.batch_at(groups, step, args):
+            prompt = dust.ranking_ids(tokenizer, group, args)
+            texts = [f"Ranking: {', '.join(draw.sample('1234', 4))}" for _ in range(args.answers)]
+            answers = models.encode_answers(tokenizer, prompt, texts, dust.end_ids(model, tokenizer)[0])
+            rollouts.append(grpo.Rollout(prompt, answers, [], []))
+        metrics = grpo.update(model, optimizer, rollouts, args)
+        models.save_checkpoint(out / "checkpoint.pt", model, optimizer, step + 1)
+        print(f"warm-up: step {step + 1} of {args.steps}, loss {metrics['loss']:.2f}", flush=True)
     models.save_model(out / "model", model, tokenizer)
 
 
@@ -61,27 +58,18 @@ def findings(before: dict, after: dict) -> str:
     """Return the tables and the verdicts. before, after: report.json of the model as it is, and of the whole run."""
     counts = [before["counts"]["base"], after["counts"]["base"], after["counts"]["trained_judge"]]
     malformed = [one["malformed rankings"] / one["groups"] for one in counts]
-    pairs, both = after["rows"]["base"]["pair_accuracy"], after["gains"]["both"]["pass1"]
-    judge = after["gains"]["judge"]["pair_accuracy"]
+    gains, pairs = after["gains"], after["rows"]["base"]["pair_accuracy"]
+    judge, both = gains["judge"]["pair_accuracy"], gains["both"]["pass1"]
     form = malformed[0] > 0.9 and malformed[1] < 0.1 and pairs["low"] <= 50 <= pairs["high"]
-    learned, stays = judge["low"] > 0, both["low"] <= 0 <= both["high"]
-    return f"""## What came out
-
-The model as it is:
-
-{report.table(before)}
-
-After the warm-up, and after GRPO:
-
-{report.table(after)}
-
-{report.NOTE}
-
-1. The form: {"confirmed" if form else "refuted"}. Malformed rankings of the model as it is, after the warm-up and after
-   GRPO: {", ".join(f"{share:.1%}" for share in malformed)}. Pair accuracy after the warm-up: {report.cell(pairs)}.
-2. The ranking: {"a gain" if learned else "no gain to be seen"}, pair accuracy {report.cell(judge, "+")}.
-3. pass@1: {"confirmed" if stays else "refuted"}, {report.cell(both, "+")}.
-"""
+    return "\n\n".join([
+        "## What came out", "The model as it is:", report.table(before), "After the warm-up, and after GRPO:",
+        report.table(after), report.NOTE,
+        f"1. The form: {'confirmed' if form else 'refuted'}. Pair accuracy after the warm-up is {report.cell(pairs)}. "
+        "Malformed rankings as it is, after the warm-up, after GRPO: " + ", ".join(f"{m:.1%}" for m in malformed) + ".",
+        f"2. The ranking: {'a gain' if judge['low'] > 0 else 'no gain to be seen'}, {report.cell(judge, '+')} in pair "
+        "accuracy.",
+        f"3. pass@1: {'confirmed' if both['low'] <= 0 <= both['high'] else 'refuted'}, {report.cell(both, '+')}.",
+    ]) + "\n"
 
 
 def main() -> None:
@@ -101,5 +89,5 @@ if __name__ == "__main__":
     prepare_terminal()
     try:
         main()
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         raise SystemExit(f"smollm2: {error}")
