@@ -38,7 +38,8 @@ from typing import Any, Callable, Iterator
 from plumbing.sandbox_child import OUTPUT_CAP, encode
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-NAMES = {"micro-train": DATA / "train.jsonl", "micro-eval": DATA / "eval.jsonl"}  # the shipped micro-lab
+NAMES = {"micro-train": DATA / "train.jsonl", "micro-eval": DATA / "eval.jsonl",  # the shipped micro-lab
+         "easy-train": DATA / "easy-train.jsonl", "easy-eval": DATA / "easy-eval.jsonl"}  # small Python functions
 
 MAX_TESTS = 50  # tests to keep of an rStar-Coder problem, as in the authors' release
 MAX_BYTES = 1 << 20  # of the kept tests of an rStar-Coder problem; some generated inputs have a gigabyte

