@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from plumbing import ranks
+from plumbing import models, ranks, served
 from plumbing.batches import split_by_size
 from plumbing.shared_prompt import Packed, body, cache_argument, plain_attention, takes
 
@@ -147,3 +147,16 @@ def rows_that_fit(model, prompt_tokens: int, answer_tokens: int, free: float) ->
     a_row = a_token * (prompt_tokens + 2 ** ceil(log2(answer_tokens))) + 4 * model.dtype.itemsize * config.vocab_size
     fitting = ((1 - SPARE) * free - ranks.gathered_bytes(model)) / a_row
     return min(max(int(fitting), 1), MOST_ROWS)
+
+
+def rows_at_a_time(model, prompts: list[Tensor], limit: int, args) -> int:
+    """Return how many answers to decode at a time: --rows, or as many as fit the memory that a GPU has free now.
+
+    prompts: [L] each, which fit the context. limit: the longest answer. Every rank calls this at the start of a stage,
+    because all of them take part in a sharded model's forward.
+    """
+    if args.rows or served.requests_of(model) or model.device.type != "cuda" or not prompts:
+        return args.rows or 256
+    longest, context = max(map(len, prompts)), served.context_of(model)
+    answer = min(limit, context - longest) if context else limit
+    return rows_that_fit(model, longest, answer, models.room(args.device))

@@ -124,6 +124,14 @@ def keep_point(file: Path, own: list, judge: list, metrics: dict) -> str:
     return f"  step {point['step']}: {figures}"
 
 
+def keep_ends(rows: dict[str, list], places: list[int], steps: int, metrics: dict, out: Path) -> None:
+    """Keep the first and the last point of the curve, which are the groups of the rows at these places."""
+    (out / "curve").mkdir(exist_ok=True)
+    for step, own, judge in ((0, "base", "base"), (steps, "trained", "trained_judge")):
+        own, judge = ([rows[row][place] for place in places] for row in (own, judge))
+        keep_point(out / "curve" / f"{step}.jsonl", own, judge, metrics)
+
+
 def read_point(file: Path, metrics: dict) -> dict:
     """Return a point of the curve: its step, and its figures with intervals over problems."""
     return {"step": int(file.stem)} | {m: interval([own]) for m, own in point_tables(file, metrics).items()}

@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -10,10 +11,12 @@ from math import ceil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from plumbing import engine, models, ranks
 from plumbing.problems import BadInput, Problem, digest, first_line, write_atomic
+from plumbing.sandbox_worker import SandboxError
 
 NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick",
                      "eval_every", "keep_every",
@@ -22,6 +25,12 @@ NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every",
 
 CURVE = "curve"  # the folder, in that of the run, of the points of the curve
 LONG = 1 / 6  # hours of a stage that are told
+PURPOSES = {  # of the presets, for the first line of a run
+    "laptop": "for the shipped model",
+    "quick": "for another model on one GPU or a CPU (--preset paper: the paper's settings, for several GPUs)",
+    "paper": "the paper's settings, for several GPUs (--preset quick: for one)",
+    "release": "the settings of the authors' code, for several GPUs",
+}
 
 # ------------------------------------------------------------------------------------------------- work that goes on
 
@@ -78,7 +87,7 @@ def say(file: Path, text: str) -> None:
 class StageBar(tqdm):
     """The bar of a stage. After a minute one line says how long a long stage will take, and what would be shorter."""
 
-    requests, told = 0, False
+    requests, told, told_cut = 0, False, False
 
     def update(self, n=1):
         super().update(n)
@@ -90,6 +99,13 @@ class StageBar(tqdm):
             if hours > LONG:
                 stage = self.desc.strip()
                 tqdm.write(f"  {stage}: about {hours:.1f} hours more. {shorter(stage, self.requests)}")
+
+    def show(self, metrics: dict) -> None:
+        """Show a step of the training. Say once if most of its answers are cut off."""
+        self.set_postfix_str(f"reward {metrics['reward']:.2f}, malformed {metrics['malformed']:.0%}, "
+                             f"cut {metrics['truncated']:.0%}, KL {metrics['ref_kl']:.3f}")
+        self.update()
+        self.told_cut = self.told_cut or warn_if_cut("train", metrics["truncated"])
 
 
 def progress_bar(name: str | None, total: int, done: int, requests=0, leave=True) -> StageBar:
@@ -117,6 +133,21 @@ def shorter(stage: str, requests: int) -> str:
     elif row in ("", "base"):
         more = "--server or more processes (torchrun)"
     return f"Faster: {more}, which --resume may add. Shorter, in a new run: smaller {less}, or {last}"
+
+
+def describe(rollouts: list) -> dict[str, float]:
+    """Return the number of rollouts, and means over all of their answers."""
+    return {
+        "prompts": len(rollouts),
+        "reward": mean([reward for r in rollouts for reward in r.rewards.tolist()]),
+        "truncated": mean([not ended for r in rollouts for ended in r.finished]),
+        "answer_tokens": mean([len(answer) for r in rollouts for answer in r.answers]),
+    }
+
+
+def mean(values: list) -> float:
+    """Return the mean; 0 for an empty list, because a step of --mode rank-onpolicy may find no mixed group."""
+    return sum(values) / len(values) if values else 0.0
 
 
 def warn_if_cut(stage: str, share: float) -> bool:
@@ -284,6 +315,28 @@ def check_groups(candidates: list, mixed: list, groups: list, k: int) -> None:
         tqdm.write(f"  {len(mixed) - len(groups)} groups left out: longer than the model's context with the answer")
     if not groups:
         raise BadInput("no group's ranking prompt fits the model's context: use a smaller --max-new-tokens")
+
+
+def exit_code(parse: Callable, run: Callable) -> int:
+    """Call run(parse()) on every rank. Returns 0, or after one line about an error 2, or after Ctrl-C 130."""
+    try:
+        args = parse()
+        ranks.start()
+        run(args)
+        ranks.stop()
+        return 0
+    except KeyboardInterrupt:
+        ranks.print_once("\ndust: stopped; the same command with --resume goes on from here")
+        return 130
+    except BadInput as error:  # every rank raises it
+        ranks.print_once(f"dust: {error}")
+    except SandboxError as error:
+        print(f"dust: {error}", file=sys.stderr)
+    except (OSError, RuntimeError, SafetensorError) as error:  # of the system, torch and safetensors
+        if not (advice := what_to_do(error)):
+            raise
+        print(f"dust: {advice}; then the same command with --resume goes on", file=sys.stderr)
+    return 2
 
 
 def what_to_do(error: Exception) -> str:
