@@ -26,7 +26,7 @@ from pathlib import Path
 import rank_prompt
 import sandbox
 from plumbing.problems import BadInput, Problem, load_train_and_eval, read_programs, seed_for
-from plumbing.settings import arg, check_settings, prepare_terminal, read_options
+from plumbing.settings import PURPOSES, arg, check_settings, prepare_terminal, read_options
 
 CURVE_PROBLEMS = 100  # evaluation problems of each point of the curve (figure 4)
 
@@ -44,12 +44,10 @@ class Args:
     model: str = arg(str(Path(__file__).resolve().parent / "data" / "tiny"), section="what to run",
                      text="model folder, name on the Hub, or a short name such as Qwen3-4B")
     train: str = arg("micro-train", "training problems: a file or a known set [rstar-coder]")
-    eval: str = arg("micro-eval", "evaluation problems: a file or a known set, or several with commas between\n"
-                    "[livecodebench-v6]")
+    eval: str = arg("micro-eval", "evaluation problems, as --train, or several with commas between [livecodebench-v6]")
     out: str = arg("", "folder of the run; without it a new folder in runs/ (with --resume: the newest one there)")
-    preset: str = arg("", "laptop: for the shipped model; quick: for others, on one GPU or a CPU; paper: the paper's\n"
-                      "settings, for several GPUs; release: those of the authors' code; default: the one that fits",
-                      choices=["laptop", "quick", "paper", "release"])
+    preset: str = arg("", "\n".join(f"{name}: {purpose}" for name, purpose in PURPOSES.items())
+                      + "\nwithout it the one that fits", choices=list(PURPOSES))
     quick: bool = arg(False, "a run of about a minute: fewer problems, candidates and steps")
     eval_only: bool = arg(False, "measure the model as it is, without training")
     resume: bool = arg(False, "go on with the run in --out where it was stopped")
@@ -116,8 +114,7 @@ class Args:
     server_adapters: str = arg("", "the run's folder as the server's machine sees it; without it the same path as here")
     server_rollouts: bool = arg(False, "with --lora: the server draws the training answers too")
     is_clip: float = arg(2.0, "limit of the weights that correct for the server's other rounding in training", above=0)
-    programs: str = arg("", "JSONL file of {problem_id, answer} or {problem_id, code}, used in place of sampling;\n"
-                        "candidates.jsonl of another run is such a file")
+    programs: str = arg("", "file of programs to use in place of sampling, for example another run's candidates.jsonl")
 
     eval_every: int = arg(10, "steps between points of the curve, each on 100 evaluation problems; 0: none [20]",
                           least=0, section="evaluation (paper 3.1)")
@@ -231,10 +228,7 @@ class RankedGroup:
 
 
 def load(name: str, args: Args, option: str = "--model"):
-    """Return (model, tokenizer), ready for rollouts and updates; without weights where only a server draws.
-
-    name: as --model has it. option: names it in errors.
-    """
+    """Return (model, tokenizer) of a name or folder, ready for rollouts and updates. option: names it in errors."""
     model, tokenizer = models.load_model(name, optimizer=args.optimizer, shard=args.shard, device=args.device,
                                          effort=args.reasoning_effort if option == "--model" else "", option=option,
                                          weights=not (args.server and args.eval_only))
@@ -450,7 +444,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], base: 
     optimizer = models.make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
     first = models.load_checkpoint(out / "checkpoint.pt", model, optimizer)
     ranks.on_first(lambda: [runs.keep_lines(out / name, first) for name in ("metrics.jsonl", "steps.jsonl")])
-    with runs.progress_bar("train", args.steps, first) as bar:
+    with runs.StageBar("train", args.steps, first) as bar:
         for step in range(first, args.steps):
             if step and args.eval_every and step % args.eval_every == 0:
                 measure(served.trained(server, model, args, out), tokenizer, base, step, args, out)
@@ -572,10 +566,7 @@ def frozen_copy(model, args: Args):
 
 
 def load_teacher(model, tokenizer, args: Args) -> tuple:
-    """Return the (model, tokenizer) whose rankings --mode sft imitates: --teacher, or the model before training.
-
-    Raises BadInput if there is a --teacher and the student marks its thinking part in a form that we cannot write.
-    """
+    """Return the (model, tokenizer) whose rankings --mode sft imitates: --teacher, or the model before training."""
     if not args.teacher:
         return model, tokenizer
     if any(mark in str(tokenizer.chat_template) for mark in (models.CHANNEL, *models.OTHER_MARKS)):
@@ -596,26 +587,23 @@ def perfect_rankings(model, tokenizer, groups: list[Group], args: Args, file: Pa
     prompts = [ranking_ids(tokenizer, group, args) for group in groups]
     end = end_ids(model, tokenizer)[0]
 
-    def answer(chunk: list[int]) -> list[list[list[int]]]:  # the token ids of the perfect answers to each group
+    def perfect(i: int, drawn: Rollout) -> list[list[int]]:  # the student's token ids of the answers without a fault
+        texts, answers = texts_of(its_tokenizer, drawn), drawn.answers
+        if its_tokenizer is not tokenizer:
+            answers = models.encode_answers(tokenizer, prompts[i], texts, end)
+        right = [rank_prompt.score(text, groups[i].labels) == 1.0 for text in texts]
+        return [ids.tolist() for ids, *good in zip(answers, right, drawn.finished) if all(good)]
+
+    def answer(chunk: list[int]) -> list[list[list[int]]]:
         work = [(asked[i], [seed_for(args.seed, "sft", i, j) for j in range(args.answers)]) for i in chunk]
-        rollouts = draw(teacher, its_tokenizer, work, args.max_new_tokens, Sampling(args.temperature), rows)
-        kept = []
-        for i, drawn in zip(chunk, rollouts):
-            texts, answers = texts_of(its_tokenizer, drawn), drawn.answers
-            if its_tokenizer is not tokenizer:
-                answers = models.encode_answers(tokenizer, prompts[i], texts, end)
-            perfect = [rank_prompt.score(text, groups[i].labels) == 1.0 for text in texts]
-            kept.append([ids.tolist() for ids, *good in zip(answers, perfect, drawn.finished) if all(good)])
-        return kept
+        drawn = draw(teacher, its_tokenizer, work, args.max_new_tokens, Sampling(args.temperature), rows)
+        return list(map(perfect, chunk, drawn))
 
     rows = fast_decode.rows_at_a_time(teacher, asked, args.max_new_tokens, args)
     drawn = runs.resumable(file, {str(i): i for i in range(len(groups))}, answer, max(1, rows // args.answers))
-    rollouts = []
-    for prompt, answers in zip(prompts, drawn.values()):
-        logps = [torch.zeros(len(ids)) for ids in answers]  # not used: --mode sft has no ratio
-        rollouts.append(Rollout(prompt, list(map(torch.tensor, answers)), logps, [True] * len(answers),
-                                torch.ones(len(answers))))
-    rollouts = [rollout for rollout in rollouts if rollout.answers]
+    right = [(prompt, list(map(torch.tensor, answers))) for prompt, answers in zip(prompts, drawn.values()) if answers]
+    rollouts = [Rollout(prompt, answers, [torch.zeros(len(ids)) for ids in answers],  # --mode sft reads no log-probs
+                        [True] * len(answers), torch.ones(len(answers))) for prompt, answers in right]
     count = sum(len(rollout.answers) for rollout in rollouts)
     tqdm.write(f"  {count} rankings of the teacher without a fault, for {len(rollouts)} of {len(groups)} groups")
     if not rollouts:
@@ -764,7 +752,7 @@ METRICS = metrics_of(4)  # of the paper's evaluation, and of every run with the 
 
 def run(args: Args) -> None:
     """Run the method, stage by stage. Each stage writes its results to out/, so --resume goes on where it stopped."""
-    print(f"--preset {args.preset}: {runs.PURPOSES[args.preset]}", flush=True)
+    print(f"--preset {args.preset}: {PURPOSES[args.preset]}", flush=True)
     args = replace(args, device=runs.choose_device(args.device))
     out, before = ranks.on_first(lambda: runs.find_run(args))
     optimizer, memory = models.choose_optimizer(args, args.optimizer or before.get("optimizer", ""))

@@ -33,7 +33,7 @@ from plumbing.batches import (as_pairs, averages, draw_in_halves, head_rows, in_
 from plumbing.fast_decode import SharedCache
 from plumbing.models import backward_in_order, lora_disabled
 from plumbing.other_models import generate_with_transformers, has_key_cache, run_plain, try_sharing
-from plumbing.shared_prompt import Packed, body, cache_argument, plain_attention, shares_prompts, takes
+from plumbing.shared_prompt import Packed, body, cache_arguments, plain_attention, shares_prompts
 
 MAX_GRADIENT_NORM = 1.0
 DRAWS_AHEAD = 64  # uniform random numbers that are made at a time for each answer
@@ -159,11 +159,10 @@ def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, g
     """Train on scored rollouts: shuffled PPO epochs, one optimiser step for every args.mini_batch prompts.
 
     args: dust.Args or any object with its fields mode, mini_batch, ppo_epochs, temperature (that of the rollouts), loss
-    (see token_weights), clip, clip_high (0: the same as clip), dual_clip (0: none), kl, and micro_tokens, the tokens of
-    one forward (a bound for memory; the gradient does not depend on it), server_rollouts (True: another program drew
-    the answers, see importance_weights) and is_clip, the limit of its factors. kl > 0 needs a reference, the frozen
-    model that training starts from; with LoRA it is the model itself. generator: torch.Generator for the shuffling.
-    Each rank gets the same rollouts and computes a share of each mini-batch.
+    (see token_weights), clip, clip_high, dual_clip, kl, micro_tokens (the gradient does not depend on it),
+    server_rollouts (True: see importance_weights) and is_clip. kl > 0 needs a reference, the frozen model that training
+    starts from; with LoRA it is the model itself. generator: torch.Generator for the shuffling. Each rank gets the same
+    rollouts and computes a share of each mini-batch.
 
     A group is never split between mini-batches. A group of equal rewards is skipped. Only its KL term is lost: the
     denominator still includes it. A mini-batch of only such groups makes no step, because momentum and weight decay
@@ -390,9 +389,7 @@ class PlainCache:
 
     def __init__(self, model, prompts: list[Tensor], counts: list[int]):
         self.model, self.cache = model, DynamicCache(config=model.config)
-        self.arguments = {"use_cache": True, cache_argument(model): self.cache}
-        if takes(model, "logits_to_keep"):  # else the logits of all positions are computed
-            self.arguments["logits_to_keep"] = 1
+        self.arguments = cache_arguments(model, self.cache)
         longest = max(map(len, prompts))
         ids = torch.stack([F.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]).to(model.device)  # [B, L]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)  # [B]

@@ -1,7 +1,4 @@
-"""Cut work into batches that fit into memory. An example has a prompt and an answer; a group shares one prompt.
-
-Shapes: L prompt tokens, R answer tokens, N answer tokens of a batch laid end to end, H hidden.
-"""
+"""Cut work into batches that fit into memory. An example has a prompt and an answer; a group shares one prompt."""
 import math
 import warnings
 from collections.abc import Callable
@@ -74,9 +71,9 @@ def lay_out(groups: list[list], like: Tensor, name: str) -> Tensor | None:
 
 
 def averages(totals: dict[str, float], norms: list[float], corrected: bool) -> dict[str, float]:
-    """Return grpo.update's metrics. totals: sums over the steps made. norms: the gradient norm of every step.
+    """Return grpo.update's metrics, those of importance weights if `corrected`. totals: sums over the steps made.
 
-    corrected: whether there were importance weights.
+    norms: the gradient norm of every step.
     """
     finite = [norm for norm in norms if math.isfinite(norm)]
     tokens, steps, skipped = max(totals["tokens"], 1), max(len(finite), 1), len(norms) - len(finite)
@@ -117,10 +114,7 @@ def draw_in_halves(draw: Callable, parts: list[tuple[Tensor, list[int], int]], m
 
 
 def in_blocks(score: Callable, hidden: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, ...]:
-    """Return score(hidden [N, H], targets [N]), a tuple of [N], for `rows` positions at a time.
-
-    So the logits of all positions never exist at once.
-    """
+    """Return score(hidden [N, H], targets [N]), a tuple of [N], by `rows` positions: all logits never exist at once."""
     # with several blocks the backward pass computes each again
     run = score if len(targets) <= rows else partial(checkpoint, score, use_reentrant=False)
     return tuple(map(torch.cat, zip(*map(run, hidden.split(rows), targets.split(rows)))))

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from plumbing import models, ranks, served
 from plumbing.batches import split_by_size
-from plumbing.shared_prompt import Packed, body, cache_argument, plain_attention, takes
+from plumbing.shared_prompt import Packed, body, cache_arguments, plain_attention
 
 PREFILL_TOKENS = 8192  # prompt tokens in one forward: bounds its memory
 MOST_ROWS = 512  # a stage that is killed loses at most this many answers
@@ -139,9 +139,8 @@ def rows_that_fit(model, prompt_tokens: int, answer_tokens: int, free: float) ->
     """
     cache, config = DynamicCache(config=model.config), model.config.get_text_config()
     ids = torch.zeros(2, 8, dtype=torch.long, device=model.device)
-    last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
     with plain_attention(model):
-        model(ids, use_cache=True, **{cache_argument(model): cache}, **last)
+        model(ids, **cache_arguments(model, cache))
     kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     a_token = sum(tensor.nbytes for tensor in kept if tensor is not None) / ids.numel()
     a_row = a_token * (prompt_tokens + 2 ** ceil(log2(answer_tokens))) + 4 * model.dtype.itemsize * config.vocab_size
@@ -152,8 +151,7 @@ def rows_that_fit(model, prompt_tokens: int, answer_tokens: int, free: float) ->
 def rows_at_a_time(model, prompts: list[Tensor], limit: int, args) -> int:
     """Return how many answers to decode at a time: --rows, or as many as fit the memory that a GPU has free now.
 
-    prompts: [L] each, which fit the context. limit: the longest answer. Every rank calls this at the start of a stage,
-    because all of them take part in a sharded model's forward.
+    Every rank calls this at the start of a stage, because all take part in a sharded forward. prompts: [L], which fit.
     """
     if args.rows or served.requests_of(model) or model.device.type != "cuda" or not prompts:
         return args.rows or 256

@@ -1,15 +1,11 @@
 """Models of any kind: try whether one can share prompts, and run those that cannot.
 
-Linear attention and state spaces keep no keys, some models bias attention scores, cap or scale logits, or call their
-layers in a way of their own. What grpo.py does with the others is handed in, because nothing here imports it.
-
 Shapes: B prompts, G answers to a prompt, L prompt tokens, R answer tokens, n positions, V vocabulary, H hidden.
 """
 import copy
 import dataclasses
 from bdb import BdbQuit
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,15 +13,8 @@ from transformers import GenerationConfig
 
 from plumbing.shared_prompt import SHARED_ATTENTION, Packed, body, layers_name, takes
 
-# -------------------------------------------------------------------------------------------- can it share prompts?
-
-
 def try_sharing(model, draw: Callable, shared: Callable, plain: Callable) -> str:
-    """Do grpo.enable_sharing's work: switch the model's attention to shared_prompt.shared_attention, and return "".
-
-    Tries the shared forms with a small model of the same structure. If something differs, the model stays as it is, and
-    the reason is returned. draw, shared, plain: as in find_difference.
-    """
+    """Do grpo.enable_sharing's work. It tries a small model of the same structure: see find_difference."""
     try:
         small = small_model(model)
         small.config._attn_implementation = SHARED_ATTENTION
@@ -100,9 +89,6 @@ def small_model(model):
     return small
 
 
-# ---------------------------------------------------------------------------------------- and if it cannot
-
-
 def has_key_cache(model) -> bool:
     """Return whether grpo.generate can decode with this model: it keeps only keys and values, and takes positions.
 
@@ -120,37 +106,35 @@ def positions_follow_longest_row(model) -> bool:
 
 
 def run_plain(model, ids: Tensor) -> tuple[Tensor, Callable]:
-    """Return the last hidden states [G, L, H] of a model's layers for ids [G, L], and its head: [n, H] -> [n, V]."""
-    output = getattr(model, layers_name(model))(ids, use_cache=False)
-    return output.last_hidden_state, partial(head_logits, model, output)
+    """Return the last hidden states [G, L, H] of a model's layers for ids [G, L], and its head, [n, H] -> [n, V].
 
-
-def head_logits(model, output, hidden: Tensor) -> Tensor:
-    """Return the model's logits for the last hidden states of its layers, [n, H] -> [n, V].
-
-    Runs the model's own forward, which may scale or cap logits, and gives it these states in place of its layers'.
-    output: what the layers have returned before.
+    The head is the model's own forward, which may scale or cap logits, with hidden states in place of its layers.
     """
-    def layers(*_, **__):
-        return dataclasses.replace(output, last_hidden_state=hidden[None])
+    name = layers_name(model)
+    output = getattr(model, name)(ids, use_cache=False)
 
-    # what some models ask of their layers: FalconH1 a number, and OPT calls model.decoder(...)
-    vars(layers).update(vars(getattr(model, layers_name(model))), decoder=layers)
-    headed = object.__new__(type(model))  # the same model, except for its layers; the model itself does not change
-    headed.__dict__ = vars(model) | {layers_name(model): layers}
-    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-    return type(model).forward(headed, ids, use_cache=False).logits[0]
+    def head(hidden: Tensor) -> Tensor:
+        def layers(*_, **__):
+            return dataclasses.replace(output, last_hidden_state=hidden[None])
+
+        # what some models ask of their layers: FalconH1 a number, and OPT calls model.decoder(...)
+        vars(layers).update(vars(getattr(model, name)), decoder=layers)
+        headed = object.__new__(type(model))  # the same model, except for its layers; the model itself does not change
+        headed.__dict__ = vars(model) | {name: layers}
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        return type(model).forward(headed, ids, use_cache=False).logits[0]
+
+    return output.last_hidden_state, head
 
 
 def generate_with_transformers(logprobs: Callable, model, prompts: list[Tensor], seeds: list[list[int]],
-                               limits: list[int], sampling: tuple, eos_ids: list[int]) -> list[tuple]:
+                               limits: list[int], sampling, eos_ids: list[int]) -> list[tuple]:
     """Replace grpo.generate where has_key_cache says no: call model.generate, for all answers of one prompt at a time.
 
     It draws for them together, from the first of their seeds, so an answer depends on the others. logprobs:
     grpo.plain_logprobs.
     """
-    temperature, top_p, top_k = sampling
-    choice = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature else {}
+    choice = {"do_sample": True} | sampling._asdict() if sampling.temperature else {}
     # the model's own config may hold penalties, which the log-probs of training do not have
     own_config, model.generation_config = model.generation_config, GenerationConfig()
     results = []
@@ -165,7 +149,7 @@ def generate_with_transformers(logprobs: Callable, model, prompts: list[Tensor],
                 )[:, len(prompt) :].cpu()  # [G, R]
             ended = [torch.isin(row, torch.tensor(eos_ids)).nonzero() for row in rows]
             answers = [row[: int(ends[0]) + 1] if len(ends) else row for row, ends in zip(rows, ended)]
-            logps = [logprobs(model, prompt, [answer], temperature or 1.0)[0].cpu() for answer in answers]
+            logps = [logprobs(model, prompt, [answer], sampling.temperature or 1.0)[0].cpu() for answer in answers]
             results += zip(answers, logps, [len(ends) > 0 for ends in ended])
     finally:
         model.generation_config = own_config

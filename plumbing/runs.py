@@ -18,19 +18,12 @@ from plumbing import engine, models, ranks
 from plumbing.problems import BadInput, Problem, digest, first_line, write_atomic
 from plumbing.sandbox_worker import SandboxError
 
-NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick",
-                     "eval_every", "keep_every",
-                     "server", "server_requests", "server_adapters",
+NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick", "eval_every",
+                     "keep_every", "server", "server_requests", "server_adapters",
                      "train", "eval"}  # the digests of the problems say more than the names of their files
 
 CURVE = "curve"  # the folder, in that of the run, of the points of the curve
 LONG = 1 / 6  # hours of a stage that are told
-PURPOSES = {  # of the presets, for the first line of a run
-    "laptop": "for the shipped model",
-    "quick": "for another model on one GPU or a CPU (--preset paper: the paper's settings, for several GPUs)",
-    "paper": "the paper's settings, for several GPUs (--preset quick: for one)",
-    "release": "the settings of the authors' code, for several GPUs",
-}
 
 # ------------------------------------------------------------------------------------------------- work that goes on
 
@@ -50,7 +43,7 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
     chunks = [keys[i : i + size] for i in range(0, len(keys), size)]
     chunks = [chunk for chunk in chunks if not done.keys() >= set(chunk)]
     found = len(keys) - sum(map(len, chunks))
-    with progress_bar(file and file.stem, len(keys), found, leave=not of_curve(file)) as bar:
+    with StageBar(file and file.stem, len(keys), found, leave=not of_curve(file)) as bar:
         for chunk in chunks:
             results = ranks.spread(chunk, lambda mine: do([work[key] for key in mine]))
             new = {key: result for key, result in zip(chunk, results) if key not in done}
@@ -65,7 +58,7 @@ def as_they_come(file: Path, work: dict, do: Callable[[list], list], requests: i
     """resumable for the items that a server does. Threads wait for it; this one keeps the results."""
     done = read_lines(file)
     left = [key for key in work if key not in done]
-    with progress_bar(file.stem, len(work), len(work) - len(left), requests, not of_curve(file)) as bar:
+    with StageBar(file.stem, len(work), len(work) - len(left), requests, not of_curve(file)) as bar:
         for place, result in engine.at_once(lambda key: do([work[key]])[0], left, requests):
             append_lines(file, [(left[place], result)])
             done[left[place]] = result
@@ -85,9 +78,15 @@ def say(file: Path, text: str) -> None:
 
 
 class StageBar(tqdm):
-    """The bar of a stage. After a minute one line says how long a long stage will take, and what would be shorter."""
+    """The bar of a stage, for a `with`; hidden without a name. After a minute it says how long a long stage will take.
 
-    requests, told, told_cut = 0, False, False
+    done: items of an earlier process. requests: where a server does the work, the items that it gets at a time.
+    """
+
+    def __init__(self, name: str | None, total: int, done: int, requests: int = 0, leave: bool = True):
+        self.requests, self.told, self.told_cut = requests, False, False
+        super().__init__(total=total, initial=done, desc=f"{name or '':<18}", unit="", dynamic_ncols=True,
+                         mininterval=0.5, disable=not name or ranks.rank() > 0, leave=leave)
 
     def update(self, n=1):
         super().update(n)
@@ -106,17 +105,6 @@ class StageBar(tqdm):
                              f"cut {metrics['truncated']:.0%}, KL {metrics['ref_kl']:.3f}")
         self.update()
         self.told_cut = self.told_cut or warn_if_cut("train", metrics["truncated"])
-
-
-def progress_bar(name: str | None, total: int, done: int, requests=0, leave=True) -> StageBar:
-    """Return the bar of a stage, for a `with`; it is hidden without a name. done: items of an earlier process.
-
-    requests: where a server does the work, the items that it gets at a time. leave: whether the bar stays at its end.
-    """
-    bar = StageBar(total=total, initial=done, desc=f"{name or '':<18}", unit="", dynamic_ncols=True, mininterval=0.5,
-                   disable=not name or ranks.rank() > 0, leave=leave)
-    bar.requests = requests
-    return bar
 
 
 def shorter(stage: str, requests: int) -> str:

@@ -45,9 +45,10 @@ def takes(model, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
-def cache_argument(model) -> str:
-    """Return the name under which the model's forward takes a cache: a new one since transformers 5.24."""
-    return "cache" if takes(model, "cache") else "past_key_values"
+def cache_arguments(model, cache) -> dict:
+    """Return the arguments that let a model's forward fill a cache, and compute only the last logits if it can."""
+    name = "cache" if takes(model, "cache") else "past_key_values"  # another name since transformers 5.24
+    return {"use_cache": True, name: cache} | ({"logits_to_keep": 1} if takes(model, "logits_to_keep") else {})
 
 
 def layers_name(model) -> str:
