@@ -159,10 +159,10 @@ def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, g
     """Train on scored rollouts: shuffled PPO epochs, one optimiser step for every args.mini_batch prompts.
 
     args: dust.Args or any object with its fields mode, mini_batch, ppo_epochs, temperature (that of the rollouts), loss
-    (see token_weights), clip, clip_high, dual_clip, kl, micro_tokens (the gradient does not depend on it),
-    server_rollouts (True: see importance_weights) and is_clip. kl > 0 needs a reference, the frozen model that training
-    starts from; with LoRA it is the model itself. generator: torch.Generator for the shuffling. Each rank gets the same
-    rollouts and computes a share of each mini-batch.
+    (see token_weights), clip, clip_high (0: as clip), dual_clip (0: none), kl, micro_tokens (a bound for memory: the
+    gradient does not depend on it), server_rollouts (see importance_weights) and is_clip. kl > 0 needs a reference, the
+    frozen model that training starts from; with LoRA it is the model itself. generator: torch.Generator for the
+    shuffling. Each rank gets the same rollouts and computes a share of each mini-batch.
 
     A group is never split between mini-batches. A group of equal rewards is skipped. Only its KL term is lost: the
     denominator still includes it. A mini-batch of only such groups makes no step, because momentum and weight decay
