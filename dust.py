@@ -26,7 +26,7 @@ from pathlib import Path
 import rank_prompt
 import sandbox
 from plumbing.problems import BadInput, Problem, load_train_and_eval, read_programs, seed_for
-from plumbing.settings import arg, check_settings, prepare_terminal, read_options
+from plumbing.settings import PURPOSES, arg, check_settings, prepare_terminal, read_options
 
 CURVE_PROBLEMS = 100  # evaluation problems of each point of the curve (figure 4)
 
@@ -44,12 +44,10 @@ class Args:
     model: str = arg(str(Path(__file__).resolve().parent / "data" / "tiny"), section="what to run",
                      text="model folder, name on the Hub, or a short name such as Qwen3-4B")
     train: str = arg("micro-train", "training problems: a file or a known set [rstar-coder]")
-    eval: str = arg("micro-eval", "evaluation problems: a file or a known set, or several with commas between\n"
-                    "[livecodebench-v6]")
+    eval: str = arg("micro-eval", "evaluation problems, as --train, or several with commas between [livecodebench-v6]")
     out: str = arg("", "folder of the run; without it a new folder in runs/ (with --resume: the newest one there)")
-    preset: str = arg("", "laptop: for the shipped model; quick: for others, on one GPU or a CPU; paper: the paper's\n"
-                      "settings, for several GPUs; release: those of the authors' code; default: the one that fits",
-                      choices=["laptop", "quick", "paper", "release"])
+    preset: str = arg("", "\n".join(f"{name}: {purpose}" for name, purpose in PURPOSES.items())
+                      + "\nwithout it the one that fits", choices=list(PURPOSES))
     quick: bool = arg(False, "a run of about a minute: fewer problems, candidates and steps")
     eval_only: bool = arg(False, "measure the model as it is, without training")
     resume: bool = arg(False, "go on with the run in --out where it was stopped")
@@ -99,19 +97,16 @@ class Args:
     dual_clip: float = arg(0.0, "upper bound of the ratio for tokens with a negative advantage; 0: off", least=0)
     kl: float = arg(0.001, "weight of the KL term to the model that training starts from; 0: off [0.001]", least=0)
     temperature: float = arg(1.0, "temperature of candidates and training answers [1.0]", above=0)
-    max_new_tokens: int = arg(192, "longest answer in tokens, thinking included; never more than a prompt leaves\n"
-                              "of the model's context [32768]", least=1)
+    max_new_tokens: int = arg(192, "longest answer in tokens, or what a prompt leaves of the context [32768]", least=1)
     candidate_tokens: int = arg(0, "the same for candidates sampled once; 0: --max-new-tokens [131072]", least=0)
     micro_tokens: int = arg(16384, "tokens in one training forward: changes memory and speed, not the result", least=1)
-    optimizer: str = arg("", "how weights are kept: fp32; masters: bf16 with fp32 masters; kahan: bf16 with kahan\n"
-                         "compensation; without it the first of these that fits the memory",
-                         choices=["fp32", "masters", "kahan"])
+    optimizer: str = arg("", "weights in fp32, in bf16 with fp32 masters, or with kahan compensation; without it the\n"
+                         "first of these that fits the memory", choices=["fp32", "masters", "kahan"])
     lora: int = arg(0, "train adapters of this rank instead of all weights (package peft); 0: all weights", least=0)
     shard: bool = arg(False, "spread weights, gradients and optimiser over torchrun's processes (FSDP2)")
     save_every: int = arg(1, "steps between checkpoints", least=1)
     keep_every: int = arg(0, "steps between models that are kept, in out/model-STEP; 0: only the last", least=0)
-    rows: int = arg(0, "answers that are decoded at a time: changes memory and speed, not the result; 0: as many as\n"
-                    "fit the memory of a GPU, 256 elsewhere", least=0)
+    rows: int = arg(0, "answers that are decoded at a time, as --micro-tokens; 0: what fits a GPU, else 256", least=0)
 
     server: str = arg("", "address of a vLLM server that draws the answers, for example localhost:8000;\n"
                       "training stays here", section="answers from elsewhere")
@@ -119,8 +114,7 @@ class Args:
     server_adapters: str = arg("", "the run's folder as the server's machine sees it; without it the same path as here")
     server_rollouts: bool = arg(False, "with --lora: the server draws the training answers too")
     is_clip: float = arg(2.0, "limit of the weights that correct for the server's other rounding in training", above=0)
-    programs: str = arg("", "JSONL file of {problem_id, answer} or {problem_id, code}, used in place of sampling;\n"
-                        "candidates.jsonl of another run is such a file")
+    programs: str = arg("", "file of programs to use in place of sampling, for example another run's candidates.jsonl")
 
     eval_every: int = arg(10, "steps between points of the curve, each on 100 evaluation problems; 0: none [20]",
                           least=0, section="evaluation (paper 3.1)")
@@ -147,12 +141,6 @@ QUICK_REAL = dict(  # a real model on one GPU of 24 GB: adapters, which need a l
     eval_every=20, optimizer="kahan", until_enough=True,
 )
 PRESETS = {"laptop": {}, "paper": PAPER, "release": RELEASE, "quick": QUICK_REAL}
-PURPOSES = {  # of the presets, for the first line of a run
-    "laptop": "for the shipped model",
-    "quick": "for another model on one GPU or a CPU (--preset paper: the paper's settings, for several GPUs)",
-    "paper": "the paper's settings, for several GPUs (--preset quick: for one)",
-    "release": "the settings of the authors' code, for several GPUs",
-}
 REAL_PROBLEMS = dict(train="rstar-coder", eval="livecodebench-v6")  # the paper's, for every model but the shipped one
 QUICK = dict(limit=60, eval_limit=60, candidates=8, steps=10, eval_every=5, repeats=1)  # --quick, on top of any preset
 
@@ -183,7 +171,6 @@ if __name__ == "__main__":  # here, because --help and a wrong option need not w
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch; else memory fragments
 import torch  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import grpo  # noqa: E402
@@ -241,10 +228,7 @@ class RankedGroup:
 
 
 def load(name: str, args: Args, option: str = "--model"):
-    """Return the (model, tokenizer) of a name or folder, ready for rollouts and updates. option: names it in errors.
-
-    With --server and --eval-only the model is empty: nothing is computed here.
-    """
+    """Return (model, tokenizer) of a name or folder, ready for rollouts and updates. option: names it in errors."""
     model, tokenizer = models.load_model(name, optimizer=args.optimizer, shard=args.shard, device=args.device,
                                          effort=args.reasoning_effort if option == "--model" else "", option=option,
                                          weights=not (args.server and args.eval_only))
@@ -276,10 +260,9 @@ def ranking_ids(tokenizer, group: Group, args: Args) -> torch.Tensor:
 
 
 def longest_answer(model, prompt: torch.Tensor, limit: int) -> int:
-    """Return how many tokens an answer to a prompt [L] may have: limit, or what is left of the context if that is less.
+    """Return how many tokens an answer to a prompt [L] may have: limit, or what is left of the model's context.
 
-    The context is the number of positions that the model knows. Returns 0 if the prompt is too long: neither limit nor
-    a quarter of the context is left.
+    Returns 0 if the prompt is too long: neither limit nor a quarter of the context is left.
     """
     context = served.context_of(model)
     left = context - len(prompt) if context else limit
@@ -301,24 +284,12 @@ def draw(model, tokenizer, asked: list[tuple], limit: int, sampling: Sampling, r
                         eos_ids=end_ids(model, tokenizer), max_rows=rows)
 
 
-def rows_at_a_time(model, prompts: list[torch.Tensor], limit: int, args: Args) -> int:
-    """Return how many answers to decode at a time: --rows, or as many as fit the memory that a GPU has free now.
-
-    Every rank calls this at the start of a stage, because all of them take part in a sharded model's forward.
-    """
-    if args.rows or served.requests_of(model) or model.device.type != "cuda" or not prompts:
-        return args.rows or 256
-    prompt = max(prompts, key=len)
-    answer = longest_answer(model, prompt, limit)
-    return fast_decode.rows_that_fit(model, len(prompt), answer, models.room(args.device))
-
-
 def draw_texts(model, tokenizer, asked: dict, limit: int, args: Args, sampling: Sampling, file: Path) -> dict:
     """Draw the answers of a stage. asked: key -> (prompt [L], seeds). file: keeps the answers, for --resume.
 
     Returns key -> [[text, whether the answer ended by itself], ...], an answer for each seed.
     """
-    rows = rows_at_a_time(model, [prompt for prompt, _ in asked.values()], limit, args)
+    rows = fast_decode.rows_at_a_time(model, [prompt for prompt, _ in asked.values()], limit, args)
     most = max((len(seeds) for _, seeds in asked.values()), default=1)
 
     def answer(chunk: list[tuple]) -> list[list]:
@@ -334,8 +305,7 @@ def draw_texts(model, tokenizer, asked: dict, limit: int, args: Args, sampling: 
 def sample(model, tokenizer, problems: list[Problem], args: Args, file: Path, evaluation=False) -> list[Candidate]:
     """Draw M answers to each problem and read the program in each (paper 2.2); with evaluation, R times N (paper 3.1).
 
-    file: keeps the answers, for --resume. Each answer has its own seed, so it does not depend on the batch. A problem
-    whose prompt does not fit the context gets no answers; the number of such problems is printed.
+    file: keeps the answers, for --resume. Each answer has its own seed, so it does not depend on the batch.
     """
     count, seed, sampling = args.candidates, seed_for(args.seed, "sample"), Sampling(args.temperature)
     limit = (args.eval_tokens if evaluation else args.candidate_tokens) or args.max_new_tokens
@@ -418,17 +388,19 @@ def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) ->
 
 
 def training_groups(model, tokenizer, problems: list[Problem], args: Args, out: Path) -> list[Group]:
-    """Sample, label and group (paper 2.2). Returns the mixed groups whose ranking prompts fit the context.
+    """Sample, label and group (paper 2.2). Returns the mixed groups that fit the context; BadInput if there is none.
 
-    With --until-enough it begins with the first problems, as many as would do if all of their groups were mixed, and
-    takes more until the steps have a group for each place of their batches. Raises BadInput if no group is left.
+    With --until-enough it begins with as many problems as would do if all of their groups were mixed, and takes more
+    until the steps have a group for each place of their batches.
     """
     enough, count = args.steps * args.batch, len(problems)
     if args.until_enough:
         count = min(count, max(1, ceil(enough / (args.candidates // args.group_size))))
     while True:
         if args.programs:
-            candidates, count = candidates_of(args.programs, problems), len(problems)
+            candidates = [Candidate(problem_id, answer, rank_prompt.extract_code(answer) if answer else code)
+                          for problem_id, answer, code in read_programs(args.programs, problems)]
+            count = len(problems)
         else:
             candidates = sample(model, tokenizer, problems[:count], args, out / "samples.jsonl")
         label(problems, candidates, args, out / "labels.jsonl")
@@ -448,12 +420,6 @@ def fitting_groups(model, tokenizer, groups: list[Group], args: Args) -> list[Gr
     """Return the groups whose ranking prompt leaves enough of the context for an answer in training."""
     return [group for group in groups
             if longest_answer(model, ranking_ids(tokenizer, group, args), args.max_new_tokens)]
-
-
-def candidates_of(file: str, problems: list[Problem]) -> list[Candidate]:
-    """Return the candidates of --programs. The program is read in the answer; a record without an answer holds it."""
-    return [Candidate(record["problem_id"], answer, rank_prompt.extract_code(answer) if answer else record.get("code"))
-            for record in read_programs(file, problems) for answer in [record.get("answer") or ""]]
 
 
 # --------------------------------------------------------------------------------- sections 2.3 and 2.4: the training
@@ -478,8 +444,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], base: 
     optimizer = models.make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
     first = models.load_checkpoint(out / "checkpoint.pt", model, optimizer)
     ranks.on_first(lambda: [runs.keep_lines(out / name, first) for name in ("metrics.jsonl", "steps.jsonl")])
-    told = False  # that answers are cut off
-    with runs.progress_bar("train", args.steps, first) as bar:
+    with runs.StageBar("train", args.steps, first) as bar:
         for step in range(first, args.steps):
             if step and args.eval_every and step % args.eval_every == 0:
                 measure(served.trained(server, model, args, out), tokenizer, base, step, args, out)
@@ -500,10 +465,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], base: 
             runs.append_lines(out / "metrics.jsonl", [metrics])
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 models.save_checkpoint(out / "checkpoint.pt", model, optimizer, step + 1)
-            bar.set_postfix_str(f"reward {metrics['reward']:.2f}, malformed {metrics['malformed']:.0%}, "
-                                f"cut {metrics['truncated']:.0%}, KL {metrics['ref_kl']:.3f}")
-            bar.update()
-            told = told or runs.warn_if_cut("train", metrics["truncated"])
+            bar.show(metrics)
     models.save_model(out / "model", model, tokenizer)
     if args.lora:
         models.save_adapter(out / "adapter", model)
@@ -527,9 +489,9 @@ def experience(model, tokenizer, batch: list, step: int, args: Args, generator) 
         for rollout, drawn in zip(rollouts, candidates):
             rollout.rewards = torch.tensor([float(candidate.correct) for candidate in drawn])
         without_program = [candidate.code is None for drawn in candidates for candidate in drawn]
-        return rollouts, describe(rollouts) | {"malformed": mean(without_program)}
+        return rollouts, runs.describe(rollouts) | {"malformed": runs.mean(without_program)}
     if mode == "sft":
-        return batch, describe(batch) | {"malformed": 0.0}
+        return batch, runs.describe(batch) | {"malformed": 0.0}
     if mode == "rank-onpolicy":
         batch = fresh_groups(model, tokenizer, batch, args, generator)
     if args.shuffle:
@@ -551,22 +513,7 @@ def score_rollouts(tokenizer, groups: list[Group], rollouts: list[Rollout], rewa
         rollout.rewards = torch.tensor(rewards)
         malformed += [r == rank_prompt.FORMAT_PENALTY for r in rewards]
         constant.append(rank_prompt.REWARDS[reward](list(range(1, len(group.candidates) + 1)), group.labels))
-    return describe(rollouts) | {"malformed": mean(malformed), "constant": mean(constant)}
-
-
-def describe(rollouts: list[Rollout]) -> dict[str, float]:
-    """Return the number of rollouts, and means over all of their answers."""
-    return {
-        "prompts": len(rollouts),
-        "reward": mean([reward for r in rollouts for reward in r.rewards.tolist()]),
-        "truncated": mean([not ended for r in rollouts for ended in r.finished]),
-        "answer_tokens": mean([len(answer) for r in rollouts for answer in r.answers]),
-    }
-
-
-def mean(values: list) -> float:
-    """Return the mean; 0 for an empty list, because a step of --mode rank-onpolicy may find no mixed group."""
-    return sum(values) / len(values) if values else 0.0
+    return runs.describe(rollouts) | {"malformed": runs.mean(malformed), "constant": runs.mean(constant)}
 
 
 def batch_at(items: list, step: int, args: Args) -> list:
@@ -581,7 +528,7 @@ def batch_at(items: list, step: int, args: Args) -> list:
 def draw_for_training(model, tokenizer, prompts: list, count: int, args: Args, generator) -> list[Rollout]:
     """Draw `count` answers to each prompt [L] at --temperature, without top-p and top-k (paper 2.4)."""
     seeds = torch.randint(2**62, (len(prompts), count), generator=generator).tolist()
-    rows = rows_at_a_time(model, prompts, args.max_new_tokens, args)
+    rows = fast_decode.rows_at_a_time(model, prompts, args.max_new_tokens, args)
 
     def answer(chunk: list[tuple]) -> list[Rollout]:
         return draw(model, tokenizer, chunk, args.max_new_tokens, Sampling(args.temperature), rows)
@@ -593,7 +540,7 @@ def draw_for_training(model, tokenizer, prompts: list, count: int, args: Args, g
 
 
 def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: Args, generator):
-    """Draw `count` candidates for each problem and label them. Returns one Rollout and one list of them a problem."""
+    """Draw and label `count` candidates for each problem. Returns one Rollout and one list of them a problem."""
     prompts = [program_ids(tokenizer, problem, args) for problem in problems]
     rollouts = draw_for_training(model, tokenizer, prompts, count, args, generator)
     candidates = [[Candidate(problem.id, text, rank_prompt.extract_code(text)) for text in texts_of(tokenizer, rollout)]
@@ -603,10 +550,7 @@ def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: A
 
 
 def fresh_groups(model, tokenizer, problems: list[Problem], args: Args, generator) -> list[Group]:
-    """Return at most --batch mixed groups of candidates that the model draws now, enough for two groups a problem.
-
-    A problem that stands twice in the batch has candidates of its own at each place.
-    """
+    """Return at most --batch mixed groups of candidates that the model draws now: two groups for each place."""
     _, candidates = draw_programs(model, tokenizer, problems, 2 * args.group_size, args, generator)
     places = [make_groups([problem], drawn, args.group_size) for problem, drawn in zip(problems, candidates)]
     return fitting_groups(model, tokenizer, sum(places, []), args)[: args.batch]
@@ -622,10 +566,7 @@ def frozen_copy(model, args: Args):
 
 
 def load_teacher(model, tokenizer, args: Args) -> tuple:
-    """Return the (model, tokenizer) whose rankings --mode sft imitates: --teacher, or the model before training.
-
-    Raises BadInput if there is a --teacher and the student marks its thinking part in a form that we cannot write.
-    """
+    """Return the (model, tokenizer) whose rankings --mode sft imitates: --teacher, or the model before training."""
     if not args.teacher:
         return model, tokenizer
     if any(mark in str(tokenizer.chat_template) for mark in (models.CHANNEL, *models.OTHER_MARKS)):
@@ -646,26 +587,23 @@ def perfect_rankings(model, tokenizer, groups: list[Group], args: Args, file: Pa
     prompts = [ranking_ids(tokenizer, group, args) for group in groups]
     end = end_ids(model, tokenizer)[0]
 
-    def answer(chunk: list[int]) -> list[list[list[int]]]:  # the token ids of the perfect answers to each group
-        work = [(asked[i], [seed_for(args.seed, "sft", i, j) for j in range(args.answers)]) for i in chunk]
-        rollouts = draw(teacher, its_tokenizer, work, args.max_new_tokens, Sampling(args.temperature), rows)
-        kept = []
-        for i, drawn in zip(chunk, rollouts):
-            texts, answers = texts_of(its_tokenizer, drawn), drawn.answers
-            if its_tokenizer is not tokenizer:
-                answers = models.encode_answers(tokenizer, prompts[i], texts, end)
-            perfect = [rank_prompt.score(text, groups[i].labels) == 1.0 for text in texts]
-            kept.append([ids.tolist() for ids, *good in zip(answers, perfect, drawn.finished) if all(good)])
-        return kept
+    def perfect(i: int, drawn: Rollout) -> list[list[int]]:  # the student's token ids of the answers without a fault
+        texts, answers = texts_of(its_tokenizer, drawn), drawn.answers
+        if its_tokenizer is not tokenizer:
+            answers = models.encode_answers(tokenizer, prompts[i], texts, end)
+        right = [rank_prompt.score(text, groups[i].labels) == 1.0 for text in texts]
+        return [ids.tolist() for ids, *good in zip(answers, right, drawn.finished) if all(good)]
 
-    rows = rows_at_a_time(teacher, asked, args.max_new_tokens, args)
+    def answer(chunk: list[int]) -> list[list[list[int]]]:
+        work = [(asked[i], [seed_for(args.seed, "sft", i, j) for j in range(args.answers)]) for i in chunk]
+        drawn = draw(teacher, its_tokenizer, work, args.max_new_tokens, Sampling(args.temperature), rows)
+        return list(map(perfect, chunk, drawn))
+
+    rows = fast_decode.rows_at_a_time(teacher, asked, args.max_new_tokens, args)
     drawn = runs.resumable(file, {str(i): i for i in range(len(groups))}, answer, max(1, rows // args.answers))
-    rollouts = []
-    for prompt, answers in zip(prompts, drawn.values()):
-        logps = [torch.zeros(len(ids)) for ids in answers]  # not used: --mode sft has no ratio
-        rollouts.append(Rollout(prompt, list(map(torch.tensor, answers)), logps, [True] * len(answers),
-                                torch.ones(len(answers))))
-    rollouts = [rollout for rollout in rollouts if rollout.answers]
+    right = [(prompt, list(map(torch.tensor, answers))) for prompt, answers in zip(prompts, drawn.values()) if answers]
+    rollouts = [Rollout(prompt, answers, [torch.zeros(len(ids)) for ids in answers],  # --mode sft reads no log-probs
+                        [True] * len(answers), torch.ones(len(answers))) for prompt, answers in right]
     count = sum(len(rollout.answers) for rollout in rollouts)
     tqdm.write(f"  {count} rankings of the teacher without a fault, for {len(rollouts)} of {len(groups)} groups")
     if not rollouts:
@@ -715,7 +653,7 @@ def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Pat
     sampling = Sampling(args.eval_temperature, args.top_p, args.top_k)
     asked = {key: (prompt, [seed_for(args.seed, "judge", key)]) for key, prompt in prompts.items()}
     answers = draw_texts(model, tokenizer, asked, limit, args, sampling, file)
-    runs.warn_if_cut(file.stem, mean([not ended for drawn in answers.values() for _, ended in drawn]))
+    runs.warn_if_cut(file.stem, runs.mean([not ended for drawn in answers.values() for _, ended in drawn]))
     ranked = []
     for place, group, seen in zip(places, groups, shown):
         ((words, _),), k = answers.get(str(place), [["", True]]), len(seen.candidates)
@@ -770,14 +708,6 @@ def measure(model, tokenizer, base: list[Group], step: int, args: Args, out: Pat
     tqdm.write(ranks.on_first(lambda: report.keep_point(file, own, judge, metrics_of(args.best_of))))
 
 
-def keep_ends(rows: dict[str, list[RankedGroup]], base: list[Group], steps: int, args: Args, out: Path) -> None:
-    """Keep the first and the last point of the curve, which are parts of the report's rows."""
-    (out / runs.CURVE).mkdir(exist_ok=True)
-    for step, own, judge in ((0, "base", "base"), (steps, "trained", "trained_judge")):
-        own, judge = ([rows[row][place] for place in curve_places(base, args)] for row in (own, judge))
-        report.keep_point(out / runs.CURVE / f"{step}.jsonl", own, judge, metrics_of(args.best_of))
-
-
 def best_of(n: int, ranked: list[int]) -> float:
     """Return Best-of-n from one ranking of K >= n candidates: the mean over all subsets of n of them.
 
@@ -827,10 +757,6 @@ def run(args: Args) -> None:
     out, before = ranks.on_first(lambda: runs.find_run(args))
     optimizer, memory = models.choose_optimizer(args, args.optimizer or before.get("optimizer", ""))
     args = replace(args, optimizer=optimizer)
-    if args.server and args.eval_only:
-        memory = "none for weights, which the server has"
-    if args.init:
-        models.count_parameters(args.init, "--init")  # raises BadInput for a wrong name now, not in hours
     problems, held_out = load_train_and_eval(args)
     model, tokenizer = load(args.model, args)
     first_prompt = program_ids(tokenizer, (problems or held_out)[0], args)
@@ -862,35 +788,17 @@ def run(args: Args) -> None:
         rows["trained_judge"] = rank_all(trained, tokenizer, base, args, out / "judge")
         drawn = evaluation_groups(trained, tokenizer, held_out, args, out / "trained")
         rows["trained"] = rank_all(trained, tokenizer, drawn, args, out / "trained")
-    ranked = {name: row[0] for name, row in rows.items()}
-    finals = {name: row[1] for name, row in rows.items()}
+    ranked, finals = ({name: row[part] for name, row in rows.items()} for part in (0, 1))
+    metrics = metrics_of(args.best_of)
     if args.eval_every and not args.eval_only:
-        ranks.on_first(lambda: keep_ends(ranked, base, steps, args, out))
-    text = ranks.on_first(lambda: report.write_report(ranked, finals, metrics_of(args.best_of), asdict(args), out,
-                                                      asdict(Args())))
+        ranks.on_first(lambda: report.keep_ends(ranked, curve_places(base, args), steps, metrics, out))
+    text = ranks.on_first(lambda: report.write_report(ranked, finals, metrics, asdict(args), out, asdict(Args())))
     tqdm.write(f"\n{text}\nall of it: {out}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, 2 after an error that the user can correct, 130 after Ctrl-C."""
-    try:
-        args = parse_args(argv)
-        ranks.start()
-        run(args)
-        ranks.stop()
-        return 0
-    except KeyboardInterrupt:
-        ranks.print_once("\ndust: stopped; the same command with --resume goes on from here")
-        return 130
-    except BadInput as error:  # every rank raises it
-        ranks.print_once(f"dust: {error}")
-    except sandbox.SandboxError as error:
-        print(f"dust: {error}", file=sys.stderr)
-    except (OSError, RuntimeError, SafetensorError) as error:  # of the system, torch and safetensors
-        if not (advice := runs.what_to_do(error)):
-            raise
-        print(f"dust: {advice}; then the same command with --resume goes on", file=sys.stderr)
-    return 2
+    return runs.exit_code(lambda: parse_args(argv), run)
 
 
 if __name__ == "__main__":

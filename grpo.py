@@ -16,8 +16,6 @@ Shapes: B prompts or rows, G answers to a prompt, n answers being decoded, a row
 N answer tokens of a whole batch laid end to end, V vocabulary, H hidden. Log-probs are natural logarithms, in fp32.
 """
 import math
-import warnings
-from bdb import BdbQuit
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -27,22 +25,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from plumbing import ranks
-from plumbing.batches import my_micro_batches, split_by_size
+from plumbing.batches import (as_pairs, averages, draw_in_halves, head_rows, in_blocks, lay_out, my_micro_batches,
+                              split_by_size)
 from plumbing.fast_decode import SharedCache
-from plumbing.models import lora_disabled
-from plumbing.shared_prompt import (SHARED_ATTENTION, Packed, body, cache_argument, has_key_cache, head_logits,
-                                    layers_name, plain_attention, positions_follow_longest_row, shares_prompts,
-                                    small_model, takes)
+from plumbing.models import backward_in_order, lora_disabled
+from plumbing.other_models import generate_with_transformers, has_key_cache, run_plain, try_sharing
+from plumbing.shared_prompt import Packed, body, cache_arguments, plain_attention, shares_prompts
 
 MAX_GRADIENT_NORM = 1.0
 DRAWS_AHEAD = 64  # uniform random numbers that are made at a time for each answer
 DRAWN_LOGITS = 2**21  # logits that draw_token handles at a time; it is slower with more, because of memory traffic
-HEAD_LOGITS = 2**24  # logits in memory at a time in the update; the backward pass computes each such block again
-HEAD_LOGITS_ON_GPU = 2**26  # the same on a GPU, which needs larger blocks to be busy
 
 
 @dataclass
@@ -164,11 +159,10 @@ def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, g
     """Train on scored rollouts: shuffled PPO epochs, one optimiser step for every args.mini_batch prompts.
 
     args: dust.Args or any object with its fields mode, mini_batch, ppo_epochs, temperature (that of the rollouts), loss
-    (see token_weights), clip, clip_high (0: the same as clip), dual_clip (0: none), kl, and micro_tokens, the tokens of
-    one forward (a bound for memory; the gradient does not depend on it), server_rollouts (True: another program drew
-    the answers, see importance_weights) and is_clip, the limit of its factors. kl > 0 needs a reference, the frozen
-    model that training starts from; with LoRA it is the model itself. generator: torch.Generator for the shuffling.
-    Each rank gets the same rollouts and computes a share of each mini-batch.
+    (see token_weights), clip, clip_high (0: as clip), dual_clip (0: none), kl, micro_tokens (a bound for memory: the
+    gradient does not depend on it), server_rollouts (see importance_weights) and is_clip. kl > 0 needs a reference, the
+    frozen model that training starts from; with LoRA it is the model itself. generator: torch.Generator for the
+    shuffling. Each rank gets the same rollouts and computes a share of each mini-batch.
 
     A group is never split between mini-batches. A group of equal rewards is skipped. Only its KL term is lost: the
     denominator still includes it. A mini-batch of only such groups makes no step, because momentum and weight decay
@@ -247,19 +241,6 @@ def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict
     return {name: sum(part[name] for part in ranks.gather(sums)) for name in sums}
 
 
-def backward_in_order(loss: Tensor) -> None:
-    """Call loss.backward(), on a CPU so that gradients are added in a fixed order, with any number of threads.
-
-    transformers' experts copy a row for each expert that it goes to, and torch adds the copies' gradients in parallel.
-    """
-    before = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode(max(before, 1) if loss.device.type == "cpu" else before)  # 1: deterministic
-    try:
-        loss.backward()
-    finally:
-        torch.set_deterministic_debug_mode(before)
-
-
 def make_examples(rollout: Rollout, supervised: bool) -> list[Example]:
     """The answers to one prompt with their advantages. Supervised: advantage 1 for all, whatever their rewards."""
     count = len(rollout.answers)
@@ -268,26 +249,9 @@ def make_examples(rollout: Rollout, supervised: bool) -> list[Example]:
     return [Example(rollout.prompt, *fields) for fields in zip(rollout.answers, advantages, logps)]
 
 
-def as_pairs(groups: list[list[Example]]) -> list[tuple[Tensor, list[Tensor]]]:
-    """Convert groups to the (prompt, answers) that logprobs takes."""
-    return [(group[0].prompt, [example.answer for example in group]) for group in groups]
-
-
 def teaches(group: list[Example]) -> bool:
     """Return whether a group has a gradient. With equal rewards all of its advantages are 0."""
     return any(example.advantage for example in group)
-
-
-def lay_out(groups: list[list[Example]], like: Tensor, name: str) -> Tensor | None:
-    """Return one field of all examples as [N], a value for each token: numbers are repeated. None if it is None."""
-    examples = [example for group in groups for example in group]
-    values = [getattr(example, name) for example in examples]
-    if values[0] is None:
-        return None
-    if isinstance(values[0], Tensor):
-        return torch.cat(values).to(like)
-    lengths = torch.tensor([len(example.answer) for example in examples])
-    return torch.tensor(values).repeat_interleave(lengths).to(like)
 
 
 @torch.no_grad()
@@ -302,25 +266,6 @@ def remember_logprobs(model, groups: list[list[Example]], name: str, args) -> No
         examples = [e for group in groups[rank :: ranks.world()] for e in group]  # as in ranks.share
         for example, value in zip(examples, values):
             setattr(example, name, value)
-
-
-def averages(totals: dict[str, float], norms: list[float], corrected: bool) -> dict[str, float]:
-    """Return update's metrics. totals: sums over the steps made. norms: the gradient norm of every step.
-
-    corrected: whether there were importance weights.
-    """
-    finite = [norm for norm in norms if math.isfinite(norm)]
-    tokens, steps, skipped = max(totals["tokens"], 1), max(len(finite), 1), len(norms) - len(finite)
-    names = ["entropy", "old_kl", "ref_kl", "rollout_gap"] + ["is_weight", "is_cut"] * corrected
-    metrics = {name: totals[name] / tokens for name in names}
-    if metrics["rollout_gap"] > 0.05:
-        warnings.warn(f"rollout and update disagree by {metrics['rollout_gap']:.3f} nats a token", stacklevel=3)
-    if skipped:
-        warnings.warn(f"{skipped} optimiser steps left out: a reward or a gradient is not finite", stacklevel=3)
-    return metrics | {
-        "clip_share": totals["clip"] / tokens, "loss": totals["loss"] / steps, "grad_norm": sum(finite) / steps,
-        "tokens": int(totals["tokens"]), "stepped": len(finite), "skipped": skipped,
-    }
 
 
 # -------------------------------------------------------------------------------------------------------- the rollout
@@ -340,11 +285,12 @@ def rollout(model, prompts: list[Tensor], seeds: list[list[int]], *, sampling: S
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     parts = [(i, seeds[i][at : at + max_rows]) for i in order for at in range(0, len(seeds[i]), max_rows)]
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    draw = generate if has_key_cache(model) else partial(generate_with_transformers, plain_logprobs)
     rollouts = [Rollout(prompt, [], [], []) for prompt in prompts]
     with ranks.unsharded(model):
         for batch in split_by_size([len(part_seeds) for _, part_seeds in parts], max_rows):
             work = [(prompts[i].cpu(), part_seeds, limits[i]) for i, part_seeds in parts[batch]]
-            answers = generate_or_halve(model, work, sampling, list(eos_ids))
+            answers = draw_in_halves(draw, work, model, sampling, list(eos_ids))
             owners = [i for i, part_seeds in parts[batch] for _ in part_seeds]
             for i, (tokens, logps, finished) in zip(owners, answers):
                 # clone: tensors made in inference mode cannot enter a backward pass
@@ -352,31 +298,6 @@ def rollout(model, prompts: list[Tensor], seeds: list[list[int]], *, sampling: S
                 rollouts[i].logps.append(logps.clone())
                 rollouts[i].finished.append(finished)
     return rollouts
-
-
-def generate_or_halve(model, parts: list[tuple[Tensor, list[int], int]], *how) -> list[tuple[Tensor, Tensor, bool]]:
-    """Call generate for (prompt [L], its seeds, its limit). If the memory runs out, do the answers in two halves.
-
-    This does not change the answers, because each has its seed. how: generate's sampling and eos_ids.
-    """
-    draw = generate if has_key_cache(model) else generate_with_transformers
-    prompts, seeds, limits = map(list, zip(*parts))
-    try:
-        return draw(model, prompts, seeds, limits, *how)
-    except torch.OutOfMemoryError:
-        rows = sum(map(len, seeds))
-        if rows == 1:
-            raise
-    # behind the except block, in which the failed call's tensors are still held
-    torch.cuda.empty_cache()
-    warnings.warn(f"out of memory with {rows} answers at a time: going on with {rows // 2}", stacklevel=2)
-    first, second, left = [], [], rows // 2
-    for prompt, its_seeds, limit in parts:
-        cut = min(left, len(its_seeds))
-        first += [(prompt, its_seeds[:cut], limit)] * (cut > 0)
-        second += [(prompt, its_seeds[cut:], limit)] * (cut < len(its_seeds))
-        left -= cut
-    return generate_or_halve(model, first, *how) + generate_or_halve(model, second, *how)
 
 
 @torch.inference_mode()  # a tenth faster than no_grad
@@ -468,9 +389,7 @@ class PlainCache:
 
     def __init__(self, model, prompts: list[Tensor], counts: list[int]):
         self.model, self.cache = model, DynamicCache(config=model.config)
-        self.arguments = {"use_cache": True, cache_argument(model): self.cache}
-        if takes(model, "logits_to_keep"):  # else the logits of all positions are computed
-            self.arguments["logits_to_keep"] = 1
+        self.arguments = cache_arguments(model, self.cache)
         longest = max(map(len, prompts))
         ids = torch.stack([F.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]).to(model.device)  # [B, L]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)  # [B]
@@ -496,35 +415,6 @@ class PlainCache:
         self.mask, self.length, self.logits = self.mask[rows], self.length[rows], self.logits[rows]
 
 
-def generate_with_transformers(model, prompts: list[Tensor], seeds: list[list[int]], limits: list[int],
-                               sampling: Sampling, eos_ids: list[int]) -> list[tuple[Tensor, Tensor, bool]]:
-    """Replace generate where has_key_cache says no: call model.generate, for all answers of one prompt at a time.
-
-    It draws for them together, from the first of their seeds, so an answer depends on the others.
-    """
-    temperature, top_p, top_k = sampling
-    choice = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature else {}
-    # the model's own config may hold penalties, which the log-probs of training do not have
-    own_config, model.generation_config = model.generation_config, GenerationConfig()
-    results = []
-    try:
-        for prompt, prompt_seeds, limit in zip(prompts, seeds, limits):
-            ids = prompt.expand(len(prompt_seeds), -1).to(model.device)  # [G, L]
-            with torch.random.fork_rng():
-                torch.manual_seed(prompt_seeds[0])
-                rows = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit,
-                    eos_token_id=eos_ids or None, pad_token_id=eos_ids[0] if eos_ids else 0, **choice,
-                )[:, len(prompt) :].cpu()  # [G, R]
-            ended = [torch.isin(row, torch.tensor(eos_ids)).nonzero() for row in rows]
-            answers = [row[: int(ends[0]) + 1] if len(ends) else row for row, ends in zip(rows, ended)]
-            logps = [plain_logprobs(model, prompt, [answer], temperature or 1.0)[0].cpu() for answer in answers]
-            results += zip(answers, logps, [len(ends) > 0 for ends in ended])
-    finally:
-        model.generation_config = own_config
-    return results
-
-
 # ---------------------------------------------------------------------- one prompt for all of its answers, exactly
 # A ranking prompt is long, and its G answers share it. So the model reads it once for all of them, in the rollout and
 # in the update. Log-probs and gradients are the same as with a row for each answer. The layers run as they are; only
@@ -541,21 +431,6 @@ def token_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) ->
     return logps.gather(-1, targets[:, None]).squeeze(-1), entropy
 
 
-def blockwise_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float, rows: int) -> tuple[Tensor, Tensor]:
-    """token_logprobs for `rows` positions at a time, so that all logits never exist at once."""
-    # with several blocks the backward pass computes each again
-    run = token_logprobs if len(targets) <= rows else partial(checkpoint, token_logprobs, use_reentrant=False)
-    blocks = zip(hidden.split(rows), targets.split(rows))
-    logps, entropies = zip(*(run(head, x, y, temperature) for x, y in blocks))
-    return torch.cat(logps), torch.cat(entropies)
-
-
-def head_rows(model) -> int:
-    """Return for how many positions the head computes logits at a time."""
-    logits = HEAD_LOGITS_ON_GPU if model.device.type == "cuda" else HEAD_LOGITS
-    return max(1, logits // model.config.get_text_config().vocab_size)
-
-
 def packed_logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: float) -> tuple[Tensor, Tensor]:
     """logprobs with each prompt read once. The head sees only positions that predict an answer token."""
     packed = Packed(groups, model.device)
@@ -563,19 +438,19 @@ def packed_logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperatur
     # index_select, because the backward pass of hidden[live] adds the gradients of one place in any order
     hidden = hidden.index_select(0, packed.live)  # [N, H]
     targets = torch.cat([answer for _, answers in groups for answer in answers]).to(model.device)  # [N]
-    return blockwise_logprobs(model.get_output_embeddings(), hidden, targets, temperature, head_rows(model))
+    score = partial(token_logprobs, model.get_output_embeddings(), temperature=temperature)
+    return in_blocks(score, hidden, targets, head_rows(model))
 
 
 def plain_logprobs(model, prompt: Tensor, answers: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
     """logprobs of one group by definition, for models that cannot share prompts: one row [prompt, answer] an answer."""
     rows = [torch.cat([prompt.cpu(), answer.cpu()[:-1]]) for answer in answers]
     # padded on the right: tokens look back only, so the padding changes nothing
-    ids = pad_sequence(rows, batch_first=True).to(model.device)  # [G, L + R - 1]
     with plain_attention(model):
-        output = getattr(model, layers_name(model))(ids, use_cache=False)
-    live = [row[len(prompt) - 1 :][: len(answer)] for row, answer in zip(output.last_hidden_state, answers)]
-    head = partial(head_logits, model, output)
-    return blockwise_logprobs(head, torch.cat(live), torch.cat(answers).to(model.device), temperature, head_rows(model))
+        hidden, head = run_plain(model, pad_sequence(rows, batch_first=True).to(model.device))  # [G, L + R - 1, H]
+    live = [row[len(prompt) - 1 :][: len(answer)] for row, answer in zip(hidden, answers)]
+    score = partial(token_logprobs, head, temperature=temperature)
+    return in_blocks(score, torch.cat(live), torch.cat(answers).to(model.device), head_rows(model))
 
 
 def logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: float) -> tuple[Tensor, Tensor]:
@@ -594,50 +469,6 @@ def answer_logprobs(model, prompt: Tensor, answers: list[Tensor], *, temperature
 def enable_sharing(model) -> str:
     """Let a model read each prompt once for all of its answers. Call this once, after loading it, on every rank.
 
-    Tries the rollout and packed_logprobs on two short prompts, with a small model of the same structure. If their
-    log-probs are those of plain_logprobs, switches the model's attention to shared_prompt.shared_attention and returns
-    "". Otherwise the model stays as it is, and the reason is returned: linear attention and state spaces keep no keys,
-    some models bias attention scores or cap logits.
+    Returns "", or the reason if the shared forms differ from plain_logprobs; then the model stays as it is.
     """
-    try:
-        small = small_model(model)
-        small.config._attn_implementation = SHARED_ATTENTION
-        reason = find_difference(small)
-    except BdbQuit:  # a reader has left the debugger
-        raise
-    except Exception as error:  # any model's code may run here
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            raise  # this says nothing about the model
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    if not reason:
-        model.config._attn_implementation = SHARED_ATTENTION
-    return reason
-
-
-@torch.no_grad()
-def find_difference(model) -> str:
-    """Return why a model cannot share prompts, or where its log-probs differ if it does; "" if all is the same."""
-    config = model.config.get_text_config()
-    if getattr(config, "final_logit_softcapping", None):
-        return "its logits are soft-capped"
-    if "chunked_attention" in (getattr(config, "layer_types", None) or []):
-        return "its attention is chunked"
-    if positions_follow_longest_row(model):
-        return "its rotary positions depend on the longest row"
-    window = getattr(config, "sliding_window", None) or 0
-    lengths = [(window or 2) + 3, 3]
-    vocabulary = model.get_input_embeddings().num_embeddings
-    prompts = [torch.arange(7, 7 + length) * 31 % vocabulary for length in lengths]
-    packed = Packed([(prompt, []) for prompt in prompts], model.device, keep=True)
-    body(model, packed, packed.ids, packed.positions)
-    if len(packed.kept) < 2 * config.num_hidden_layers:  # keys and values of each layer
-        return "not all of its layers attend"
-    answers, decoded, _ = zip(*generate(model, prompts, [[0, 1], [2, 3]], [3, 3], Sampling(), []))
-    for prompt, rows in zip(prompts, (slice(2), slice(2, 4))):
-        plain, _ = plain_logprobs(model, prompt, answers[rows], 1.0)
-        shared, _ = packed_logprobs(model, [(prompt, answers[rows])], 1.0)
-        for name, logps in (("update", shared), ("rollout", torch.cat(decoded[rows]).to(plain))):
-            gap = float((logps - plain).abs().mean())
-            if not gap < 3e-4:
-                return f"the shared {name} is off by {gap:.2g} nats a token"
-    return ""
+    return try_sharing(model, partial(generate, sampling=Sampling(), eos_ids=[]), packed_logprobs, plain_logprobs)

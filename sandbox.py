@@ -40,8 +40,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Iterable, Iterator, NamedTuple
 
 from plumbing.sandbox_child import KEY_BYTES, OUTPUT_CAP, encode
-from plumbing.sandbox_worker import SandboxError, Worker, WorkerDied, memory_file
-
+from plumbing.sandbox_worker import SandboxError, WorkerDied, Workers, memory_file  # noqa: F401
 
 KEPT = 100_000  # bytes of stdout and of stderr that a verdict keeps for each test
 BLANKS = re.compile(rb"\s*")
@@ -70,11 +69,7 @@ class Verdict(NamedTuple):
 
     @property
     def failure(self) -> "dict | None":
-        """What a reader wants to know of the first failed test, in short; None if all passed.
-
-        "test": its number, from 0. "why": the reason, with the last line of an exception. "printed": the first lines
-        that the program printed there.
-        """
+        """The first failed test, in short: its number, why, and the first lines printed. None if all passed."""
         if self.passed:
             return None
         result, why = self.results[-1], self.reason.partition(": ")[2]
@@ -280,7 +275,7 @@ def run_asserts(pool: "Pool", program: int, test: Prepared, timeout: float, memo
 # -------------------------------------------------------------------------------------- many programs at a time
 
 
-class Pool(contextlib.AbstractContextManager):
+class Pool(Workers):
     """Run the tests of many programs at a time.
 
     workers: how many programs run at a time; 0 means one for each core. timeout, memory_mb: as in run_tests(). Worker
@@ -288,15 +283,8 @@ class Pool(contextlib.AbstractContextManager):
     """
 
     def __init__(self, workers: int = 0, *, timeout: float = 10.0, memory_mb: int = 1024):
+        super().__init__()
         self.workers, self.timeout, self.memory_mb = workers or os.cpu_count() or 1, timeout, memory_mb
-        self.idle, self.busy, self.stopped = [], set(), False
-
-    def __exit__(self, *error: Any) -> None:
-        """End the workers and what they run. The pool can be used again."""
-        self.stopped = True
-        for worker in [*self.busy, *self.idle]:
-            worker.close()
-        self.idle.clear()
 
     def label(self, jobs: "Iterable[tuple[str, list]]") -> "list[bool]":
         """Return whether each (code, tests) passes, in order."""
@@ -321,30 +309,6 @@ class Pool(contextlib.AbstractContextManager):
                 threads.shutdown(wait=False, cancel_futures=True)
                 self.__exit__()
                 raise
-
-    def use_worker(self, files: "list[int]", timeout: float, memory_mb: int) -> "tuple[str, int, float]":
-        """Run once in an idle or a new worker; return Worker.run's reply. An exception of any kind ends the worker."""
-        worker = self.take_worker()
-        self.busy.add(worker)
-        try:
-            if self.stopped:
-                raise SandboxError("sandbox: the pool was closed")
-            reply = worker.run(files, timeout, memory_mb)
-            self.idle.append(worker)
-            return reply
-        except BaseException:
-            worker.close()
-            raise
-        finally:
-            self.busy.discard(worker)
-
-    def take_worker(self) -> Worker:
-        """Return an idle worker, or start one."""
-        with contextlib.suppress(IndexError):  # raised by pop if no worker is idle
-            while not (worker := self.idle.pop()).usable():
-                worker.close()
-            return worker
-        return Worker()
 
 
 shared_pool = Pool(1)  # for run() and run_tests()

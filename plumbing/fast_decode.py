@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from plumbing import ranks
+from plumbing import models, ranks, served
 from plumbing.batches import split_by_size
-from plumbing.shared_prompt import Packed, body, cache_argument, plain_attention, takes
+from plumbing.shared_prompt import Packed, body, cache_arguments, plain_attention
 
 PREFILL_TOKENS = 8192  # prompt tokens in one forward: bounds its memory
 MOST_ROWS = 512  # a stage that is killed loses at most this many answers
@@ -139,11 +139,22 @@ def rows_that_fit(model, prompt_tokens: int, answer_tokens: int, free: float) ->
     """
     cache, config = DynamicCache(config=model.config), model.config.get_text_config()
     ids = torch.zeros(2, 8, dtype=torch.long, device=model.device)
-    last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
     with plain_attention(model):
-        model(ids, use_cache=True, **{cache_argument(model): cache}, **last)
+        model(ids, **cache_arguments(model, cache))
     kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     a_token = sum(tensor.nbytes for tensor in kept if tensor is not None) / ids.numel()
     a_row = a_token * (prompt_tokens + 2 ** ceil(log2(answer_tokens))) + 4 * model.dtype.itemsize * config.vocab_size
     fitting = ((1 - SPARE) * free - ranks.gathered_bytes(model)) / a_row
     return min(max(int(fitting), 1), MOST_ROWS)
+
+
+def rows_at_a_time(model, prompts: list[Tensor], limit: int, args) -> int:
+    """Return how many answers to decode at a time: --rows, or as many as fit the memory that a GPU has free now.
+
+    Every rank calls this at the start of a stage, because all take part in a sharded forward. prompts: [L], which fit.
+    """
+    if args.rows or served.requests_of(model) or model.device.type != "cuda" or not prompts:
+        return args.rows or 256
+    longest, context = max(map(len, prompts)), served.context_of(model)
+    answer = min(limit, context - longest) if context else limit
+    return rows_that_fit(model, longest, answer, models.room(args.device))

@@ -457,6 +457,19 @@ def make_optimizer(model, kind: str, lr: float, weight_decay: float = 0.0) -> to
     return SmallStepAdam(parameters, lr, kind, weight_decay)
 
 
+def backward_in_order(loss: torch.Tensor) -> None:
+    """Call loss.backward(), on a CPU so that gradients are added in a fixed order, with any number of threads.
+
+    transformers' experts copy a row for each expert that it goes to, and torch adds the copies' gradients in parallel.
+    """
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(max(before, 1) if loss.device.type == "cpu" else before)  # 1: deterministic
+    try:
+        loss.backward()
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
 def room(device: str) -> float:
     """Return the bytes this rank may use: the free memory of its GPU, or its part of the machine's memory."""
     if device.startswith("cuda"):
@@ -475,6 +488,8 @@ def choose_optimizer(args, given: str) -> tuple[str, str]:
     parameters, there = count_parameters(args.model), min(ranks.gather(room(args.device)))
     frozen = parameters * ((args.kl > 0 or args.mode == "sft") and not args.lora)  # the reference or the teacher
     frozen = count_parameters(args.teacher, "--teacher") if args.teacher else frozen
+    if args.init:
+        count_parameters(args.init, "--init")  # raises BadInput for a wrong name now, not in hours
     kinds = [kind for kind in BYTES if kind != "fp32" or not args.device.startswith("cuda")]
     for kind in [given] if given else kinds:
         weight = 4 if kind == "fp32" or args.shard and kind == "masters" else 2  # as load_model loads them
@@ -483,6 +498,8 @@ def choose_optimizer(args, given: str) -> tuple[str, str]:
         if need <= there / 2:
             break
     line = f"{in_words(need)} of {in_words(there)} for weights, gradients, optimiser and reference (--optimizer {kind})"
+    if args.server and args.eval_only:
+        return kind, "none for weights, which the server has"
     return kind, line + (", which will not fit: take --lora 16, or --shard on more GPUs" if need > there else "")
 
 

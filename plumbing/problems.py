@@ -481,29 +481,28 @@ def download(name: str, repository: str, files: list[str]) -> Iterator[str]:
                        'lines have "id", "question" and "tests"') from None
 
 
-def read_programs(path: str, problems: list[Problem]) -> list[dict]:
-    """Return the records of --programs, a JSONL file of {"problem_id", "answer"} or {"problem_id", "code"}.
+def read_programs(path: str, problems: list[Problem]) -> list[tuple[str, str, str | None]]:
+    """Return (problem_id, answer or "", code or None) of each line of --programs, a JSONL file of these fields.
 
-    Prints how many there are, and for how many problems. Raises BadInput for a record of another form, and where no
-    record is of one of the problems.
+    Lines of other problems are counted and left out. Raises BadInput for a line of another form, and if none is left.
     """
-    known, records, unknown = {problem.id for problem in problems}, [], 0
+    known, programs, unknown = {problem.id for problem in problems}, [], 0
     for where, record in read_jsonl(path):
         values = record if isinstance(record, dict) else {}
-        text = values.get("answer") or values.get("code")
-        if not isinstance(values.get("problem_id"), str) or not isinstance(text or "", str):
+        problem_id, answer, code = values.get("problem_id"), values.get("answer") or "", values.get("code")
+        if not isinstance(problem_id, str) or not isinstance(answer or code or "", str):
             raise BadInput(f'{path} {where}: a record needs "problem_id" and "answer" or "code", all of them text')
-        if values["problem_id"] in known:
-            records.append(values)
-        unknown += values["problem_id"] not in known
-    found = {record["problem_id"] for record in records}
-    counts = (f"{len(records)} programs for {len(found)} of {len(problems)} problems; {unknown} more are for problems "
+        if problem_id in known:
+            programs.append((problem_id, answer, code))
+        unknown += problem_id not in known
+    found = {problem_id for problem_id, _, _ in programs}
+    counts = (f"{len(programs)} programs for {len(found)} of {len(problems)} problems; {unknown} more are for problems "
               "that are not in --train")
-    if not records:
+    if not programs:
         raise BadInput(f"--programs {path}: {counts}")
     if os.environ.get("RANK", "0") == "0":
         print(f"  {path}: {counts}")
-    return records
+    return programs
 
 
 def first_line(error: Exception) -> str:

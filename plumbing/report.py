@@ -30,12 +30,6 @@ def per_problem(judged: list, metric) -> np.ndarray:
     return np.array([[sum(own), len(own)] for own in counted], dtype=float)
 
 
-def sizes(judged: list) -> tuple[int, int, int, int]:
-    """Return the numbers of programs for which Best-of is reported: 1, 2, N and 2N, for groups of N."""
-    n = len(judged[0].ranked)
-    return 1, 2, n, 2 * n
-
-
 def best_of_n(judged: list, finals: list, metrics: dict) -> dict[str, np.ndarray]:
     """Return the curve of Best-of-N: N -> a table as per_problem returns it. Without finals there is no 2N."""
     n, top = len(judged[0].ranked), metrics[top_of(metrics)]
@@ -56,8 +50,9 @@ def oracle_of_n(judged: list) -> dict[str, np.ndarray]:
     labels = defaultdict(list)
     for one in judged:
         labels[one.group.problem.id] += one.ranked
+    most, size = min(map(len, labels.values())), len(judged[0].ranked)
     return {str(n): np.array([[1 - comb(own.count(0), n) / comb(len(own), n), 1.0] for own in labels.values()])
-            for n in sizes(judged) if n <= min(map(len, labels.values()))}
+            for n in (1, 2, size, 2 * size) if n <= most}
 
 
 def interval(tables: list[np.ndarray], seed: int = 0, draws: int = 4000) -> dict[str, float | None]:
@@ -122,6 +117,14 @@ def keep_point(file: Path, own: list, judge: list, metrics: dict) -> str:
     titles = columns(metrics)
     figures = ", ".join(f"{titles[m]} {cell(own)}" for m, own in point.items() if m in titles)
     return f"  step {point['step']}: {figures}"
+
+
+def keep_ends(rows: dict[str, list], places: list[int], steps: int, metrics: dict, out: Path) -> None:
+    """Keep the first and the last point of the curve, which are the groups of the rows at these places."""
+    (out / "curve").mkdir(exist_ok=True)
+    for step, own, judge in ((0, "base", "base"), (steps, "trained", "trained_judge")):
+        own, judge = ([rows[row][place] for place in places] for row in (own, judge))
+        keep_point(out / "curve" / f"{step}.jsonl", own, judge, metrics)
 
 
 def read_point(file: Path, metrics: dict) -> dict:

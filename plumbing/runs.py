@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -10,14 +11,15 @@ from math import ceil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from plumbing import engine, models, ranks
 from plumbing.problems import BadInput, Problem, digest, first_line, write_atomic
+from plumbing.sandbox_worker import SandboxError
 
-NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick",
-                     "eval_every", "keep_every",
-                     "server", "server_requests", "server_adapters",
+NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick", "eval_every",
+                     "keep_every", "server", "server_requests", "server_adapters",
                      "train", "eval"}  # the digests of the problems say more than the names of their files
 
 CURVE = "curve"  # the folder, in that of the run, of the points of the curve
@@ -41,7 +43,7 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
     chunks = [keys[i : i + size] for i in range(0, len(keys), size)]
     chunks = [chunk for chunk in chunks if not done.keys() >= set(chunk)]
     found = len(keys) - sum(map(len, chunks))
-    with progress_bar(file and file.stem, len(keys), found, leave=not of_curve(file)) as bar:
+    with StageBar(file and file.stem, len(keys), found, leave=not of_curve(file)) as bar:
         for chunk in chunks:
             results = ranks.spread(chunk, lambda mine: do([work[key] for key in mine]))
             new = {key: result for key, result in zip(chunk, results) if key not in done}
@@ -56,7 +58,7 @@ def as_they_come(file: Path, work: dict, do: Callable[[list], list], requests: i
     """resumable for the items that a server does. Threads wait for it; this one keeps the results."""
     done = read_lines(file)
     left = [key for key in work if key not in done]
-    with progress_bar(file.stem, len(work), len(work) - len(left), requests, not of_curve(file)) as bar:
+    with StageBar(file.stem, len(work), len(work) - len(left), requests, not of_curve(file)) as bar:
         for place, result in engine.at_once(lambda key: do([work[key]])[0], left, requests):
             append_lines(file, [(left[place], result)])
             done[left[place]] = result
@@ -76,9 +78,15 @@ def say(file: Path, text: str) -> None:
 
 
 class StageBar(tqdm):
-    """The bar of a stage. After a minute one line says how long a long stage will take, and what would be shorter."""
+    """The bar of a stage, for a `with`; hidden without a name. After a minute it says how long a long stage will take.
 
-    requests, told = 0, False
+    done: items of an earlier process. requests: where a server does the work, the items that it gets at a time.
+    """
+
+    def __init__(self, name: str | None, total: int, done: int, requests: int = 0, leave: bool = True):
+        self.requests, self.told, self.told_cut = requests, False, False
+        super().__init__(total=total, initial=done, desc=f"{name or '':<18}", unit="", dynamic_ncols=True,
+                         mininterval=0.5, disable=not name or ranks.rank() > 0, leave=leave)
 
     def update(self, n=1):
         super().update(n)
@@ -91,16 +99,12 @@ class StageBar(tqdm):
                 stage = self.desc.strip()
                 tqdm.write(f"  {stage}: about {hours:.1f} hours more. {shorter(stage, self.requests)}")
 
-
-def progress_bar(name: str | None, total: int, done: int, requests=0, leave=True) -> StageBar:
-    """Return the bar of a stage, for a `with`; it is hidden without a name. done: items of an earlier process.
-
-    requests: where a server does the work, the items that it gets at a time. leave: whether the bar stays at its end.
-    """
-    bar = StageBar(total=total, initial=done, desc=f"{name or '':<18}", unit="", dynamic_ncols=True, mininterval=0.5,
-                   disable=not name or ranks.rank() > 0, leave=leave)
-    bar.requests = requests
-    return bar
+    def show(self, metrics: dict) -> None:
+        """Show a step of the training. Say once if most of its answers are cut off."""
+        self.set_postfix_str(f"reward {metrics['reward']:.2f}, malformed {metrics['malformed']:.0%}, "
+                             f"cut {metrics['truncated']:.0%}, KL {metrics['ref_kl']:.3f}")
+        self.update()
+        self.told_cut = self.told_cut or warn_if_cut("train", metrics["truncated"])
 
 
 def shorter(stage: str, requests: int) -> str:
@@ -117,6 +121,21 @@ def shorter(stage: str, requests: int) -> str:
     elif row in ("", "base"):
         more = "--server or more processes (torchrun)"
     return f"Faster: {more}, which --resume may add. Shorter, in a new run: smaller {less}, or {last}"
+
+
+def describe(rollouts: list) -> dict[str, float]:
+    """Return the number of rollouts, and means over all of their answers."""
+    return {
+        "prompts": len(rollouts),
+        "reward": mean([reward for r in rollouts for reward in r.rewards.tolist()]),
+        "truncated": mean([not ended for r in rollouts for ended in r.finished]),
+        "answer_tokens": mean([len(answer) for r in rollouts for answer in r.answers]),
+    }
+
+
+def mean(values: list) -> float:
+    """Return the mean; 0 for an empty list, because a step of --mode rank-onpolicy may find no mixed group."""
+    return sum(values) / len(values) if values else 0.0
 
 
 def warn_if_cut(stage: str, share: float) -> bool:
@@ -284,6 +303,28 @@ def check_groups(candidates: list, mixed: list, groups: list, k: int) -> None:
         tqdm.write(f"  {len(mixed) - len(groups)} groups left out: longer than the model's context with the answer")
     if not groups:
         raise BadInput("no group's ranking prompt fits the model's context: use a smaller --max-new-tokens")
+
+
+def exit_code(parse: Callable, run: Callable) -> int:
+    """Call run(parse()) on every rank. Returns 0, or after one line about an error 2, or after Ctrl-C 130."""
+    try:
+        args = parse()
+        ranks.start()
+        run(args)
+        ranks.stop()
+        return 0
+    except KeyboardInterrupt:
+        ranks.print_once("\ndust: stopped; the same command with --resume goes on from here")
+        return 130
+    except BadInput as error:  # every rank raises it
+        ranks.print_once(f"dust: {error}")
+    except SandboxError as error:
+        print(f"dust: {error}", file=sys.stderr)
+    except (OSError, RuntimeError, SafetensorError) as error:  # of the system, torch and safetensors
+        if not (advice := what_to_do(error)):
+            raise
+        print(f"dust: {advice}; then the same command with --resume goes on", file=sys.stderr)
+    return 2
 
 
 def what_to_do(error: Exception) -> str:

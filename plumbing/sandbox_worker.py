@@ -106,6 +106,44 @@ class Worker:
                 self.process.wait()
 
 
+class Workers(contextlib.AbstractContextManager):
+    """The workers of a pool: busy ones, and idle ones that stay for the next run."""
+
+    def __init__(self):
+        self.idle, self.busy, self.stopped = [], set(), False
+
+    def __exit__(self, *error) -> None:
+        """End the workers and what they run. The pool can be used again."""
+        self.stopped = True
+        for worker in [*self.busy, *self.idle]:
+            worker.close()
+        self.idle.clear()
+
+    def use_worker(self, files: "list[int]", timeout: float, memory_mb: int) -> "tuple[str, int, float]":
+        """Run once in an idle or a new worker; return Worker.run's reply. An exception of any kind ends the worker."""
+        worker = self.take_worker()
+        self.busy.add(worker)
+        try:
+            if self.stopped:
+                raise SandboxError("sandbox: the pool was closed")
+            reply = worker.run(files, timeout, memory_mb)
+            self.idle.append(worker)
+            return reply
+        except BaseException:
+            worker.close()
+            raise
+        finally:
+            self.busy.discard(worker)
+
+    def take_worker(self) -> Worker:
+        """Return an idle worker, or start one."""
+        with contextlib.suppress(IndexError):  # raised by pop if no worker is idle
+            while not (worker := self.idle.pop()).usable():
+                worker.close()
+            return worker
+        return Worker()
+
+
 def forget_workers() -> None:
     """Let go of all workers in a fork of the caller. If it kept their sockets, they would not see the caller die."""
     for worker in Worker.alive:

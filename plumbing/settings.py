@@ -8,6 +8,13 @@ from importlib.util import find_spec
 
 from plumbing.problems import BadInput
 
+PURPOSES = {  # of the presets, for the first line of a run
+    "laptop": "for the shipped model",
+    "quick": "for another model on one GPU or a CPU (--preset paper: the paper's settings, for several GPUs)",
+    "paper": "the paper's settings, for several GPUs (--preset quick: for one)",
+    "release": "the settings of the authors' code, for several GPUs",
+}
+
 
 def prepare_terminal() -> None:
     """Let no character, closed stream or Ctrl-C end a program with a traceback. Call this first.

@@ -8,8 +8,6 @@ Shapes: L prompt tokens, R answer tokens, N answer tokens of a batch laid end to
 heads, K key heads, D numbers a head.
 """
 import contextlib
-import copy
-import dataclasses
 import inspect
 
 import torch
@@ -26,7 +24,7 @@ QUERY_BLOCK = 1024  # queries in one call, with a window or for a long answer: n
 
 
 def shares_prompts(model) -> bool:
-    """Return whether grpo.enable_sharing has switched this model to SHARED_ATTENTION."""
+    """Return whether other_models.try_sharing has switched this model to SHARED_ATTENTION."""
     return model.config._attn_implementation == SHARED_ATTENTION
 
 
@@ -47,25 +45,10 @@ def takes(model, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
-def cache_argument(model) -> str:
-    """Return the name under which the model's forward takes a cache: a new one since transformers 5.24."""
-    return "cache" if takes(model, "cache") else "past_key_values"
-
-
-def has_key_cache(model) -> bool:
-    """Return whether grpo.generate can decode with this model: it keeps only keys and values, and takes positions.
-
-    Recurrent states (Mamba, Qwen3-Next) do not work, nor do rotary positions that depend on the longest row.
-    """
-    return takes(model, "position_ids") and not model._is_stateful and not positions_follow_longest_row(model)
-
-
-def positions_follow_longest_row(model) -> bool:
-    """Return whether the rotary positions of one row depend on the longest row of its batch."""
-    config = model.config.get_text_config()
-    # as text, because a config may hold one kind of positions, or a dictionary for each type of layer
-    rotary = str([getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")])
-    return "dynamic" in rotary or "longrope" in rotary
+def cache_arguments(model, cache) -> dict:
+    """Return the arguments that let a model's forward fill a cache, and compute only the last logits if it can."""
+    name = "cache" if takes(model, "cache") else "past_key_values"  # another name since transformers 5.24
+    return {"use_cache": True, name: cache} | ({"logits_to_keep": 1} if takes(model, "logits_to_keep") else {})
 
 
 def layers_name(model) -> str:
@@ -76,51 +59,6 @@ def layers_name(model) -> str:
 def body(model, layout, ids: Tensor, positions: Tensor) -> Tensor:
     """Run the model without its head; attention uses the layout: ids, positions [b, t] -> hidden [b, t, H]."""
     return getattr(model, layers_name(model))(ids, position_ids=positions, use_cache=False, layout=layout)[0]
-
-
-def head_logits(model, output, hidden: Tensor) -> Tensor:
-    """Return the model's logits for the last hidden states of its layers, [n, H] -> [n, V].
-
-    Runs the model's own forward, which may scale or cap logits, and gives it these states in place of its layers'.
-    output: what the layers have returned before.
-    """
-    def layers(*_, **__):
-        return dataclasses.replace(output, last_hidden_state=hidden[None])
-
-    # what some models ask of their layers: FalconH1 a number, and OPT calls model.decoder(...)
-    vars(layers).update(vars(getattr(model, layers_name(model))), decoder=layers)
-    headed = object.__new__(type(model))  # the same model, except for its layers; the model itself does not change
-    headed.__dict__ = vars(model) | {layers_name(model): layers}
-    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-    return type(model).forward(headed, ids, use_cache=False).logits[0]
-
-
-def small_model(model):
-    """Return a model of the same structure, random, in fp32 on the CPU, to try what a structure allows.
-
-    In bf16, rounding alone makes two exact layouts of a mixture of experts differ. The widths are kept. Of the layers
-    only the first are, so many that each kind of layer is there, and not as the last one. A window becomes short.
-    """
-    config = copy.deepcopy(model.config)
-    text = config.get_text_config()
-    count = text.num_hidden_layers
-    lists = [name for name, value in vars(text).items() if isinstance(value, list) and len(value) == count]
-    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-    layers = stacks[0] if stacks else [None] * count
-    kinds = [(repr(layer), *(getattr(text, name)[i] for name in lists)) for i, layer in enumerate(layers)]
-    text.num_hidden_layers = min(count, 2 + max(map(kinds.index, kinds)))
-    for name in lists:
-        setattr(text, name, getattr(text, name)[: text.num_hidden_layers])
-    text.initializer_range = text.hidden_size**-0.5  # scores and logits that are far from equal
-    text.vocab_size, text.pad_token_id = min(text.vocab_size, 64), 0
-    if getattr(text, "sliding_window", None):
-        text.sliding_window = min(text.sliding_window, 4)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # the same on all ranks
-        small = type(model)(config).float().eval()
-        for p in small.parameters():  # norms and biases too
-            p.data += 0.2 * torch.randn_like(p) if p.dim() == 1 else 0
-    return small
 
 
 def shared_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, layout=None, **settings):

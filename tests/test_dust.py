@@ -268,7 +268,7 @@ def bar_of(monkeypatch, name: str, total: int, done: int, requests=0):
     """Return the bar of a stage, and a function that lets seconds pass until some items are done."""
     now = [1000.0]
     monkeypatch.setattr(runs.time, "time", lambda: now[0])
-    bar = runs.progress_bar(name, total, done, requests)
+    bar = runs.StageBar(name, total, done, requests)
     bar.start_t = now[0]
 
     def work(seconds, items):

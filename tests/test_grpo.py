@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from bdb import BdbQuit
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import grpo
 from grpo import Sampling
-from plumbing import shared_prompt
+from plumbing import batches, other_models, shared_prompt
 from plumbing.fast_decode import SharedCache
 from plumbing.models import checkpoint_layers
 from plumbing.shared_prompt import Packed
@@ -379,6 +380,12 @@ def test_rows_that_are_drawn_in_parts_are_the_same(monkeypatch):
 # -------------------------------------------------------------------------------------------------- shared prompts
 
 
+def difference_of(model) -> str:
+    """Return what the check of grpo.enable_sharing finds with this model itself."""
+    draw = partial(grpo.generate, sampling=Sampling(), eos_ids=[])
+    return other_models.find_difference(model, draw, grpo.packed_logprobs, grpo.plain_logprobs)
+
+
 def value_and_gradient(model, logprobs):
     """Return log-probs [N] and the gradient of a random weighted sum of them, a tensor for each parameter."""
     model.zero_grad()
@@ -485,11 +492,11 @@ def test_a_model_that_cannot_share_falls_back_and_says_why(make, reason):
 def test_what_ends_the_self_check_from_outside_is_not_a_finding_about_the_model(monkeypatch, error):
     """After `q` at a breakpoint in the self-check, the run took the model for one that cannot share, and was slow. Full
     memory must not have this effect either."""
-    def quit_here(model):
+    def quit_here(*_):
         raise error
 
     model = unshared(qwen3())
-    monkeypatch.setattr(grpo, "find_difference", quit_here)
+    monkeypatch.setattr(other_models, "find_difference", quit_here)
     with pytest.raises(type(error)):
         grpo.enable_sharing(model)
     assert not grpo.shares_prompts(model)
@@ -511,10 +518,10 @@ def test_the_check_of_a_model_tries_each_kind_of_layer_but_not_each_layer():
     model in fp32 would not fit beside it."""
     moe = dict(mlp_only_layers=[0, 1], num_experts=4, moe_intermediate_size=16, **EXPERTS)
     model = build("Qwen3Moe", **SIZE | moe | dict(num_hidden_layers=12)).bfloat16()
-    small = shared_prompt.small_model(model)
+    small = other_models.small_model(model)
     assert [hasattr(layer.mlp, "experts") for layer in small.model.layers] == [False, False, True, True]
     assert small.dtype == torch.float32 and small.model.layers[3].mlp.gate.weight.shape == (4, 32)
-    assert model.config.num_hidden_layers == 12 and shared_prompt.small_model(model).lm_head.weight.equal(
+    assert model.config.num_hidden_layers == 12 and other_models.small_model(model).lm_head.weight.equal(
         small.lm_head.weight)
     kinds = ["full_attention"] * 4 + ["linear_attention"] + ["full_attention"] * 7
     late = build("Qwen3Next", **SIZE | dict(num_hidden_layers=12, layer_types=kinds, num_experts=4), **EXPERTS)
@@ -535,7 +542,7 @@ def test_a_model_that_shares_prompts_is_copied_and_saved_as_an_ordinary_one(tmp_
     model = qwen3()
     assert grpo.shares_prompts(copy.deepcopy(model))
     model.save_pretrained(tmp_path)
-    assert grpo.SHARED_ATTENTION not in (tmp_path / "config.json").read_text()
+    assert shared_prompt.SHARED_ATTENTION not in (tmp_path / "config.json").read_text()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config._attn_implementation == "sdpa"
     with grpo.plain_attention(model):
@@ -548,9 +555,9 @@ def test_a_model_that_shares_prompts_is_copied_and_saved_as_an_ordinary_one(tmp_
 def test_the_check_of_a_model_sees_a_padded_prompt(monkeypatch):
     """For models without a window, the check used two prompts of equal length. It could not see wrong padding."""
     model = qwen3()
-    assert grpo.find_difference(model) == ""
+    assert difference_of(model) == ""
     monkeypatch.setattr(SharedCache, "prompt_mask", lambda self, window: None)
-    assert grpo.find_difference(model).startswith("the shared rollout is off by")
+    assert difference_of(model).startswith("the shared rollout is off by")
 
 
 def test_a_rollout_that_is_interrupted_leaves_the_model_as_it_was(monkeypatch):
@@ -585,7 +592,7 @@ def test_the_plain_form_has_logits_of_a_few_positions_at_a_time(make, monkeypatc
     cap or scale their logits after the head, or call their layers in a way of their own."""
     model, (prompt, *answers) = unshared(make()).eval(), ids(19, 7, 12, 3)
     expected = value_and_gradient(model, lambda: torch.cat([full_logps(model, prompt, a, 0.7) for a in answers]))
-    monkeypatch.setattr(grpo, "HEAD_LOGITS", 5 * 37)
+    monkeypatch.setattr(batches, "HEAD_LOGITS", 5 * 37)
     rows, layers = [], []
     model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
     body = getattr(model, shared_prompt.layers_name(model))
@@ -694,10 +701,10 @@ def test_a_gpus_settings_are_made_before_they_are_needed():
 def test_positions_that_depend_on_the_longest_row_are_found_wherever_a_config_says_so(names):
     """A config may have a dictionary for each type of layer, or older names. Two short prompts show no difference."""
     model = qwen3()
-    assert grpo.find_difference(model) == ""
+    assert difference_of(model) == ""
     del model.config.rope_parameters
     model.config.__class__ = type("Other", (type(model.config),), names)
-    assert grpo.find_difference(model) == "its rotary positions depend on the longest row"
+    assert difference_of(model) == "its rotary positions depend on the longest row"
 
 
 def test_checkpointed_layers_run_again_with_the_same_attention(monkeypatch):
@@ -715,7 +722,7 @@ def test_checkpointed_layers_run_again_with_the_same_attention(monkeypatch):
 def test_a_gpu_gets_larger_blocks_of_logits():
     """Blocks that suit a CPU leave a GPU idle between their many small operations."""
     config = transformers.Qwen3Config(vocab_size=151936)
-    rows = [grpo.head_rows(SimpleNamespace(device=torch.device(name), config=config)) for name in ("cpu", "cuda:1")]
+    rows = [batches.head_rows(SimpleNamespace(device=torch.device(name), config=config)) for name in ("cpu", "cuda:1")]
     assert rows == [2**24 // 151936, 2**26 // 151936]
 
 
@@ -723,7 +730,7 @@ def test_the_head_sees_answer_positions_only_and_in_blocks(monkeypatch):
     """The logits of a whole row, or of all answers at once, are the first tensors to fill the memory."""
     model, (prompt, *answers) = qwen3(), ids(19, 7, 12, 3)
     whole = value_and_gradient(model, lambda: torch.cat(grpo.answer_logprobs(model, prompt, answers)))
-    monkeypatch.setattr(grpo, "HEAD_LOGITS", 5 * 37)
+    monkeypatch.setattr(batches, "HEAD_LOGITS", 5 * 37)
     rows = []
     model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     logp, gradient = value_and_gradient(model, lambda: torch.cat(grpo.answer_logprobs(model, prompt, answers)))

@@ -74,10 +74,10 @@ def test_the_device_is_asked_at_the_start_of_each_stage(monkeypatch):
     monkeypatch.setattr(dust.models, "room", lambda device: next(free))
     monkeypatch.setattr(fast_decode, "rows_that_fit", lambda model, *asked: asked)
     prompts, args = [torch.zeros(3), torch.zeros(7), torch.zeros(5)], dust.Args(device="cuda", max_new_tokens=64)
-    assert [dust.rows_at_a_time(Model, prompts, 64, args) for _ in range(2)] == [(7, 64, 64e9), (7, 64, 8e9)]
-    assert dust.rows_at_a_time(Model, prompts, 64, dust.replace(args, rows=5)) == 5
+    assert [fast_decode.rows_at_a_time(Model, prompts, 64, args) for _ in range(2)] == [(7, 64, 64e9), (7, 64, 8e9)]
+    assert fast_decode.rows_at_a_time(Model, prompts, 64, dust.replace(args, rows=5)) == 5
     Model.device = torch.device("cpu")
-    assert dust.rows_at_a_time(Model, prompts, 64, args) == 256
+    assert fast_decode.rows_at_a_time(Model, prompts, 64, args) == 256
 
 
 def test_when_the_memory_runs_out_the_answers_are_drawn_in_halves_and_are_the_same(monkeypatch):

@@ -30,7 +30,7 @@ from plumbing import sandbox_child, sandbox_worker  # noqa: E402
 
 os.environ["DUST_SECRET"] = "sk-secret"  # before the first worker starts
 sandbox.run("pass")  # prints here, once, what this system does not allow
-ISOLATED = sandbox.Worker.mode == "isolated"
+ISOLATED = sandbox_worker.Worker.mode == "isolated"
 needs_namespaces = pytest.mark.skipif(not ISOLATED, reason="this system allows no namespaces")
 LINUX = sys.platform == "linux"
 
@@ -597,7 +597,8 @@ def test_a_room_that_cannot_be_entered_is_no_label():
     """A child that failed before the program started was once taken for a program that fails."""
     caller = script("""
         import os, sandbox
-        sandbox.Worker.mode = "plain"
+        from plumbing.sandbox_worker import Worker
+        Worker.mode = "plain"
         box = sandbox.run("import os; print(os.environ['HOME'])").stdout.strip()
         os.rmdir(box)
         open(box, "w").close()
@@ -917,14 +918,14 @@ def test_several_workers_find_out_at_the_same_time_that_there_are_no_namespaces(
     """Once only the first worker tried again, and the others ended the run. A map of users may have several lines."""
     caller = script("""
         import time, sandbox
-        from plumbing import sandbox_child
+        from plumbing import sandbox_child, sandbox_worker
         try: sandbox_child.libc("unshare", sandbox_child.USERS)
         except OSError: print("no user namespaces here", flush=True)
         else: print("ready", flush=True)
         while not open("/proc/self/gid_map").read(): time.sleep(.01)
         for kind in "user", "mnt": open(f"/proc/sys/user/max_{kind}_namespaces", "w").write("0")
         with sandbox.Pool(4) as pool: print(pool.label([("print(7)", [{"input": "", "output": "7"}])] * 8))
-        print(sandbox.Worker.mode, flush=True)
+        print(sandbox_worker.Worker.mode, flush=True)
     """)
     if caller.stdout.readline() != "ready\n":
         caller.kill()
@@ -964,7 +965,8 @@ def test_promises_hold_for_an_ordinary_user_and_without_namespaces(rule, user, t
         sys.dont_write_bytecode = True
         os.setgroups([]), os.setresgid({user}, {user}, {user}), os.setresuid({user}, {user}, {user})
         import sandbox
-        sandbox.Worker.mode = {"plain" if rule else "isolated"!r}
+        from plumbing.sandbox_worker import Worker
+        Worker.mode = {"plain" if rule else "isolated"!r}
         t = [{{"fn_name": "f", "args": [1], "expected": 2}}]
         codes = ["def f(x): return x + 1", "import os\\nos._exit(0)", "def f(x): return 1",
                  "import os, time\\nwhile 1:\\n try: os.fork()\\n except OSError: time.sleep(9)",
