@@ -88,7 +88,7 @@ def ranking_prompts(server, tokenizer, problems: list, args) -> list:
         codes = [rank_prompt.extract_code(text) or "pass" for text in dust.texts_of(tokenizer, rollout)]
         group = Group(problem, [Candidate(problem.id, "", code) for code in codes])
         rankings.append(dust.ranking_ids(tokenizer, group, args))
-    return [prompt for prompt in rankings if dust.fits(server, prompt, args)]
+    return [prompt for prompt in rankings if dust.longest_answer(server, prompt, args.max_new_tokens)]
 
 
 def repeats(server, tokenizer, prompts: list, args) -> None:
