@@ -130,8 +130,8 @@ PAPER = dict(  # section 3.1, appendix B, table 4; the paper's other values are 
     candidates=64, batch=64, ppo_epochs=3, steps=180, lr=1e-6, max_new_tokens=32768, repeats=10, save_every=10,
     until_enough=True, eval_every=20, candidate_tokens=131072, eval_tokens=65536,
 )
-PAPER_SFT = dict(lr=1e-5, epochs=3, ppo_epochs=1)  # section 3.3: --preset paper --mode sft
-PAPER_GPT_OSS = dict(lr=5e-7, batch=32)  # appendix B: --preset paper with this model
+PAPER_GPT_OSS = dict(lr=5e-7, batch=32)  # appendix B: with --preset paper and this model
+PAPER_SFT = dict(lr=1e-5, epochs=3, ppo_epochs=1)  # figure 3: with --preset paper and --mode sft
 RELEASE = PAPER | dict(  # where the authors' code differs from the paper
     clip_high=0.28, dual_clip=10.0, loss="token", kl=0.0, weight_decay=0.1, warmup=10, shuffle=False, best_of=6,
     eval_temperature=1.0, top_p=1.0, top_k=0,
@@ -153,10 +153,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
     preset = given.get("preset") or ("laptop" if shipped else "paper" if several else "quick")
     problems = {} if shipped or preset == "laptop" else REAL_PROBLEMS
     quick = QUICK if given.get("quick") else {}
-    exceptions = PAPER_GPT_OSS if preset == "paper" and "gpt-oss" in given.get("model", "").lower() else {}
+    special = {}
+    if preset == "paper" and "gpt-oss" in given.get("model", "").lower():
+        special |= PAPER_GPT_OSS
     if preset == "paper" and given.get("mode") == "sft":
-        exceptions = PAPER_SFT
-    args = Args(**problems | PRESETS[preset] | exceptions | quick | given | {"preset": preset})
+        special |= PAPER_SFT
+    args = Args(**problems | PRESETS[preset] | special | quick | given | {"preset": preset})
     check_settings(args)
     return args
 
@@ -783,7 +785,7 @@ def run(args: Args) -> None:
             model, its_tokenizer = load(args.init, args, "--init")
             if its_tokenizer.get_vocab() != tokenizer.get_vocab():
                 raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
-        steps = train(model, tokenizer, problems, groups, base, args, out, source)
+        last_step = train(model, tokenizer, problems, groups, base, args, out, source)
         trained = served.trained(source, model, args, out)
         rows["trained_judge"] = rank_all(trained, tokenizer, base, args, out / "judge")
         drawn = evaluation_groups(trained, tokenizer, held_out, args, out / "trained")
@@ -791,7 +793,7 @@ def run(args: Args) -> None:
     ranked, finals = ({name: row[part] for name, row in rows.items()} for part in (0, 1))
     metrics = metrics_of(args.best_of)
     if args.eval_every and not args.eval_only:
-        ranks.on_first(lambda: report.keep_ends(ranked, curve_places(base, args), steps, metrics, out))
+        ranks.on_first(lambda: report.keep_ends(ranked, curve_places(base, args), last_step, metrics, out))
     text = ranks.on_first(lambda: report.write_report(ranked, finals, metrics, asdict(args), out, asdict(Args())))
     tqdm.write(f"\n{text}\nall of it: {out}")
 
