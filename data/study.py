@@ -386,6 +386,11 @@ def value_table(result: dict) -> str:
     return report.markdown_table(["", *SHOWN.values(), f"malformed of {groups}, each seed"], lines)
 
 
+def has_curve(result: dict) -> bool:
+    """Return whether a study shows its variants step by step, and its runs were measured so (--eval-every)."""
+    return result["study"] in WITH_CURVE and all(own.get("curve") for own in result["variants"].values())
+
+
 def curve_over_steps(result: dict) -> str:
     """Return a table of the curve of each variant. NDCG mixed is on the base's candidates."""
     lines = [[result["titles"][name], str(point["step"]), *(report.cell(point[m]) for m in SHOWN)]
@@ -437,7 +442,7 @@ def markdown(result: dict) -> str:
     if result["differences"]:
         parts += ["## Variant minus the first", gain_table(titles, result["differences"], marked=True)]
     parts += ["## Values", value_table(result)]
-    if name in WITH_CURVE:
+    if has_curve(result):
         parts += ["## The curve", curve_over_steps(result)]
     if name == "table2":
         parts += ["## Best-of-N", report.curve_table(curve_of(first)), report.CURVE_NOTE]
@@ -481,7 +486,7 @@ def draw_curves(result: dict, path: Path) -> None:
 def draw_study(result: dict, path: Path) -> None:
     """Draw the gains of each variant, a panel for each metric. For table2, draw Best-of-N. Needs matplotlib."""
     variants, blue = result["variants"], report.COLOURS["trained"]
-    if result["study"] in WITH_CURVE:
+    if has_curve(result):
         draw_curves(result, path.with_name(f"{result['study']}-curve.png"))
     if result["study"] == "table2":
         return report.draw_best_of_n(curve_of(variants["rank"]), path)

@@ -323,7 +323,7 @@ def read_judged(path: Path) -> tuple[dict[str, list], dict[str, list]]:
     rows, finals = defaultdict(list), defaultdict(list)
     for line in path.read_text(encoding="utf-8").splitlines():
         one = SimpleNamespace(**json.loads(line))
-        problem = SimpleNamespace(id=one.problem, difficulty=one.difficulty, set=one.set)
+        problem = SimpleNamespace(id=one.problem, difficulty=one.difficulty, set=getattr(one, "set", ""))
         one.group = SimpleNamespace(problem=problem, candidates=[None] * one.shown)
         (finals if one.final else rows)[one.row].append(one)
     return dict(rows), dict(finals)

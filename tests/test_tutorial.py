@@ -202,7 +202,7 @@ def test_the_settings_are_those_of_the_presets():
         for args, column in zip(settings, columns):
             stated = re.findall(r"\d[\d.e-]*", column)[: len(names)]
             assert [float(getattr(args, name)) for name in names] == [float(value) for value in stated], options
-    assert len(rows) == 9
+    assert len(rows) == 10
 
 
 # -------------------------------------------------------------------------------------------- excerpts and names
