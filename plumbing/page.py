@@ -68,8 +68,8 @@ def groups_of(run: Path) -> list[dict]:
     for line in read(run / "judged.jsonl") or []:
         if not line["final"]:
             judged[line["row"]].append(line)
-    for name, file in RANKINGS.items():  # a line is [number of the group, [text, whether it ended]]
-        words[name] = {key: value[0] for key, value in read(run / f"{file}.jsonl") or []}
+    for name, file in RANKINGS.items():  # a line is [number of the group, [[text, whether it ended]]]
+        words[name] = {key: text for key, ((text, _),) in read(run / f"{file}.jsonl") or []}
     written = {name: [] for name in GENERATORS}
     for line in read(run / "groups.jsonl") or []:
         written[line["row"]].append(line)
@@ -160,7 +160,7 @@ def write_page(run: Path) -> Path:
     before, after = TEMPLATE.read_text(encoding="utf-8").split("DATA_OF_THE_RUN")
     try:
         data = page_data(run)
-    except (AttributeError, LookupError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise BadInput(f"{run}: its files do not belong together ({type(error).__name__}: {error})") from None
     write_atomic(run / "page.html", before + to_json(data) + after)
     return run / "page.html"

@@ -22,6 +22,7 @@ import sandbox
 from dust import METRICS, Candidate, Group, RankedGroup
 from plumbing import page, report, steps
 from plumbing.problems import Problem
+from test_dust import run_dust
 
 torch.set_num_threads(1)
 ROOT = Path(dust.__file__).resolve().parent
@@ -71,7 +72,7 @@ def make_run(out: Path, groups: dict = LABELS) -> Path:
         own = programs(problem, sorted(trained, reverse=True))
         rows["trained"].append(ranked_group(problem, own, trained, malformed=False))
     for row, file in page.RANKINGS.items():
-        lines = [json.dumps([str(i), [one.answer, True]]) for i, one in enumerate(rows[row])]
+        lines = [json.dumps([str(i), [[one.answer, True]]]) for i, one in enumerate(rows[row])]
         (out / f"{file}.jsonl").write_text("".join(line + "\n" for line in lines))
     tokens = [["\nyes", -1.0, -0.5, 0.25], [HOSTILE, -0.125, None, 0.0]]
     kept = {"prompt": HOSTILE, "answers": [HOSTILE] * 2, "ended": [True, False], "rewards": [1.0, -1.0]}
@@ -104,6 +105,16 @@ def test_text_of_a_model_cannot_end_the_script_that_holds_it(tmp_path):
     for mark in ("<script", "</script", "<!--", "<img"):
         assert text.count(mark) == template.count(mark), mark
     assert any(HOSTILE in (one["code"] or "") for one in data_of(tmp_path)["candidates"])  # and it is there
+
+
+def test_the_page_of_a_real_run_has_the_judges_words_and_its_best_of_n(llama, tmp_path):
+    """The files that the tests above write by hand may have another form than those of a run."""
+    out = tmp_path / "run"
+    assert run_dust(*llama["arguments"], "--steps", "1", "--best-of", "3", "--out", out) == 0
+    data, words = data_of(out), dict(lines_of(out / "judge-rankings.jsonl"))
+    shown = {str(group["number"] - 1): group["parts"]["base"]["trained_judge"]["words"] for group in data["groups"]}
+    assert words and all(shown[key] == page.cut(text) for key, ((text, _),) in words.items())
+    assert "best_of_3" in data["rows"]["base"] and [point["step"] for point in data["curve"]] == [0, 1]
 
 
 def test_every_number_of_the_page_stands_in_the_files_of_the_run(tmp_path):
