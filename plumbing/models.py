@@ -486,7 +486,7 @@ def choose_optimizer(args, given: str) -> tuple[str, str]:
     not counted. Raises BadInput where a model is missing or is not a language model.
     """
     parameters, there = count_parameters(args.model), min(ranks.gather(room(args.device)))
-    frozen = parameters * ((args.kl > 0 or args.mode == "sft") and not args.lora)  # the reference or the teacher
+    frozen = parameters * (args.kl > 0 and args.mode != "sft" and not args.lora)  # the reference
     frozen = count_parameters(args.teacher, "--teacher") if args.teacher else frozen
     if args.init:
         count_parameters(args.init, "--init")  # raises BadInput for a wrong name now, not in hours

@@ -895,7 +895,7 @@ def test_the_plan_says_what_is_needed_and_what_to_do_where_it_does_not_fit(monke
     assert line == "64.4 GB of 80.0 GB for weights, gradients, optimiser and reference (--optimizer kahan)"
     assert choice(monkeypatch, QWEN3_4B, 60 * GB, "kahan")[1].endswith("--lora 16, or --shard on more GPUs")
     assert choice(monkeypatch, QWEN3_4B, 80 * GB, "kahan", kl=0.0)[1].startswith("56.3 GB")  # no reference
-    assert choice(monkeypatch, QWEN3_4B, 80 * GB, "kahan", kl=0.0, mode="sft")[1].startswith("64.4 GB")  # a teacher
+    assert choice(monkeypatch, QWEN3_4B, 80 * GB, "kahan", mode="sft")[1].startswith("56.3 GB")  # it teaches itself, before training
     assert choice(monkeypatch, QWEN3_4B, 80 * GB, "kahan", eval_only=True)[1].startswith("8.0 GB")
 
 

@@ -202,7 +202,10 @@ def test_every_program_prints_any_character(program):
 
 
 def test_a_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    # the handler, because a job in the background ignores Ctrl-C
+    lines = ["import os, signal", "signal.signal(signal.SIGINT, signal.default_int_handler)",
+             "os.kill(os.getpid(), signal.SIGINT)"]
+    (tmp_path / "torch.py").write_text("\n".join(lines))
     done = in_terminal("dust.py", extra={"PYTHONPATH": str(tmp_path)})
     assert done.stderr.decode() == "dust.py: stopped\n" and done.returncode == -signal.SIGINT
 
