@@ -698,7 +698,7 @@ def measure(model, tokenizer, base: list[Group], step: int, args: Args, out: Pat
 
     Every point has the seeds of the evaluation. The random numbers of training stay as they are.
     """
-    file, places = out / runs.CURVE / f"{step}.jsonl", curve_places(base, args)
+    file, places = out / report.CURVE / f"{step}.jsonl", curve_places(base, args)
     if ranks.on_first(file.exists):  # measured before the run was stopped
         return
     ranks.on_first(lambda: file.parent.mkdir(exist_ok=True))

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from plumbing.shared_prompt import SHARED_ATTENTION, Packed, body, layers_name, takes
 
+
 def try_sharing(model, draw: Callable, shared: Callable, plain: Callable) -> str:
     """Do grpo.enable_sharing's work. It tries a small model of the same structure: see find_difference."""
     try:

@@ -16,6 +16,7 @@ import numpy as np
 from plumbing import page
 from plumbing.problems import write_atomic
 
+CURVE = "curve"  # the folder, in that of the run, of the points of the curve
 SHOWN = 200  # characters of a test in groups.jsonl
 
 # ------------------------------------------------------------------------------------------------------- the figures
@@ -121,10 +122,10 @@ def keep_point(file: Path, own: list, judge: list, metrics: dict) -> str:
 
 def keep_ends(rows: dict[str, list], places: list[int], steps: int, metrics: dict, out: Path) -> None:
     """Keep the first and the last point of the curve, which are the groups of the rows at these places."""
-    (out / "curve").mkdir(exist_ok=True)
+    (out / CURVE).mkdir(exist_ok=True)
     for step, own, judge in ((0, "base", "base"), (steps, "trained", "trained_judge")):
         own, judge = ([rows[row][place] for place in places] for row in (own, judge))
-        keep_point(out / "curve" / f"{step}.jsonl", own, judge, metrics)
+        keep_point(out / CURVE / f"{step}.jsonl", own, judge, metrics)
 
 
 def read_point(file: Path, metrics: dict) -> dict:
@@ -141,7 +142,7 @@ def point_tables(file: Path, metrics: dict) -> dict[str, np.ndarray]:
 
 def curve_files(out: Path) -> list[Path]:
     """Return the files of the points of a run's curve, in the order of steps; none if it has no curve."""
-    files = [file for file in (out / "curve").glob("*.jsonl") if file.stem.isdecimal()]
+    files = [file for file in (out / CURVE).glob("*.jsonl") if file.stem.isdecimal()]
     return sorted(files, key=lambda file: int(file.stem))
 
 

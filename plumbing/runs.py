@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from plumbing import engine, models, ranks
 from plumbing.problems import BadInput, Problem, digest, first_line, write_atomic
+from plumbing.report import CURVE
 from plumbing.sandbox_worker import SandboxError
 
 NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick", "eval_every",
                      "keep_every", "server", "server_requests", "server_adapters",
                      "train", "eval"}  # the digests of the problems say more than the names of their files
 
-CURVE = "curve"  # the folder, in that of the run, of the points of the curve
 LONG = 1 / 6  # hours of a stage that are told
 
 # ------------------------------------------------------------------------------------------------- work that goes on

@@ -54,6 +54,7 @@ def test_the_update_trains_by_them(monkeypatch):
     rollout = grpo.Rollout(token, [token] * 2, [torch.zeros(1)] * 2, [True] * 2, torch.tensor([1.0, 0.0]))
     for kind in ("cut", "mask"):
         model = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(model.weight, 0.5)  # far enough from the log-prob 0 of the server's
         args = dust.Args(is_kind=kind, kl=0.0, server_rollouts=True)
         with pytest.warns(UserWarning, match="disagree"):
             grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), [rollout], args)
