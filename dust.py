@@ -583,6 +583,7 @@ def perfect_rankings(model, tokenizer, groups: list[Group], args: Args, file: Pa
     then written in the student's tokens. Groups without a perfect answer are left out. file: keeps the answers.
     """
     teacher, its_tokenizer = load_teacher(model, tokenizer, args)
+    groups = fitting_groups(teacher, its_tokenizer, groups, args)  # the student's context can be longer
     if args.shuffle:
         groups = [group.shuffled(args.seed, "sft", i) for i, group in enumerate(groups)]
     asked = [ranking_ids(its_tokenizer, group, args) for group in groups]
@@ -705,9 +706,18 @@ def measure(model, tokenizer, base: list[Group], step: int, args: Args, out: Pat
     of_base, one_group = [base[place] for place in places], replace(args, repeats=1)
     problems = [group.problem for group in of_base]
     groups = evaluation_groups(model, tokenizer, problems, one_group, file.with_suffix(""))
-    own = rank_candidates(model, tokenizer, groups, args, file.with_name(f"{step}-rankings.jsonl"), places)
-    judge = rank_candidates(model, tokenizer, of_base, args, file.with_name(f"{step}-judge.jsonl"), places)
+    own = rank_mixed(model, tokenizer, groups, args, file.with_name(f"{step}-rankings.jsonl"), places)
+    judge = rank_mixed(model, tokenizer, of_base, args, file.with_name(f"{step}-judge.jsonl"), places)
     tqdm.write(ranks.on_first(lambda: report.keep_point(file, own, judge, metrics_of(args.best_of))))
+
+
+def rank_mixed(model, tokenizer, groups: list[Group], args: Args, file: Path, places: list[int]) -> list[RankedGroup]:
+    """Rank the mixed groups, as rank_candidates does. The order of the others changes no figure of a point."""
+    mixed = [(place, group) for place, group in zip(places, groups) if is_mixed(group.labels)]
+    asked, of_mixed = [group for _, group in mixed], [place for place, _ in mixed]
+    ranked = dict(zip(of_mixed, rank_candidates(model, tokenizer, asked, args, file, of_mixed)))
+    return [ranked.get(place) or RankedGroup(group, group.candidates, "", malformed=False)
+            for place, group in zip(places, groups)]
 
 
 def best_of(n: int, ranked: list[int]) -> float:

@@ -67,8 +67,11 @@ def test_every_point_has_the_seeds_of_the_evaluation(llama, run, tmp_path):
         Path(f"{samples}-{kind}.jsonl").write_bytes((run / f"base-{kind}.jsonl").read_bytes())
     base = dust.evaluation_groups(model, tokenizer, held_out, args, samples)
     dust.measure(model, tokenizer, base, 4, args, tmp_path / "again")
-    again, kept = (lines_of(out / "curve" / "4.jsonl") for out in (tmp_path / "again", run))
+    files = [out / "curve" / "4.jsonl" for out in (tmp_path / "again", run)]
+    assert report.read_point(files[0], METRICS) == report.read_point(files[1], METRICS)
+    again, kept = ([line for line in lines_of(file) if 0 < sum(line["ranked"]) < 4] for file in files)
     assert again == kept and {line["row"] for line in kept} == {"own", "judge"}
+    kept = lines_of(files[0])
     assert sum(line["row"] == "own" for line in kept) == len(held_out)  # one group a problem, of two
 
 

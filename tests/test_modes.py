@@ -1,4 +1,5 @@
 """Test the training modes of the paper's table 3 and figure 3: what each learns from, and what it must not learn."""
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -6,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 import dust
 import rank_prompt
@@ -246,7 +247,7 @@ def test_a_thinking_part_that_both_templates_open_is_opened_once(tmp_path, monke
 
     end = student.eos_token_id
     student.eos_token = None  # some models name their end token only in the generation config
-    monkeypatch.setattr(dust, "load", lambda *_, **__: (torch.nn.Linear(1, 1), teacher))
+    monkeypatch.setattr(dust, "load", lambda *_, **__: (SimpleNamespace(config=Qwen3Config()), teacher))
     monkeypatch.setattr(dust, "draw", draw)
     args = dust.parse_args(["--mode", "sft", "--teacher", "other", "--rows", "8", "--no-shuffle"])
     group = Group(Problem("p", "Read.", []), [Candidate("p", "", "print(1)", i < 2) for i in range(4)])
@@ -257,6 +258,18 @@ def test_a_thinking_part_that_both_templates_open_is_opened_once(tmp_path, monke
     student.chat_template = "<|channel|>"
     with pytest.raises(dust.BadInput, match="in a way of its own"):
         dust.load_teacher(None, student, args)
+
+
+def test_a_teacher_is_not_asked_what_does_not_fit_its_context(llama, tmp_path):
+    """A student with a longer context than its teacher's has groups that the teacher cannot read."""
+    args = dust.parse_args(["--mode", "sft", "--device", "cpu", "--max-new-tokens", "40"])
+    model, tokenizer = dust.load(str(llama["folder"] / "model"), args)
+    model.config.max_position_embeddings = 140
+    groups = [Group(Problem("p", "Write " * words, []), [Candidate("p", "", "print(1)", i < 2) for i in range(4)])
+              for words in (1, 200)]
+    with contextlib.suppress(dust.BadInput):  # a random teacher ranks nothing without a fault
+        dust.perfect_rankings(model, tokenizer, groups, args, tmp_path / "teacher-rankings.jsonl")
+    assert len((tmp_path / "teacher-rankings.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("arguments, reason", [
