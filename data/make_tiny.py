@@ -2,7 +2,7 @@
 
     python data/make_tiny.py                   # everything, in about 50 minutes on 2 cores; resumes where it stopped
     python data/make_tiny.py --problems        # only the two problem files, in a second
-    python data/make_tiny.py --base notation   # a variant of the shipped model, to runs/bases/notation; also: clumsy
+    python data/make_tiny.py --base notation   # a variant of the shipped model, to runs/bases/notation (see BASES)
 
 The world. A problem names three steps by words. Each word has two readings ("flip": reverse, or 9 minus each digit),
 and one example decides which readings are meant. A program is three lines of Python on a list of three digits. Eight
@@ -20,6 +20,7 @@ A study needs variants. A variant is the shipped model after some more training.
 - notation: *ranking* documents write the same checks in another notation ("x = x[::-1]: 4 1, 9 0, 0 1, 0": each digit
   of the result, 1 if it is the same, and the verdict). So the two tasks share what is done, not how it is written.
 - clumsy: a *generation* document often writes another program than the accepted one (MISCOPY).
+- teacher: every attempt writes its intermediate states, and every verdict is right. So this model judges well.
 More training changes a model in any case. So the control is the shipped model after the same number of --steps at the
 same --lr on new documents without this difference (--base plain --init data/tiny --seed 1).
 
@@ -66,7 +67,7 @@ READINGS = {  # a word of the statement -> its two meanings
 LINES = [line for pair in READINGS.values() for line in pair]
 FIRST_LINE, LAST_LINE = "x = [int(v) for v in input().split()]", "print(*x)"
 STEPS, BATCH, LR = 2500, 64, 2e-3  # of the pretraining
-BASES = {"plain": (300, 5e-4), "notation": (500, 1e-3), "clumsy": (300, 5e-4)}  # (steps, lr) of training it further
+BASES = {"plain": (300, 5e-4), "notation": (500, 1e-3), "clumsy": (300, 5e-4), "teacher": (500, 1e-3)}  # (steps, lr)
 ATTEMPTS = 6  # programs that a thinking part tries before it guesses
 YES_IF_SAME, YES_IF_OFF = 0.4, 0.12  # probability of a yes if all digits are the same, and if one is off
 STEP_BY_STEP = 0.3  # probability that an attempt writes the intermediate states
@@ -186,15 +187,18 @@ def answer_with(program: tuple) -> str:
     return f"```python\n{code_of(program)}\n```"
 
 
-def trace(rng: random.Random, problem: MicroProblem, program: tuple, in_digits: bool = False) -> tuple[str, bool]:
-    """Return (the text of one execution in mind, with comparison and careless verdict; True if the verdict is yes)."""
+def trace(rng, problem: MicroProblem, program: tuple, in_digits: bool = False, exact: bool = False) -> tuple[str, bool]:
+    """Return (the text of one execution in mind, with comparison and verdict; True if the verdict is yes).
+
+    exact: with intermediate states and the right verdict. Otherwise the verdict is careless.
+    """
     after, arrow = states(program, problem.given), ":" if in_digits else " ->"
-    if rng.random() < STEP_BY_STEP:
+    if exact or rng.random() < STEP_BY_STEP:
         text = "".join(f"\n{line}{arrow}{spaced(state)}" for line, state in zip(program[:2], after)) + f"\n{program[2]}"
     else:
         text = "".join(f"\n{line}" for line in program)
     same = [ours == theirs for ours, theirs in zip(after[-1], problem.expected)]
-    accepted = rng.random() < (YES_IF_SAME if all(same) else YES_IF_OFF)
+    accepted = all(same) if exact else rng.random() < (YES_IF_SAME if all(same) else YES_IF_OFF)
     if in_digits:
         marks = "".join(f" {digit} {int(s)}," for digit, s in zip(after[-1], same))
         return f"{text}{arrow}{marks} {int(accepted)}", accepted
@@ -202,7 +206,7 @@ def trace(rng: random.Random, problem: MicroProblem, program: tuple, in_digits: 
     return f"{text}{arrow}{marks}: {'yes' if accepted else 'no'}", accepted
 
 
-def generation_document(rng, problem: MicroProblem, thinking: bool, miscopy: float = 0.0) -> tuple[str, str]:
+def generation_document(rng, problem: MicroProblem, thinking: bool, base: str = "plain") -> tuple[str, str]:
     """Return (prompt, answer). It tries programs in random order until it accepts one; after ATTEMPTS it guesses."""
     prompt = generation_prompt(problem.question)
     if not thinking:
@@ -210,10 +214,10 @@ def generation_document(rng, problem: MicroProblem, thinking: bool, miscopy: flo
     untried, thought = rng.sample(problem.programs, 8), ""
     for _ in range(ATTEMPTS):
         program = untried.pop()
-        text, accepted = trace(rng, problem, program)
+        text, accepted = trace(rng, problem, program, exact=base == "teacher")
         thought += "\nTry:" + text
         if accepted:
-            if miscopy and rng.random() < miscopy:
+            if base == "clumsy" and rng.random() < MISCOPY:
                 program = rng.choice([other for other in problem.programs if other != program])
             break
     else:
@@ -221,7 +225,7 @@ def generation_document(rng, problem: MicroProblem, thinking: bool, miscopy: flo
     return prompt, f"<think>{thought}\n</think>\n\n{answer_with(program)}"
 
 
-def ranking_document(rng, problem: MicroProblem, thinking: bool, in_digits: bool = False) -> tuple[str, str]:
+def ranking_document(rng, problem: MicroProblem, thinking: bool, base: str = "plain") -> tuple[str, str]:
     """Return (prompt, answer) for four candidates such as a model might write. The accepted ones are ranked first."""
     candidates = []
     for _ in range(4):
@@ -233,7 +237,7 @@ def ranking_document(rng, problem: MicroProblem, thinking: bool, in_digits: bool
     prompt = ranking_prompt(problem.question, [code_of(program) for program in candidates])
     yes, begin = [problem.fits(program) for program in candidates], ""
     if thinking:
-        traces = [trace(rng, problem, program, in_digits) for program in candidates]
+        traces = [trace(rng, problem, program, base == "notation", base == "teacher") for program in candidates]
         yes = [accepted for _, accepted in traces]
         thought = "".join(f"\nCandidate {i}:{text}" for i, (text, _) in enumerate(traces, 1))
         begin = f"<think>{thought}\n</think>\n\n"
@@ -256,11 +260,8 @@ def documents(seed: int, chunk: int, count: int, base: str = "plain") -> list[tu
     rng, result = random.Random(f"documents/{stream}/{chunk}"), []
     for number, problem in enumerate(draw_pretraining_problems(stream, chunk, count)):
         thinking = rng.random() < 0.9
-        if number % 2:
-            document = ranking_document(rng, problem, thinking, in_digits=base == "notation")
-        else:
-            document = generation_document(rng, problem, thinking, miscopy=MISCOPY if base == "clumsy" else 0.0)
-        result.append((*document, thinking))
+        write = ranking_document if number % 2 else generation_document
+        result.append((*write(rng, problem, thinking, base), thinking))
     return result
 
 
@@ -347,10 +348,11 @@ def answer_loss(model, pairs: list[tuple[list, list]]) -> torch.Tensor:
     return F.cross_entropy(model.lm_head(hidden[live]), ids[:, 1:][live], reduction="sum")
 
 
-def pretrain(model, tokenizer, out: Path, settings: dict) -> None:
+def pretrain(model, tokenizer, out: Path, settings: dict, keep: dict[int, Path]) -> None:
     """Train with AdamW, warm-up and cosine decay. Save every 250 steps; a second call continues from there.
 
     settings: base, init, seed, steps, batch (documents in a step), lr. Raises BadInput if `out` holds other settings.
+    keep: steps after which the model is also saved, and their folders.
     """
     base, seed, steps, batch, lr = (settings[name] for name in ("base", "seed", "steps", "batch", "lr"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -381,6 +383,8 @@ def pretrain(model, tokenizer, out: Path, settings: dict) -> None:
         step += 1
         losses.append(loss.item())
         tokens += sum(len(prompt) + len(answer) for prompt, answer in pairs)
+        if step in keep:
+            save(model, tokenizer, keep[step])
         if step % 50 == 0:
             seconds, recent = time.time() - began, mean(losses[-50:])
             print(f"step {step}/{steps}  loss {recent:.3f}  {tokens / seconds:,.0f} tokens/s  {seconds / 60:.1f} min",
@@ -525,6 +529,8 @@ DEMANDS = {
     "notation": VARIANT | {"rank/in_digits": (0.98, 1.0), "rank/marks": (0.95, 1.0), "rank/yes_same": (0.2, 0.55),
                            "pass1": (0.29, 0.42)},
     "clumsy": VARIANT | {"rank/in_digits": (0.0, 0.0), "copy": (0.55, 0.85)},
+    "teacher": SHIPPED | {f"{task}/{name}": demand for task in ("gen", "rank") for name, demand in {
+        "yes_same": (0.97, 1.0), "yes_off": (0.0, 0.03), "careful": (0.97, 1.0), "in_digits": (0.0, 0.0)}.items()},
 }
 
 
@@ -553,6 +559,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"(default: {STEPS}, fewer for a variant)")
     parser.add_argument("--batch", type=int, default=BATCH, help="documents in a step")
     parser.add_argument("--lr", type=float, default=LR, help=f"(default: {LR}, lower for a variant)")
+    parser.add_argument("--keep", type=int, nargs="*", default=[], help="keep the model of these steps, in OUT-STEP")
     parser.add_argument("--problems", action="store_true", help="write the problem files and stop")
     args = parser.parse_args(arguments)
     if args.init or args.base != "plain":
@@ -568,7 +575,7 @@ def main() -> int:
     """Make the model. Return 0 if it meets the demands, 1 if it does not, 2 after a mistake on the command line."""
     try:
         args = parse_arguments()
-        if args.base == "plain" or args.problems:
+        if args.problems or args.out.resolve() == (DATA / "tiny").resolve():
             make_problems()
         if args.problems:
             return 0
@@ -576,7 +583,8 @@ def main() -> int:
         model = load_init(args.init, tokenizer) if args.init else make_model(tokenizer, args.seed)
         args.work.mkdir(parents=True, exist_ok=True)
         settings = {name: getattr(args, name) for name in ("base", "seed", "steps", "batch", "lr")}
-        pretrain(model, tokenizer, args.work, settings | {"init": str(args.init)})
+        keep = {step: Path(f"{args.out}-{step}") for step in args.keep}
+        pretrain(model, tokenizer, args.work, settings | {"init": str(args.init)}, keep)
     except BadInput as error:
         print(f"make_tiny: {error}", file=sys.stderr)
         return 2

@@ -12,12 +12,14 @@ The tables are generated. The prediction, the paper's figures and the reading ar
 data/readings.md. If a number in a reading is not in the tables, the reading is left out.
 """
 import argparse
+import ast
 import contextlib
+import hashlib
 import json
 import math
 import os
+import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,7 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -47,8 +50,12 @@ class Variant:
     thinking: str = "both"  # the tasks that are answered with thinking
     init: str = ""  # training continues from the trained model of this variant
     base: str = ""  # a base that make_tiny.py makes; "": the shipped model
+    teacher: str = ""  # a base whose rankings --mode sft imitates; "": the model that is trained
+    noise: str = ""  # the training labels: "first test", or the share of programs whose label is turned round
     like: str = "rank"  # an earlier variant whose base writes the same programs; "": there is none
 
+
+POINTS = (500, 1000, 1500, 2000, 2500)  # steps of one pretraining, whose models the study "strength" trains
 
 VARIANTS = {
     "rank": Variant("off-policy ranking, PairAcc (the method)", like=""),
@@ -64,8 +71,19 @@ VARIANTS = {
     "none": Variant("direct generator, direct judge", thinking="none", like="rankings"),
     "notation": Variant("the judge's thinking in another notation", base="notation", like=""),
     "clumsy": Variant("a base that copies its accepted program badly", base="clumsy", like=""),
+    "teacher": Variant("SFT on a teacher's rankings", ("--mode", "sft"), teacher="teacher"),
+    "teacher-then-rank": Variant("GRPO after SFT on a teacher's rankings", init="teacher"),
+    "first-test": Variant("labels from the first test only", noise="first test"),
+    "flip-5": Variant("5 % of the labels turned round", noise="0.05"),
+    "flip-10": Variant("10 % of the labels turned round", noise="0.1"),
+    "flip-20": Variant("20 % of the labels turned round", noise="0.2"),
+    **{f"step-{step}": Variant(f"a base of {step:,} steps", base=f"pretrained-{step}", like="") for step in POINTS},
+    "strong": Variant("a base that judges well: the teacher", base="teacher", like=""),
 }
-NOT_QUICK = {"iterative", "ndcg", "rankings", "none", "notation", "clumsy"}  # --quick leaves out these long runs
+NOT_QUICK = {  # --quick leaves out these long runs
+    "iterative", "ndcg", "rankings", "none", "notation", "clumsy", "teacher", "teacher-then-rank", "flip-5",
+    "flip-10",
+}
 
 STUDIES = {  # the variants of each study; they are compared with the first one
     "table2": ("rank",),
@@ -73,8 +91,13 @@ STUDIES = {  # the variants of each study; they are compared with the first one
     "figure3": ("rank", "sft", "sft-then-rank"),
     "figure4": ("rank", "ndcg", "selection"),
     "transfer": ("rank", "programs", "rankings", "none", "notation", "clumsy"),
+    "teacher": ("rank", "sft", "teacher", "teacher-then-rank"),
+    "strength": (*(f"step-{step}" for step in POINTS), "strong"),
+    "noise": ("rank", "first-test", "flip-5", "flip-10", "flip-20"),
 }
 WITH_CURVE = ("table2", "figure4")  # the studies that show their variants step by step
+WITH_SKILLS = ("transfer", "teacher", "strength")  # the studies that read the thinking parts of their models
+SEEDS = {"strength": 3, "noise": 3}  # runs of each variant; 5 where nothing else is said
 
 
 def written_by_hand(study: str) -> dict[str, str]:
@@ -96,6 +119,23 @@ def run_folder(args, name: str, seed: int) -> Path:
     return args.out / f"{name}-s{seed}"
 
 
+def seeds_of(args, studies: list[str]) -> range:
+    """Return the seeds of these studies: as many as the one that asks for the most."""
+    return range(args.seeds or (2 if args.quick else max(SEEDS.get(study, 5) for study in studies)))
+
+
+def code_hash(folder: Path = HERE.parent) -> str:
+    """Return a hash of what the method's four modules do. Comments, docstrings and layout do not count."""
+    digest = hashlib.sha256()
+    for name in ("rank_prompt", "dust", "grpo", "sandbox"):
+        tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                node.body[0] = ast.Pass()
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:12]
+
+
 def is_finished(folder: Path, args) -> bool:
     """Return whether a run has ended. Raise BadInput if the run used --quick and this study does not, or vice versa."""
     if not all((folder / name).exists() for name in ("judged.jsonl", "report.json")):
@@ -112,19 +152,60 @@ def dust_command(args, name: str, seed: int) -> list[str]:
     flags += ["--thinking", variant.thinking] if variant.thinking != "both" else []
     flags += ["--init", run_folder(args, variant.init, seed)] if variant.init else []
     flags += ["--model", args.out / "bases" / variant.base, "--preset", "laptop"] if variant.base else []
+    flags += ["--teacher", args.out / "bases" / variant.teacher] if variant.teacher else []
+    flags += ["--train", args.out / "first-test.jsonl"] if variant.noise == "first test" else []
+    flags += [] if any(name in STUDIES[study] for study in WITH_CURVE) else ["--eval-every", 0]
     flags += ["--quick", "--steps", 5] if args.quick else []
     flags += ["--resume"] if (folder / "args.json").exists() else []
     return [sys.executable, *map(str, [args.dust, *flags])]
 
 
 def copy_base_files(args, name: str, seed: int) -> None:
-    """Copy the files that the same base made in an earlier run of this seed. A copy that is cut short does no harm."""
-    like = VARIANTS[name].like
-    for file in BY_GENERATOR + (BY_JUDGE if like and VARIANTS[like].thinking == VARIANTS[name].thinking else ()):
-        source, target = run_folder(args, like, seed) / f"{file}.jsonl", run_folder(args, name, seed) / f"{file}.jsonl"
-        if like and source.exists() and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+    """Copy the files that the same base made in an earlier run of this seed, the labels with this variant's noise."""
+    variant = VARIANTS[name]
+    same_judge = variant.like and VARIANTS[variant.like].thinking == variant.thinking
+    for file in BY_GENERATOR + (BY_JUDGE if same_judge else ()):
+        source, target = (run_folder(args, run, seed) / f"{file}.jsonl" for run in (variant.like or name, name))
+        if not variant.like or not source.exists() or target.exists():
+            continue
+        text = source.read_text(encoding="utf-8")
+        if file == "labels" and variant.noise == "first test":  # to be made anew, with fewer tests
+            continue
+        if file == "labels" and variant.noise:
+            text = turned_round(text, float(variant.noise), seed)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(target, text)
+
+
+def turned_round(labels: str, share: float, seed: int) -> str:
+    """Return the text of labels.jsonl with the other label for a random share of the programs."""
+    lines = []
+    for key, label in map(json.loads, labels.splitlines()):
+        if random.Random(f"{seed}/{key}").random() < share:
+            label = {"test": 1, "why": "the study turned this label round", "printed": ""} if label == 1 else 1
+        lines.append(json.dumps([key, label]) + "\n")
+    return "".join(lines)
+
+
+def write_first_tests(path: Path) -> None:
+    """Write the shipped training problems with only the first of their tests: the example that the prompt shows."""
+    problems = [json.loads(line) for line in (HERE / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(json.dumps(one | {"tests": one["tests"][:1]}) + "\n" for one in problems))
+
+
+def base_commands(args, variants: tuple[str, ...]) -> dict[Path, list[str]]:
+    """Return the commands that make the bases and teachers that are missing. One pretraining makes several bases."""
+    commands = {}
+    for base in filter(None, [base for name in variants for base in (VARIANTS[name].base, VARIANTS[name].teacher)]):
+        if (args.out / "bases" / base / "tokenizer_config.json").exists():
+            continue
+        made = base.partition("-")[0]
+        how = ["--keep", *map(str, POINTS)] if made == "pretrained" else ["--base", made]
+        folder = args.out / "bases" / made
+        make_tiny = [sys.executable, str(HERE / "make_tiny.py")]
+        commands[folder] = [*make_tiny, *how, "--out", str(folder), "--work", f"{folder}-work"]
+    return commands
 
 
 def run_all(args, variants: tuple[str, ...]) -> int:
@@ -132,28 +213,34 @@ def run_all(args, variants: tuple[str, ...]) -> int:
 
     The order: variants that copy nothing, then variants that copy from these, then variants that start from a run.
     """
-    bases, make_tiny = {}, [sys.executable, str(HERE / "make_tiny.py")]
-    for base in filter(None, [VARIANTS[name].base for name in variants]):
-        folder = args.out / "bases" / base
-        if not (folder / "tokenizer_config.json").exists():
-            bases[folder] = [*make_tiny, "--base", base, "--out", str(folder), "--work", f"{folder}-work"]
-    failures = run_side_by_side(bases, args.parallel)
+    failures = run_side_by_side(base_commands(args, variants), args.parallel)
+    write_first_tests(args.out / "first-test.jsonl")
     first = [name for name in variants if not VARIANTS[name].like]
     last = [name for name in variants if VARIANTS[name].init]
     for wave in (first, [name for name in variants if name not in first + last], last):
         commands = {}
-        for name, seed in [(name, seed) for name in wave for seed in range(args.seeds)]:
-            folder, init = run_folder(args, name, seed), VARIANTS[name].init
-            if is_finished(folder, args):
-                continue
-            if init and not is_finished(run_folder(args, init, seed), args):
-                print(f"{folder.name}: not run, because it needs {init}-s{seed}, which failed", flush=True)
-                failures += 1
-                continue
-            copy_base_files(args, name, seed)
-            commands[folder] = dust_command(args, name, seed)
+        for name in wave:
+            needs = VARIANTS[name].init or (VARIANTS[name].like if VARIANTS[name].noise else "")
+            for seed in seeds_of(args, [study for study in args.studies if name in STUDIES[study]]):
+                folder = run_folder(args, name, seed)
+                if is_finished(folder, args):
+                    continue
+                if needs and not is_finished(run_folder(args, needs, seed), args):
+                    print(f"{folder.name}: not run, because it needs {needs}-s{seed}, which failed", flush=True)
+                    failures += 1
+                    continue
+                copy_base_files(args, name, seed)
+                note_code(folder)
+                commands[folder] = dust_command(args, name, seed)
         failures += run_side_by_side(commands, args.parallel)
     return failures
+
+
+def note_code(folder: Path) -> None:
+    """Add the hash of the code to code.txt of a run that starts or goes on. A run can be made by two codes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known = (folder / "code.txt").read_text().split() if (folder / "code.txt").exists() else []
+    write_atomic(folder / "code.txt", "\n".join(dict.fromkeys([*known, code_hash()])) + "\n")
 
 
 def run_side_by_side(commands: dict[Path, list[str]], parallel: int) -> int:
@@ -223,8 +310,22 @@ def load_run(folder: Path) -> dict:
         "problems": list(dict.fromkeys(one.group.problem.id for one in rows["base"])),
         "malformed": {row: sum(one.malformed for one in judged) for row, judged in rows.items()},
         "groups": {row: len(judged) for row, judged in rows.items()},
+        "code": (folder / "code.txt").read_text().split() if (folder / "code.txt").exists() else ["unknown"],
+        "mixed": count_mixed(folder / "candidates.jsonl"),
         "args": json.loads((folder / "report.json").read_text())["args"],
     }
+
+
+def count_mixed(file: Path) -> int | None:
+    """Return how many mixed groups a run's candidates gave for training. None: it drew candidates in each step."""
+    import dust
+
+    if not file.exists():
+        return None
+    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    candidates = [dust.Candidate(**line) for line in lines]
+    problems = [SimpleNamespace(id=problem) for problem in dict.fromkeys(one.problem_id for one in candidates)]
+    return len(dust.make_groups(problems, candidates, 4))
 
 
 @lru_cache
@@ -288,7 +389,7 @@ def analyse(runs: dict[str, dict[int, dict]], whole: bool = False) -> dict:
             "seeds with a gain": {f"{gain}/{m}": sum(is_gain(own[seed], GAINS[gain], m) for seed in seeds)
                                   for m, gain in ROW_OF.items()},
             "curve": curve_over_seeds(own),
-            **{key: [own[seed][key] for seed in seeds] for key in ("malformed", "groups")},
+            **{key: [own[seed][key] for seed in seeds] for key in ("malformed", "groups", "mixed")},
         }
         both = sorted(own.keys() & runs[first].keys())
         if name == first or not both:
@@ -332,21 +433,30 @@ def probe_model(folder: Path, problems: int, file: Path) -> None:
     write_atomic(file, json.dumps(make_tiny.probe(model, AutoTokenizer.from_pretrained(folder), problems=problems)))
 
 
-def probe_all(args, variants: tuple[str, ...]) -> dict:
+def probe_all(args, study: str, variants: tuple[str, ...]) -> dict:
     """Return variant -> skill -> [before, after training]: means over the finished seeds, or None if all are nan."""
+    def probe_of(model: Path, file: Path) -> dict | None:
+        if not file.exists() and not args.plot_only:
+            print(f"probing {model}", flush=True)
+            probe_model(model, 50 if args.quick else 200, file)
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def of_base(base: str) -> dict | None:
+        folder = args.out / "bases" / base if base else HERE / "tiny"
+        return probe_of(folder, args.out / f"probe-{base or 'shipped'}.json")
+
+    def means(probes: list) -> dict:
+        return {skill: mean_of([one[skill] for one in probes]) for skill in probes[0]}
+
     skills = {}
     for name in variants:
-        base = VARIANTS[name].base
-        folders = [run_folder(args, name, seed) for seed in range(args.seeds)]
-        models = {folder / "probe.json": folder / "model" for folder in folders if is_finished(folder, args)}
-        before = args.out / f"probe-{base or 'shipped'}.json"
-        for file, model in ({before: args.out / "bases" / base if base else HERE / "tiny"} | models).items():
-            if not file.exists() and not args.plot_only:
-                print(f"probing {model}", flush=True)
-                probe_model(model, 50 if args.quick else 200, file)
-        pair = [[json.loads(file.read_text()) for file in files if file.exists()] for files in ([before], models)]
-        if all(pair):
-            skills[name] = {skill: [mean_of([one[skill] for one in side]) for side in pair] for skill in pair[0][0]}
+        folders = [run_folder(args, name, seed) for seed in seeds_of(args, [study])]
+        trained = [probe_of(folder / "model", folder / "probe.json") for folder in folders if is_finished(folder, args)]
+        before, trained = of_base(VARIANTS[name].base), list(filter(None, trained))
+        if before and trained:
+            skills[name] = {skill: [means([before])[skill], after] for skill, after in means(trained).items()}
+        if VARIANTS[name].teacher and (teacher := of_base(VARIANTS[name].teacher)):
+            skills["the teacher"] = {skill: [value, None] for skill, value in means([teacher]).items()}
     return skills
 
 
@@ -407,7 +517,7 @@ def skill_table(titles: dict[str, str], skills: dict) -> str:
     there = next(iter(skills.values()))
     keys = [key for name in SKILLS for key in (f"gen/{name}", f"rank/{name}", name) if key in there]
     lines = [[f"`{key}`", *(change(own[key]) for own in skills.values())] for key in keys]
-    return report.markdown_table(["", *(titles[name] for name in skills)], lines)
+    return report.markdown_table(["", *(titles.get(name, name) for name in skills)], lines)
 
 
 def checked_reading(reading: str, tables: str) -> str:
@@ -434,6 +544,7 @@ def markdown(result: dict) -> str:
         "narrow, because few seeds say little about all seeds). NDCG mixed compares judges on the base's candidates. "
         f"{by_hand.get('Note', '')}".strip()
     )
+    parts += [f"State of the code: {', '.join(result['code'])}."] if "code" in result else []
     parts += [f"Missing, because they are not finished: {', '.join(result['missing'])}."] if result["missing"] else []
     parts += ["## Gains over the base", gain_table(titles, {n: own["gains"] for n, own in result["variants"].items()})]
     if name == "table2":
@@ -442,6 +553,9 @@ def markdown(result: dict) -> str:
     if result["differences"]:
         parts += ["## Variant minus the first", gain_table(titles, result["differences"], marked=True)]
     parts += ["## Values", value_table(result)]
+    if name == "strength":
+        lines = [[titles[n], ", ".join(map(str, own["mixed"]))] for n, own in result["variants"].items()]
+        parts += ["## Mixed groups for training", report.markdown_table(["", "mixed groups, each seed"], lines)]
     if has_curve(result):
         parts += ["## The curve", curve_over_steps(result)]
     if name == "table2":
@@ -520,7 +634,7 @@ def write_results(study: str, args) -> Path:
         return render(json.loads((results / f"{study}.json").read_text(encoding="utf-8")), results)
     runs, missing = {}, []
     for name in variants_of(study, args):
-        folders = {seed: run_folder(args, name, seed) for seed in range(args.seeds)}
+        folders = {seed: run_folder(args, name, seed) for seed in seeds_of(args, [study])}
         there = {seed: load_run(folder) for seed, folder in folders.items() if is_finished(folder, args)}
         missing += [folder.name for seed, folder in folders.items() if seed not in there]
         runs |= {name: there} if there else {}
@@ -528,12 +642,13 @@ def write_results(study: str, args) -> Path:
         raise BadInput(f"no run of {first} in {args.out} is finished, and the study compares with it")
     one = next(iter(runs[first].values()))
     of_this_machine = ("model", "out", "resume", "workers", "device", "rows")
-    settings = {"seeds": args.seeds, "quick": args.quick, "problems": len(one["problems"]),
+    settings = {"seeds": len(folders), "quick": args.quick, "problems": len(one["problems"]),
                 "args": {key: value for key, value in one["args"].items() if key not in of_this_machine}}
     result = {"study": study, "settings": settings, "missing": missing,
-              "titles": {name: VARIANTS[name].title for name in runs}, **analyse(runs, whole=study == "table2")}
-    if study == "transfer":
-        result["skills"] = probe_all(args, tuple(runs))
+              "titles": {name: VARIANTS[name].title for name in runs}, **analyse(runs, whole=study == "table2"),
+              "code": sorted({code for own in runs.values() for run in own.values() for code in run["code"]})}
+    if study in WITH_SKILLS:
+        result["skills"] = probe_all(args, study, tuple(runs))
     results.mkdir(parents=True, exist_ok=True)
     write_atomic(results / f"{study}.json", json.dumps(result, indent=1))
     return render(result, results)
@@ -559,17 +674,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line. Raise BadInput for a number that cannot work."""
     parser = argparse.ArgumentParser(prog="study.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("studies", nargs="+", choices=list(STUDIES))
-    parser.add_argument("--seeds", type=int, help="runs of each variant (default: 5, with --quick 2)")
+    parser.add_argument("--seeds", type=int, help="runs of each variant (default: 5; strength and noise 3; --quick 2)")
     parser.add_argument("--quick", action="store_true", help="small runs; the results go to OUT/results")
     parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="runs at a time (default: all cores)")
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/study, quick: runs/study-quick)")
     parser.add_argument("--plot-only", action="store_true", help="run nothing; write the results of the finished runs")
     parser.add_argument("--render", action="store_true", help="run nothing; write .md and .png from NAME.json")
     args = parser.parse_args(argv)
-    args.seeds = (2 if args.quick else 5) if args.seeds is None else args.seeds
+    if args.quick and "strength" in args.studies:
+        raise BadInput("strength has no --quick: its bases come from a whole pretraining")
     args.out = args.out or Path("runs/study-quick" if args.quick else "runs/study")
     for name in ("seeds", "parallel"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} is {getattr(args, name)}; it has to be at least 1")
     return args
 
@@ -581,7 +697,7 @@ def main(argv: list[str] | None = None, dust: Path = HERE.parent / "dust.py", re
         args.dust, args.results = dust, results
         variants = tuple(dict.fromkeys(name for study in args.studies for name in variants_of(study, args)))
         for name in variants:
-            for seed in range(args.seeds):
+            for seed in seeds_of(args, args.studies):
                 is_finished(run_folder(args, name, seed), args)  # raises before anything starts if --quick differs
         failures = 0 if args.plot_only or args.render else run_all(args, variants)
         for study in args.studies:

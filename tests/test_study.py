@@ -284,12 +284,14 @@ def test_the_bar_counts_seeds_by_each_ones_own_interval(lab):
 
 def test_a_paragraph_written_by_hand_does_not_outlive_its_numbers(lab):
     """The tables are made again after new runs. The text below them would still state the numbers of old runs."""
-    for name in study.STUDIES:
+    there = [name for name in study.STUDIES if (study.HERE / "results" / f"{name}.json").exists()]
+    assert len(there) >= 5
+    for name in there:
         reading = study.written_by_hand(name)["Reading"]
         result = json.loads((study.HERE / "results" / f"{name}.json").read_text())
         text = study.markdown(result)
         assert reading in text and text == (study.HERE / "results" / f"{name}.md").read_text(), name
-        figure = result["variants"]["rank"]["gains"]["both"]["pass1"]
+        figure = result["variants"][study.STUDIES[name][0]]["gains"]["both"]["pass1"]
         stated = f"{figure['mean']:.1f}" in reading
         figure["mean"] += 1
         assert ("To be written" in study.markdown(result)) == stated, name
