@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from plumbing.problems import load_problems
 
@@ -14,7 +15,7 @@ sys.path.insert(0, str(DATA))
 import make_tiny  # noqa: E402
 from make_tiny import Attempt, read_attempts  # noqa: E402
 
-VARIANTS = ("notation", "clumsy")
+VARIANTS = ("notation", "clumsy", "teacher")
 
 # -------------------------------------------------------------------------------------- the world and the shipped model
 
@@ -180,6 +181,18 @@ def test_only_the_clumsy_base_miscopies_and_only_what_was_accepted():
     assert make_tiny.mean(copied["clumsy"]) == pytest.approx(1 - make_tiny.MISCOPY, abs=0.05)
 
 
+def test_only_the_teacher_is_shown_right_verdicts_on_intermediate_states():
+    for base in make_tiny.BASES:
+        documents = make_tiny.documents(0, 0, 400, base)
+        attempts = [attempt for _, answer, _ in documents for attempt in read_attempts(answer)]
+        right = [a.accepted == all(a.same) for a in attempts]
+        careful = [a.step_by_step for a in attempts]
+        if base == "teacher":
+            assert all(right) and all(careful)
+        else:
+            assert 0.6 < make_tiny.mean(right) < 0.9 and 0.2 < make_tiny.mean(careful) < 0.4
+
+
 @pytest.mark.parametrize("base", VARIANTS)
 def test_no_evaluation_statement_is_trained_on_by_a_variant_either(base, monkeypatch):
     """Check in the first chunk that the variant's documents draw from their own stream, then check the whole stream."""
@@ -232,6 +245,18 @@ def test_a_variant_is_a_model_of_its_own_and_nothing_shipped_is_written(lab, mon
     shipped = make_tiny.load_init(lab / "data" / "tiny", make_tiny.make_tokenizer()).state_dict()
     change = max((made[name] - shipped[name]).abs().max().item() for name in made)
     assert 0 < change < 1e-4  # the training started from the shipped model and made one step of the warm-up
+
+
+def test_the_models_of_some_steps_are_kept_and_the_problem_files_are_not_written(lab, monkeypatch):
+    before = contents(lab / "data")
+    folder = lab / "bases" / "pretrained"
+    assert make(monkeypatch, "--steps", 3, "--batch", 2, "--keep", 1, 3, "--out", folder) == 0
+    assert contents(lab / "data") == before
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["pretrained", "pretrained-1", "pretrained-3"]
+    first, third, last = (make_tiny.load_init(folder.with_name(name), make_tiny.make_tokenizer()).state_dict()
+                          for name in ("pretrained-1", "pretrained-3", "pretrained"))
+    assert all(torch.equal(third[name], last[name]) for name in last)
+    assert not all(torch.equal(first[name], last[name]) for name in last)
 
 
 def test_what_would_spoil_a_model_is_refused_in_one_line(lab, monkeypatch, capsys):

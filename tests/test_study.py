@@ -12,6 +12,7 @@ import pytest
 
 from data import study
 from plumbing import report
+from plumbing.problems import load_problems
 
 
 # ------------------------------------------------------------------------------------------------- two-level intervals
@@ -337,6 +338,103 @@ def test_bases_are_made_first_and_their_runs_take_the_laptops_settings(lab, monk
     flags = begun[1][lab.out / "clumsy-s0"]
     assert flags[flags.index("--preset") + 1] == "laptop"
     assert flags[flags.index("--model") + 1] == str(lab.out / "bases" / "clumsy")
+
+
+def test_one_pretraining_makes_the_bases_of_all_its_steps(lab):
+    args = study.parse_args(["strength", "--out", str(lab.out)])
+    commands = study.base_commands(args, study.STUDIES["strength"])
+    assert [folder.name for folder in commands] == ["pretrained", "teacher"]
+    command = commands[lab.out / "bases" / "pretrained"]
+    assert command[command.index("--keep") + 1 :][: len(study.POINTS)] == list(map(str, study.POINTS))
+    for step in study.POINTS:
+        (lab.out / "bases" / f"pretrained-{step}").mkdir(parents=True)
+        (lab.out / "bases" / f"pretrained-{step}" / "tokenizer_config.json").write_text("{}")
+    assert [folder.name for folder in study.base_commands(args, study.STUDIES["strength"])] == ["teacher"]
+
+
+def test_a_study_has_the_seeds_it_asks_for_and_a_shared_variant_those_of_the_largest(lab, monkeypatch, capsys):
+    begun = []
+    monkeypatch.setattr(study, "run_side_by_side", lambda commands, parallel: begun.extend(commands) or 0)
+    monkeypatch.setattr(study, "is_finished", lambda folder, args: folder.name.startswith("rank-"))
+    args = study.parse_args(["noise", "table2", "--out", str(lab.out)])
+    args.dust = "dust.py"
+    assert study.run_all(args, study.STUDIES["noise"]) == 0
+    names = [folder.name for folder in begun]
+    assert names.count("flip-20-s2") == 1 and "flip-20-s3" not in names
+    begun.clear()
+    monkeypatch.setattr(study, "is_finished", lambda folder, args: False)
+    assert study.run_all(args, ("rank",)) == 0
+    assert [folder.name for folder in begun] == [f"rank-s{seed}" for seed in range(5)]
+    assert lab.run("strength", "--quick") == 2 and "no --quick" in capsys.readouterr().err
+
+
+def test_noise_changes_the_labels_of_training_and_no_others(lab):
+    """The evaluation has to be the same for all variants. A run whose labels are turned round in part only is none."""
+    lines = [[f"p/{i}", 1 if i % 4 else {"test": 2, "why": "wrong", "printed": "7"}] for i in range(4000)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    turned = [json.loads(line) for line in study.turned_round(text, 0.1, 0).splitlines()]
+    assert [key for key, _ in turned] == [key for key, _ in lines]
+    for kind in (True, False):  # right and wrong ones alike
+        changed = [(new == 1) != kind for (_, old), (_, new) in zip(lines, turned) if (old == 1) == kind]
+        assert np.mean(changed) == pytest.approx(0.1, abs=0.03)
+    assert study.turned_round(text, 0.1, 0) == study.turned_round(text, 0.1, 0) != study.turned_round(text, 0.1, 1)
+
+    args = study.parse_args(["noise", "--out", str(lab.out)])
+    (lab.out / "rank-s1").mkdir(parents=True)
+    for name in study.BY_GENERATOR + study.BY_JUDGE:
+        (lab.out / "rank-s1" / f"{name}.jsonl").write_text(text)
+    for variant in ("first-test", "flip-10"):
+        study.copy_base_files(args, variant, 1)
+    turned, first = lab.out / "flip-10-s1", lab.out / "first-test-s1"
+    assert (turned / "labels.jsonl").read_text() == study.turned_round(text, 0.1, 1)
+    assert not (first / "labels.jsonl").exists()
+    for name in set(study.BY_GENERATOR + study.BY_JUDGE) - {"labels"}:
+        assert (turned / f"{name}.jsonl").read_text() == (first / f"{name}.jsonl").read_text() == text
+
+
+def test_labels_of_the_first_test_only_come_from_problems_with_one_test(lab):
+    args = study.parse_args(["noise", "--out", str(lab.out)])
+    args.dust = "dust.py"
+    study.write_first_tests(lab.out / "first-test.jsonl")
+    command = study.dust_command(args, "first-test", 0)
+    problems = load_problems(command[command.index("--train") + 1])
+    shipped = load_problems("micro-train")
+    assert [(p.id, p.question, p.tests) for p in problems] == [(p.id, p.question, p.tests[:1]) for p in shipped]
+    assert "--train" not in study.dust_command(args, "flip-5", 0)
+
+
+def test_noise_waits_for_all_labels_of_the_run_that_it_copies(lab, monkeypatch, capsys):
+    monkeypatch.setenv("FAKE_FAILS", "rank-s0")
+    assert lab.run("noise", "--seeds", 1) == 2
+    said = capsys.readouterr()
+    assert "flip-20-s0: not run, because it needs rank-s0" in said.out
+    assert [call["run"] for call in lab.calls()] == ["rank-s0"]
+
+
+def test_a_result_names_every_state_of_the_code_that_made_its_runs(lab, monkeypatch, tmp_path):
+    for name in ("rank_prompt", "dust", "grpo", "sandbox"):
+        (tmp_path / f"{name}.py").write_text(f'"""Text."""\n\n\ndef {name}():\n    """Say."""\n    return 1\n')
+    before = study.code_hash(tmp_path)
+    (tmp_path / "grpo.py").write_text('"""Other."""\ndef grpo():\n    """X."""\n    return 1  # one\n')
+    assert study.code_hash(tmp_path) == before
+    (tmp_path / "grpo.py").write_text('"""Other."""\ndef grpo():\n    """X."""\n    return 2\n')
+    assert study.code_hash(tmp_path) != before
+
+    monkeypatch.setattr(study, "code_hash", lambda: "first")
+    monkeypatch.setenv("FAKE_FAILS", "rank-s1")
+    assert lab.run("table2", "--seeds", 2) == 2
+    monkeypatch.setattr(study, "code_hash", lambda: "second")
+    monkeypatch.delenv("FAKE_FAILS")
+    assert lab.run("table2", "--seeds", 2) == 0
+    assert json.loads((lab.results / "table2.json").read_text())["code"] == ["first", "second"]
+    assert "State of the code: first, second." in (lab.results / "table2.md").read_text()
+
+
+def test_only_the_studies_that_show_a_curve_pay_for_it(lab):
+    args = study.parse_args(["table2", "--out", str(lab.out)])
+    args.dust = "dust.py"
+    with_curve = {name for name in study.VARIANTS if "--eval-every" not in study.dust_command(args, name, 0)}
+    assert with_curve == {"rank", "ndcg", "selection"}
 
 
 def test_a_result_is_rendered_again_without_its_runs(lab):
