@@ -507,7 +507,7 @@ def test_options_that_do_not_go_together_are_named(options, message, capsys):
 
 # ---------------------------------------------------------------------------------------- how long will it take
 
-HERE, SERVED = 506, 7224  # tokens a second, as the README says whose they are
+HERE, SERVED = 506, 7224  # tokens a second, as the tutorial says whose they are
 
 
 def hours(answers: dict, by_server: tuple, length: int) -> str:
@@ -526,9 +526,9 @@ def test_the_table_of_hours_is_what_the_presets_ask_for(preset, by_server):
     cells = [f"`{preset}`", f"{answers['candidates']:,}", f"{answers['training']:,}",
              f"{answers['base'] + answers['curve'] + answers['trained']:,}", f"{sum(answers.values()) * length / 1e6:,.0f} million",
              *[hours(answers, stages, length) for stages in ((), by_server, tuple(answers))]]
-    readme = (TINY.parent.parent / "README.md").read_text(encoding="utf-8")
-    assert f"| {' | '.join(cells)} |" in readme
-    assert f"{HERE} tokens a second" in readme and f"{SERVED:,}" in readme and f"{length:,}" in readme
+    tutorial = (TINY.parent.parent / "tutorial.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join(cells)} |" in tutorial
+    assert f"{HERE} tokens a second" in tutorial and f"{SERVED:,}" in tutorial and f"{length:,}" in tutorial
 
 
 def write_programs_in_turn(number, body, reply) -> None:

@@ -4,6 +4,7 @@ A reader of the paper finds the whole method in the four files at the top level.
 make all files depend on each other again. Once the sandbox imported the micro-lab, and with it torch.
 """
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,9 @@ def test_prompts_sandbox_and_problems_load_without_torch():
     code = "import sys, rank_prompt, sandbox, plumbing.problems; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def test_the_list_of_the_plumbing_names_each_of_its_files():
+    """A reader looks there for what a file is for. A list that lacks one or names a gone one misleads."""
+    listed = re.findall(r"^    (\w+\.py) ", (ROOT / "plumbing" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted([*listed, "__init__.py"]) == sorted(path.name for path in (ROOT / "plumbing").glob("*.py"))
