@@ -448,7 +448,7 @@ def test_the_page_opens_in_a_browser_without_an_error_or_a_request(tmp_path):
         '"\\nyes": log-prob before -1.0000, after -0.5000, ratio 1.6487, entropy 0.2500')
     assert found["next"].endswith("log-prob before -0.1250, after -, ratio -, entropy 0.0000")
     assert found["step"] == ["#s4", 2] and found["back_step"] == "1"
-    assert found["bars"] == 12 and found["lines"] == 3
+    assert found["bars"] == 12 and found["lines"] == 4
 
     # the control: a page that would take text for HTML is seen
     careful = "made.append(...children);"
