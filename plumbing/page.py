@@ -91,10 +91,9 @@ def make_steps(lines: list[dict]) -> list[dict]:
 
 def page_data(run: Path) -> dict:
     """Return all that the page shows. Raises BadInput for a folder that holds no run with a report."""
-    reports = read(run / "report.json")
-    if not reports:
+    [report] = read(run / "report.json") or [None]
+    if report is None:
         raise BadInput(f"{run} holds no report.json: give the folder of a run that has ended, such as runs/tiny-1")
-    report = reports[0]
     files = {name: read(run / f"{name}.jsonl") for name in FILES}
     judges = [judge for judge in WORDS if judge in report["rows"]]
     groups, steps = make_groups(files, judges), make_steps(files["steps"])
