@@ -4,12 +4,14 @@ One test opens the page in a real browser (Debian's chromium); it is skipped whe
 """
 import copy
 import html
+import itertools
 import json
 import random
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -71,13 +73,14 @@ def make_run(out: Path, groups: dict = LABELS) -> Path:
         rows["trained_judge"].append(ranked_group(problem, drawn, judge, malformed=False))
         own = programs(problem, sorted(trained, reverse=True))
         rows["trained"].append(ranked_group(problem, own, trained, malformed=False))
-    for row, file in page.RANKINGS.items():
+    for row, file in page.WORDS.items():
         lines = [json.dumps([str(i), [[one.answer, True]]]) for i, one in enumerate(rows[row])]
         (out / f"{file}.jsonl").write_text("".join(line + "\n" for line in lines))
     tokens = [["\nyes", -1.0, -0.5, 0.25], [HOSTILE, -0.125, None, 0.0]]
     kept = {"prompt": HOSTILE, "answers": [HOSTILE] * 2, "ended": [True, False], "rewards": [1.0, -1.0]}
     close, plain = kept | {"advantages": [0.5, -0.5], "tokens": [tokens] * 2}, kept | {"advantages": []}
-    lines = [{"step": i + 1, "groups": groups} for i, groups in enumerate([[close, plain], [], [plain]])]
+    imitated = close | {"advantages": []}
+    lines = [{"step": i + 1, "groups": groups} for i, groups in enumerate([[close, plain], [], [plain], [imitated]])]
     (out / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     figure = {"mean": 40.0, "low": 30.0, "high": 50.0}
     lines = [{"step": step} | dict.fromkeys(("pass1", "ndcg_all", "best_of_4"), figure) for step in (0, 10)]
@@ -104,7 +107,7 @@ def test_text_of_a_model_cannot_end_the_script_that_holds_it(tmp_path):
     template = page.TEMPLATE.read_text()
     for mark in ("<script", "</script", "<!--", "<img"):
         assert text.count(mark) == template.count(mark), mark
-    assert any(HOSTILE in (one["code"] or "") for one in data_of(tmp_path)["candidates"])  # and it is there
+    assert HOSTILE in data_of(tmp_path)["groups"][0]["candidates"][0]["code"]  # and it is there
 
 
 def test_the_page_of_a_real_run_has_the_judges_words_and_its_best_of_n(llama, tmp_path):
@@ -112,7 +115,7 @@ def test_the_page_of_a_real_run_has_the_judges_words_and_its_best_of_n(llama, tm
     out = tmp_path / "run"
     assert run_dust(*llama["arguments"], "--steps", "1", "--best-of", "3", "--out", out) == 0
     data, words = data_of(out), dict(lines_of(out / "judge-rankings.jsonl"))
-    shown = {str(group["number"] - 1): group["parts"]["base"]["trained_judge"]["words"] for group in data["groups"]}
+    shown = {str(group["number"] - 1): group["judges"][1]["words"] for group in data["groups"]}
     assert words and all(shown[key] == page.cut(text) for key, ((text, _),) in words.items())
     assert "best_of_3" in data["rows"]["base"] and [point["step"] for point in data["curve"]] == [0, 1]
 
@@ -120,15 +123,20 @@ def test_the_page_of_a_real_run_has_the_judges_words_and_its_best_of_n(llama, tm
 def test_every_number_of_the_page_stands_in_the_files_of_the_run(tmp_path):
     data, saved = data_of(make_run(tmp_path)), json.loads((tmp_path / "report.json").read_text())
     assert data["rows"] == saved["rows"] and data["gains"] == saved["gains"]
-    assert data["changed"] == {"lr": 0.1} and saved["changed"] == {"lr": 0.1, "out": "there"}
-    assert data["steps"] == lines_of(tmp_path / "steps.jsonl") and data["curve"] == lines_of(tmp_path / "curve.jsonl")
-    judged = lines_of(tmp_path / "judged.jsonl")
-    for generator, judges in page.GENERATORS.items():
-        for judge in judges:
-            shown = [group["parts"][generator][judge] for group in data["groups"]]
-            assert [[one["ranked"], one["order"], one["malformed"]] for one in shown] == [
-                [one["ranked"], one["order"], one["malformed"]] for one in judged if one["row"] == judge]
-            assert all(one["words"].startswith(f"words about {name} ") for one, name in zip(shown, LABELS))
+    assert data["changed"] == saved["changed"] == {"lr": 0.1, "out": "there"}
+    assert data["curve"] == lines_of(tmp_path / "curve.jsonl")
+    kept = {line["step"]: line["groups"][0] for line in lines_of(tmp_path / "steps.jsonl") if line["step"] in (1, 4)}
+    assert [one["number"] for one in data["steps"]] == list(kept)
+    for shown, whole in zip(data["steps"], kept.values()):
+        assert all(shown[name] == whole[name] for name in ("prompt", "rewards", "advantages", "ended", "tokens"))
+    judged, written = lines_of(tmp_path / "judged.jsonl"), lines_of(tmp_path / "groups.jsonl")
+    for i, judge in enumerate(page.WORDS):
+        shown = [group["judges"][i] for group in data["groups"]]
+        assert [one | {"words": ""} for one in shown] == [
+            one | {"words": ""} for one in judged if one["row"] == judge and not one["final"]]
+        assert all(one["words"].startswith(f"words about {name} ") for one, name in zip(shown, LABELS))
+    assert [group["candidates"] for group in data["groups"]] == [
+        group["candidates"] for group in written if group["row"] == "base"]
     assert data["left_out"] == []
 
 
@@ -136,13 +144,10 @@ def test_an_order_names_the_candidates_that_it_puts_first(tmp_path):
     """Candidates that are alike, and answers without a program, must not be taken for one another."""
     data = data_of(make_run(tmp_path))
     for group in data["groups"]:
-        for part in group["parts"].values():
-            candidates = [data["candidates"][place] for place in part["candidates"]]
-            for judge in page.RANKINGS.keys() & part.keys():
-                order = part[judge]["order"]
-                assert sorted(order) == [1, 2, 3, 4]
-                assert [int(candidates[number - 1]["correct"]) for number in order] == part[judge]["ranked"]
-            assert all(one["failure"]["given"] == HOSTILE for one in candidates if one["failure"])
+        for judge in group["judges"]:
+            assert sorted(judge["order"]) == [1, 2, 3, 4]
+            assert [int(group["candidates"][number - 1]["correct"]) for number in judge["order"]] == judge["ranked"]
+        assert all(one["failure"]["given"] == HOSTILE for one in group["candidates"] if one["failure"])
 
 
 def test_a_large_run_stays_under_three_megabytes_and_says_what_is_left_out(tmp_path):
@@ -152,26 +157,29 @@ def test_a_large_run_stays_under_three_megabytes_and_says_what_is_left_out(tmp_p
     for line in lines:
         line["candidates"] = [one | {"code": f"{i}题" + "题" * 9000} for i, one in enumerate(line["candidates"])]
     judged = lines_of(tmp_path / "judged.jsonl")
-    by_row = [[line for line in part if line["row"] == row] for part in (lines, judged) for row in page.RANKINGS]
+    by_row = [[line for line in part if line["row"] == row] for part in (lines, judged)
+              for row in ("base", "trained_judge", "trained")]
     many = [[line | {"n": i} for i, line in enumerate(part * 100)] for part in by_row]
     (tmp_path / "groups.jsonl").write_text("".join(json.dumps(line) + "\n" for part in many[:3] for line in part))
     (tmp_path / "judged.jsonl").write_text("".join(json.dumps(line) + "\n" for part in many[3:] for line in part))
     step = lines_of(tmp_path / "steps.jsonl")[0]
-    plain = step | {"groups": [step["groups"][1] | {"answers": ["题" * 5000] * 2}]}
-    close = step | {"groups": [step["groups"][0] | {"tokens": [[["题", -1.0, -1.0, 0.0]] * 3_000] * 2}]}
-    unlike = [(plain if i < 200 else close) | {"step": i + 1} for i in range(205)]
-    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in unlike))
+    long = step["groups"][0] | {"tokens": [[["题", -1.0, -1.0, 0.0]] * 600] * 8, "answers": ["题" * 5000] * 8}
+    many = [{"step": i + 1, "groups": [long, step["groups"][1]]} for i in range(30)]
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in many))
     began = time.process_time()
     page.write_page(tmp_path)
     assert time.process_time() - began < 5
     assert 1_000_000 < (tmp_path / "page.html").stat().st_size < 3_000_000
     data = data_of(tmp_path)
-    assert "[... 5" in data["candidates"][0]["code"] and len(data["candidates"][0]["code"]) < page.TEXT + 100
-    shown = [one["step"] for one in data["steps"]]
-    assert shown[-5:] == [201, 202, 203, 204, 205] and 5 < len(shown) < 205 and shown == sorted(shown)
-    assert f"{205 - len(shown)} of 205 steps: the page would be larger than 3 MB." in data["left_out"]
-    tokens = data["steps"][-1]["groups"][0]["tokens"][0]
-    assert len(tokens) == page.TOKENS + 1 and tokens[page.TOKENS // 2] == 3_000 - page.TOKENS
+    code = data["groups"][0]["candidates"][0]["code"]
+    assert page.GAP in code and len(code) == page.TEXT + len(page.GAP)
+    steps = [one["number"] for one in data["steps"]]
+    assert 5 < len(steps) < 30 and steps == list(range(1, len(steps) + 1)) and 5 < len(data["groups"]) < 500
+    assert data["left_out"] == [
+        f"the last {500 - len(data['groups'])} of 500 groups: the page would be larger than 3 MB",
+        f"the last {30 - len(steps)} of 30 steps: the page would be larger than 3 MB"]
+    tokens = data["steps"][-1]["tokens"][0]
+    assert len(tokens) == page.TOKENS + 1 and tokens[page.TOKENS // 2][0] == page.GAP
 
 
 def test_groups_that_do_not_fit_are_counted(tmp_path, monkeypatch):
@@ -180,19 +188,17 @@ def test_groups_that_do_not_fit_are_counted(tmp_path, monkeypatch):
     page.write_page(tmp_path)
     data = data_of(tmp_path)
     assert 0 < len(data["groups"]) < 5 and (tmp_path / "page.html").stat().st_size < page.LIMIT + 500  # what it says
-    assert f"Groups {len(data['groups']) + 1} to 5: the page would be larger than 3 MB." in data["left_out"]
+    assert data["left_out"] == [f"the last {5 - len(data['groups'])} of 5 groups: the page would be larger than 3 MB"]
 
 
-@pytest.mark.parametrize("file, words", [
-    ("groups.jsonl", "programs of the groups"), ("judged.jsonl", "no judged.jsonl"), ("steps.jsonl", "no steps.jsonl"),
-    ("curve.jsonl", "no curve.jsonl"), ("base-rankings.jsonl", ""),
-])
-def test_a_run_that_lacks_a_file_shows_the_rest_and_says_so(file, words, tmp_path):
-    (make_run(tmp_path) / file).unlink()
+
+@pytest.mark.parametrize("name", page.FILES)
+def test_a_run_that_lacks_a_file_shows_the_rest_and_says_so(name, tmp_path):
+    (make_run(tmp_path) / f"{name}.jsonl").unlink()
     page.write_page(tmp_path)
     data = data_of(tmp_path)
-    assert [words in sentence for sentence in data["left_out"]] == [True] * bool(words)
-    assert data["rows"] and bool(data["groups"]) == (file != "judged.jsonl")
+    assert data["left_out"] == [f"{name}.jsonl: the run has no such file, or an empty one"]
+    assert data["rows"] and bool(data["groups"]) == (name not in ("judged", "groups"))
 
 
 def test_a_wrong_folder_and_a_damaged_file_are_one_clear_line(tmp_path, capsys):
@@ -369,36 +375,37 @@ addEventListener("error", event => faults.push("error: " + (event.message || eve
 addEventListener("securitypolicyviolation", event => faults.push("request: " + event.blockedURI));
 </script>"""
 VISIT = """<script>
-const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
-const text = id => document.getElementById(id).textContent;
+const pressKey = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
 const pause = () => new Promise(done => setTimeout(done, 100));
+const place = () => document.querySelector("#group h3")?.textContent.split(",")[0];
 const walk = () => {  // the numbers of the groups of a filter, by the key for the next one
   const seen = [];
-  while (text("place") !== "no group" && seen[seen.length - 1] !== text("place").split("group ")[1]) {
-    seen.push(text("place").split("group ")[1]);
-    press("n");
+  while (place() && seen[seen.length - 1] !== place().split("group ")[1]) {
+    seen.push(place().split("group ")[1]);
+    pressKey("n");
   }
   return seen;
 };
-const found = {start: text("place"), filters: {}};
+const found = {start: place(), filters: {}};
 async function visit() {
   for (const button of document.getElementById("filters").children) {
     button.click();
-    press("p"); press("p"); press("p"); press("p");
+    pressKey("p"); pressKey("p"); pressKey("p"); pressKey("p");
     found.filters[button.textContent] = walk();
   }
   document.getElementById("filters").children[0].click();
   location.hash = "#g4"; await pause();
-  found.link = text("place");
-  press("p"); found.back = [text("place"), location.hash];
-  document.querySelector("#step .tokens span").focus();
-  found.token = text("inspector");
-  press("ArrowRight"); found.next = text("inspector");
-  press("]"); press("]"); found.step = [location.hash, document.querySelectorAll("#step .card").length];
+  found.link = place();
+  pressKey("p"); found.back = [place(), location.hash];
+  const tokens = document.querySelectorAll("#step .tokens span"), inspector = document.getElementById("inspector");
+  tokens[0]?.focus(); found.token = inspector.textContent;
+  pressKey("ArrowRight"); found.next = inspector.textContent;
+  pressKey("ArrowLeft"); found.again = inspector.textContent;
+  pressKey("]"); pressKey("]"); found.step = [location.hash, document.querySelectorAll("#step .card").length];
   location.hash = "#s1"; await pause();
-  found.answers = document.querySelectorAll("#step .card").length;
-  found.bars = document.querySelectorAll("#rows .whisker").length;
-  found.lines = document.querySelectorAll("#curve polyline").length;
+  found.back_step = document.querySelector("#step-list [aria-pressed=true]")?.textContent;
+  found.bars = document.querySelectorAll("#rows .bar").length;
+  found.lines = document.querySelectorAll("#rows polyline").length;
   found.shown = document.body.innerText.split("</" + "script><img src=").length - 1;
   found.images = document.images.length;
   found.scripts = document.scripts.length;
@@ -431,22 +438,23 @@ def test_the_page_opens_in_a_browser_without_an_error_or_a_request(tmp_path):
     text = (make_run(tmp_path / "run") / "page.html").read_text()
     found = open_page(text, tmp_path / "plain", "#g2")
     assert found["faults"] == [] and found["requests"] == [] and found["images"] == 0
-    assert found["scripts"] == 4 and found["shown"] > 10  # the page's two and the test's two; the hostile text is there
+    assert found["scripts"] == 4 and found["shown"] == 9  # the page's two and the test's two; the hostile text is there
     assert found["start"] == "2 of 5: group 2" and found["link"] == "4 of 5: group 4"
     assert found["back"] == ["3 of 5: group 3", "#g3"]
     assert found["filters"] == {
         "all 5": ["1", "2", "3", "4", "5"], "mended by training 2": ["1", "5"], "broken by it 1": ["2"],
         "both right 1": ["3"], "both wrong 1": ["4"], "malformed 1": ["2"]}
-    assert found["token"] == '"\\nyes"log-prob before -1.0000after -0.5000ratio 1.6487entropy 0.2500'
-    assert "before -0.1250after -ratio -entropy 0.0000" in found["next"]
-    assert found["step"] == ["#s3", 2] and found["answers"] == 4
-    assert found["bars"] == 12 and found["lines"] == 3
+    assert found["token"] == found["again"] == (
+        '"\\nyes": log-prob before -1.0000, after -0.5000, ratio 1.6487, entropy 0.2500')
+    assert found["next"].endswith("log-prob before -0.1250, after -, ratio -, entropy 0.0000")
+    assert found["step"] == ["#s4", 2] and found["back_step"] == "1"
+    assert found["bars"] == 12 and found["lines"] == 4
 
     # the control: a page that would take text for HTML is seen
-    careful = "made.append(...children.filter(child => child !== null));"
+    careful = "made.append(...children);"
     assert text.count(careful) == 1
     careless = text.replace(careful, "for (const child of children) if (typeof child === 'string') "
-                                     "made.innerHTML += child; else if (child) made.append(child);")
+                                     "made.innerHTML += child; else made.append(child);")
     found = open_page(careless, tmp_path / "careless", "#g2")
     assert found["images"] > 0 and any(fault.startswith("request: http://127.0.0.1:9") for fault in found["faults"])
 
@@ -463,6 +471,79 @@ def test_the_page_of_a_run_without_training_opens_too(tmp_path):
     saved["rows"], saved["gains"] = {"base": saved["rows"]["base"]}, {}
     (run / "report.json").write_text(json.dumps(saved))
     text = page.write_page(run).read_text()
-    found = open_page(text.replace("</main>", '<div id="step"><span class="tokens"><span></span></span></div></main>'),
-                      tmp_path / "plain", "")
+    found = open_page(text, tmp_path / "plain", "")
     assert found["faults"] == [] and list(found["filters"]) == ["all 5", "right 2", "wrong 3", "malformed 1"]
+
+
+FOCUS = """(() => {
+  const one = document.activeElement;
+  const text = one === document.body ? "" : one.textContent.split(" </")[0];
+  return [text, document.querySelector("#group h3").textContent.split(",")[0], location.hash];
+})()"""
+CODES = {"Tab": 9, "Enter": 13, "ArrowRight": 39, "ArrowLeft": 37}
+
+
+def press_keys(path: Path, keys: list[str]) -> list[list[str]]:
+    """Press keys in a browser as a user does. Return after each what has the focus, the group and the address.
+
+    Only a key of the browser moves the focus or presses a button, not an event of a script. So the browser is told what
+    to do through two pipes (the DevTools protocol), which it has as its files 3 and 4.
+    """
+    command = ["sh", "-c", 'exec "$@" 3<&0 4>&1 >/dev/null 2>&1', "sh", BROWSER, "--headless", "--no-sandbox",
+               "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={path.parent / 'keys'}", "about:blank"]
+    browser = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    session, numbers = {}, itertools.count(1)
+
+    def ask(method: str, **params) -> dict:
+        question = {"id": next(numbers), "method": method, "params": params} | session
+        browser.stdin.write(json.dumps(question).encode() + b"\0")
+        browser.stdin.flush()
+        while True:
+            text = b"".join(iter(lambda: browser.stdout.read(1), b"\0"))
+            answer = json.loads(text)
+            if answer.get("id") == question["id"]:
+                return answer["result"]
+
+    def value_of(expression: str):
+        return ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    stop = threading.Timer(240, browser.kill)
+    stop.start()
+    try:
+        [target] = [one for one in ask("Target.getTargets")["targetInfos"] if one["type"] == "page"]
+        session["sessionId"] = ask("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
+        ask("Page.navigate", url=f"file://{path}")
+        while value_of("location.protocol + document.readyState") != "file:complete":
+            time.sleep(0.1)
+        states = []
+        for key in keys:
+            text = {} if key in CODES and key != "Enter" else {"text": "\r" if key == "Enter" else key}
+            code = CODES.get(key, ord(key[0]))
+            ask("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
+            ask("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+            states.append(value_of(FOCUS))
+        return states
+    finally:
+        stop.cancel()
+        browser.kill()
+        browser.communicate()
+
+
+@pytest.mark.skipif(not BROWSER, reason="there is no chromium here (apt-get install chromium)")
+def test_the_tab_key_reaches_every_control_in_order_and_enter_presses_it(tmp_path):
+    path = make_run(tmp_path) / "page.html"
+    token, hostile = "↵\nyes", "print(1)  #"
+    walk = [("Tab", "Summary", 1), ("Tab", "Groups", 1), ("Tab", "Steps", 1), ("Tab", "all 5", 1),
+            ("Tab", "mended by training 2", 1), ("Enter", "mended by training 2", 1), ("Tab", "broken by it 1", 1),
+            ("Tab", "both right 1", 1), ("Tab", "both wrong 1", 1), ("Tab", "malformed 1", 1),
+            ("Tab", "← previous", 1), ("Tab", "next →", 1), ("Enter", "next →", 5), ("p", "next →", 1),
+            ("n", "next →", 5), ("Tab", "#g5", 5), ("Tab", "1", 5), ("Tab", "4", 5), ("Enter", "4", 5),
+            ("Tab", "The prompt", 5), ("Tab", token, 5), ("ArrowRight", hostile, 5), ("ArrowLeft", token, 5),
+            ("Tab", token, 5), ("Tab", "", 5)]
+    states = press_keys(path, [key for key, _, _ in walk])
+    places = {1: "1 of 5: group 1", 5: "2 of 2: group 5"}
+    mended = walk.index(("Enter", "mended by training 2", 1))
+    for i, ((key, focus, group), (seen, place, _)) in enumerate(zip(walk, states)):
+        assert seen == focus, (i, key, states)
+        assert place == ("1 of 2: group 1" if group == 1 and i >= mended else places[group]), (i, key, states)
+    assert states[walk.index(("Enter", "4", 5))][2] == "#s4"
