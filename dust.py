@@ -48,7 +48,7 @@ class Args:
     out: str = arg("", "folder of the run; without it a new folder in runs/ (with --resume: the newest one there)")
     preset: str = arg("", "\n".join(f"{name}: {purpose}" for name, purpose in PURPOSES.items())
                       + "\nwithout it the one that fits", choices=list(PURPOSES))
-    quick: bool = arg(False, "a run of about a minute: fewer problems, candidates and steps")
+    quick: bool = arg(False, "fewer problems, candidates and steps: with the shipped model about a minute")
     eval_only: bool = arg(False, "measure the model as it is, without training")
     resume: bool = arg(False, "go on with the run in --out where it was stopped")
     seed: int = arg(0, "seed of everything random")
@@ -114,7 +114,8 @@ class Args:
     server_adapters: str = arg("", "the run's folder as the server's machine sees it; without it the same path as here")
     server_rollouts: bool = arg(False, "with --lora: the server draws the training answers too")
     is_clip: float = arg(2.0, "limit of the weights that correct for the server's other rounding in training", above=0)
-    programs: str = arg("", "file of programs to use in place of sampling, for example another run's candidates.jsonl")
+    programs: str = arg("", "file of programs to use in place of sampling: another run's candidates.jsonl, or lines\n"
+                       "with \"problem_id\" and \"code\"; right and wrong ones, K or more for a problem")
 
     eval_every: int = arg(10, "steps between points of the curve, each on 100 evaluation problems; 0: none [20]",
                           least=0, section="evaluation (paper 3.1)")
@@ -138,7 +139,7 @@ RELEASE = PAPER | dict(  # where the authors' code differs from the paper
 )
 QUICK_REAL = dict(  # a real model on one GPU of 24 GB: adapters, which need a larger learning rate
     limit=500, candidates=16, batch=16, steps=60, lr=2e-5, lora=16, max_new_tokens=8192, repeats=2, save_every=5,
-    eval_every=20, optimizer="kahan", until_enough=True,
+    eval_every=20, until_enough=True,
 )
 PRESETS = {"laptop": {}, "paper": PAPER, "release": RELEASE, "quick": QUICK_REAL}
 REAL_PROBLEMS = dict(train="rstar-coder", eval="livecodebench-v6")  # the paper's, for every model but the shipped one
@@ -158,6 +159,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         special |= PAPER_GPT_OSS
     if preset == "paper" and given.get("mode") == "sft":
         special |= PAPER_SFT
+    if "max_new_tokens" in given:  # it holds for all answers, also where the preset has three limits
+        special |= dict(candidate_tokens=0, eval_tokens=0)
     args = Args(**problems | PRESETS[preset] | special | quick | given | {"preset": preset})
     check_settings(args)
     return args
@@ -411,7 +414,7 @@ def training_groups(model, tokenizer, problems: list[Problem], args: Args, out: 
         if len(groups) >= enough or count == len(problems):
             break
         missing = ceil(count * enough / max(len(groups), 1)) - count  # if the others have as many mixed groups
-        count = min(len(problems), count + min(missing, count))
+        count = min(len(problems), count + max(1, min(missing, count)))
     ranks.on_first(lambda: runs.keep_lines(out / "candidates.jsonl", 0))
     runs.append_lines(out / "candidates.jsonl", [asdict(candidate) for candidate in candidates])
     runs.check_groups(candidates, mixed, groups, args.group_size)
@@ -610,7 +613,8 @@ def perfect_rankings(model, tokenizer, groups: list[Group], args: Args, file: Pa
     count = sum(len(rollout.answers) for rollout in rollouts)
     tqdm.write(f"  {count} rankings of the teacher without a fault, for {len(rollouts)} of {len(groups)} groups")
     if not rollouts:
-        raise BadInput("the teacher ranks no group without a fault: give another --teacher, or more --candidates")
+        raise BadInput("the teacher ranks no group without a fault: give another --teacher, more --answers, or a "
+                       "longer --max-new-tokens")
     return rollouts
 
 

@@ -135,7 +135,7 @@ def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: s
         folder, config = load_config(name, option)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if not tokenizer("x y 1").input_ids:
-            raise BadInput(f"{option} {name}: its tokenizer is empty")
+            raise BadInput(f"{option} {name}: its tokenizer is empty; copy tokenizer.json into the folder")
         check_template(tokenizer, name, effort)
         if not weights:
             with torch.device("meta"):
@@ -303,7 +303,8 @@ def turn_end(tokenizer) -> int | None:
 def check_template(tokenizer, name: str, effort: str) -> None:
     """Set a plain template where there is none, and say what a template ignores. BadInput if that is the effort."""
     if not tokenizer.chat_template:
-        tqdm.write(f"{name} has no chat template: the prompt is given as plain text")
+        tqdm.write(f"{name} has no chat template: the prompt is given as plain text (is it a base model? An instruct "
+                   "model's folder has chat_template.jinja)")
         tokenizer.chat_template = PLAIN_TEMPLATE
     elif render(tokenizer, "?", thinking=True) == render(tokenizer, "?", thinking=False):
         tqdm.write(f"{name}: its chat template has no switch for thinking, so --thinking changes nothing")

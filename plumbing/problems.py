@@ -6,9 +6,13 @@ The project's own format is JSONL with one problem a line; "starter_code" and "d
 
 A test has one of three forms:
 
-    {"input", "output"}              a program reads stdin and prints
-    {"fn_name", "args", "expected"}  a function is called; it may be a method of class Solution
-    {"asserts", "entry_point"}       Python code calls the program's functions; entry_point names the main one
+    {"input": "1 2\\n", "output": "3\\n"}                  a program reads stdin and prints
+    {"fn_name": "add", "args": [1, 2], "expected": 3}    a function is called; it may be a method of class Solution
+    {"asserts": "assert add(1, 2) == 3", "entry_point": "add"}    Python code calls the program's functions
+
+args is the list of arguments: a single list is [[1, 2]]. Values are compared exactly, floats too; where rounding may
+differ, write an assert such as abs(f(1) - 0.3333) < 1e-4. What a function returns counts, not an argument that it
+changes. A set never equals a list. entry_point names the function that the prompt asks for.
 
 Parquet files have the same fields. A field that is null counts as left out, because a table has every field in every
 row; only the "expected" null of a function is a value. A column has one type and changes values to fit it (1 becomes
@@ -31,6 +35,8 @@ import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -76,12 +82,14 @@ def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
     that are known to be unusable are left out; a line on stderr counts them.
     """
     name = str(path_or_name)
-    problems, place, statements, left_out = [], {}, set(), Counter()
+    problems, place, statements, left_out, mistyped = [], {}, set(), Counter(), {}
     for path, where, record in read_records(name):
         try:
             record = clean(record)
             convert = format_of(record)
             problem = read_problem(convert(record))
+            if convert is as_it_is:
+                mistyped |= mistyped_fields(record)
             statement = normalised(problem.question) if convert is from_rstar else ""  # rStar-Coder repeats problems
             if statement and (statement in statements or problem.id in place):
                 raise LeftOut("that stand there already")
@@ -100,6 +108,8 @@ def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
     if not problems:
         raise BadInput(f"{name} holds no problems" + " that can be used" * bool(left_out))
     if os.environ.get("RANK", "0") == "0":  # the other processes of torchrun read the same files and print nothing
+        for wrong, right in mistyped.items():
+            print(f'{name}: "{wrong}" is not read; is "{right}" meant?', file=sys.stderr)
         for reason, count in left_out.items():
             print(f"{name}: left out {count} problems {reason}", file=sys.stderr)
         here = Counter(problem.difficulty for problem in problems)
@@ -121,6 +131,9 @@ def load_evaluation(names: str, limit: int) -> tuple[list[Problem], list[Problem
         if len(names) > 1:
             problems = [replace(problem, id=f"{name}/{problem.id}", set=name) for problem in problems]
         count = min(limit or len(problems), len(problems))
+        seen = {normalised(problem.question) for problem in everything}
+        if twice := sum(normalised(problem.question) in seen for problem in problems):
+            print(f"{twice} problems of {name} stand in another set of --eval too, and count in both")
         everything += problems
         chosen += [problems[i * len(problems) // count] for i in range(count)]
     return everything, chosen
@@ -146,7 +159,10 @@ def load_train_and_eval(args) -> tuple[list[Problem], list[Problem]]:
         print(f"{left_out} of {len(loaded)} problems of --train left out: they stand in --eval too")
     if not problems:
         raise BadInput(f"every problem of --train {args.train} stands in --eval {args.eval} too: use others")
-    return problems[: args.limit or None], spread
+    problems = problems[: args.limit or None]
+    if args.programs:  # a mistake in them is told before the run has a folder
+        read_programs(args.programs, problems, say=print)
+    return problems, spread
 
 
 def normalised(statement: str) -> str:
@@ -161,14 +177,17 @@ def read_records(name: str) -> Iterator[tuple[str, str, Any]]:
         raise BadInput(f"{name} is in Parquet, which takes another package: pip install pyarrow")
     since, before = WINDOWS.get(name, ("", ""))
     for path in download(name, repository, files) if repository else files:
-        read_file = read_parquet if path.endswith(".parquet") else read_jsonl
-        for where, record in read_file(path):
+        hint = "" if Path(path).exists() else f" (a JSONL or Parquet file, or one of {', '.join([*NAMES, *HUB])})"
+        for where, record in read_parquet(path) if path.endswith(".parquet") else read_jsonl(path, hint):
             if not since or since <= str(record.get("contest_date")) < before:
                 yield path, where, record
 
 
-def read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
-    """Yield ("line 3", the parsed line) for each line that is not blank. Raise BadInput at a broken line."""
+def read_jsonl(path: str, hint: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ("line 3", the parsed line) for each line that is not blank. Raise BadInput at a broken line.
+
+    hint: what the error says behind the reason if the file cannot be read.
+    """
     number = 0
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
@@ -176,11 +195,11 @@ def read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"line {number}", from_json(line)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "it is not UTF-8 text")
-        names = ", ".join([*NAMES, *HUB])
-        raise BadInput(f"cannot read {path}: {reason} (a JSONL or Parquet file, or one of {names})") from None
+        reason = getattr(error, "strerror", "it is not UTF-8 text; save it as UTF-8")
+        raise BadInput(f"cannot read {path}: {reason}{hint}") from None
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} line {number}: {error}") from None
+        form = "; each line has to be one JSON object" * str(error).startswith("broken JSON")
+        raise BadInput(f"{path} line {number}: {error}{form}") from None
 
 
 def read_parquet(path: str) -> Iterator[tuple[str, dict]]:
@@ -253,7 +272,7 @@ def clean(fields: Any) -> Any:
 def read_problem(record: Any) -> Problem:
     """Check one record in the project's format and return it as a Problem. Raise ValueError with the reason."""
     if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
+        raise ValueError("not a JSON object; each problem has to be one")
     if record.get("id") in (None, ""):
         raise ValueError('"id" is missing')
     question = record.get("question")
@@ -283,6 +302,8 @@ def read_test(test: Any, where: str) -> dict:
                 name = others.get("entry_point", "")
                 if isinstance(code, str) and isinstance(name, str):
                     compile(code.encode(), "asserts", "exec")
+                    if not any(map(can_fail, ast.parse(code.encode()).body)):  # every program would be right
+                        raise ValueError('"asserts" checks nothing; write assert f(1) == 2, and call a def check')
                     return {"asserts": code, "entry_point": name}
             case {"fn_name": name, **others} if name:
                 args = from_json(others.get("args"))
@@ -290,6 +311,8 @@ def read_test(test: Any, where: str) -> dict:
                 if isinstance(others.get("args"), str):
                     expected = from_json(expected)
                 if isinstance(name, str) and isinstance(args, list) and "expected" in test:
+                    if not name.isidentifier():  # every program would be wrong
+                        raise ValueError(f'"fn_name" is {name[:60]!r}; write only the name of the function')
                     marshal.dumps(args)
                     check_expected(expected)
                     return {"fn_name": name, "args": args, "expected": expected}
@@ -301,7 +324,33 @@ def read_test(test: Any, where: str) -> dict:
     except (ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"{where} cannot be used: {first_line(error)}") from None
     raise ValueError(f'{where} needs "input" and "output" (strings), or it needs "fn_name" (a string), "args" (a list) '
-                     'and "expected", or it needs "asserts" (Python) and "entry_point" (a name, or empty)')
+                     'and "expected", or it needs "asserts" (Python) and "entry_point" (a name, or empty); it has '
+                     f'{kinds_of(test)}')
+
+
+def can_fail(node: ast.stmt) -> bool:
+    """Return whether a statement of asserts can fail. A definition cannot, nor a value that is thrown away."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, (ast.Compare, ast.BoolOp)):  # f(1) == 2 without assert
+        return False
+    if isinstance(node, (ast.Expr, ast.Assign, ast.AnnAssign)):
+        return any(isinstance(part, ast.Call) for part in ast.walk(node))
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Pass)
+    return not isinstance(node, definitions)
+
+
+def kinds_of(test: Any) -> str:
+    """Return the fields of a test with their types, for an error: "input" (str), "output" (int)."""
+    if not isinstance(test, dict):
+        return f"the form of a {type(test).__name__}"
+    fields = [f'"{str(name)[:20]}" ({type(value).__name__})' for name, value in test.items()]
+    return ", ".join(fields[:5]) or "nothing"
+
+
+def mistyped_fields(record: dict) -> dict[str, str]:
+    """Return the fields of a record in the project's format that are not read: its name -> the one that is meant."""
+    known = {field.name for field in dataclass_fields(Problem)} - {"set"}
+    guesses = {name: get_close_matches(name, known - record.keys(), 1, 0.7) for name in record.keys() - known}
+    return {name: found[0] for name, found in guesses.items() if found}
 
 
 def check_expected(value: Any) -> None:
@@ -327,7 +376,12 @@ def format_of(record: Any) -> Callable[[Any], Any]:
     formats = [(["question_content"], from_livecodebench), (["question_id", "question"], from_rstar),
                (["prompt", "entry_point"], from_humaneval), (["test_list"], from_mbpp)]
     fitting = (convert for fields, convert in formats if isinstance(record, dict) and record.keys() >= set(fields))
-    return next(fitting, lambda own: own)
+    return next(fitting, as_it_is)
+
+
+def as_it_is(record: Any) -> Any:
+    """Return a record that is in the project's format already."""
+    return record
 
 
 def from_livecodebench(record: dict) -> dict:
@@ -477,31 +531,34 @@ def download(name: str, repository: str, files: list[str]) -> Iterator[str]:
         for file in files:
             yield hf_hub_download(repository, file, repo_type="dataset")
     except Exception as error:  # no network, no such file, a full disk: the Hub raises another exception for each
-        raise BadInput(f'cannot load {name} from the Hub ({first_line(error)}); or bring your own: a JSONL file whose '
-                       'lines have "id", "question" and "tests"') from None
+        raise BadInput(f'cannot load {name} from the Hub ({first_line(error)}); give --train and --eval: JSONL files '
+                       'with "id", "question" and "tests", or the shipped easy-train and easy-eval') from None
 
 
-def read_programs(path: str, problems: list[Problem]) -> list[tuple[str, str, str | None]]:
+def read_programs(path: str, problems: list[Problem], say=None) -> list[tuple[str, str, str | None]]:
     """Return (problem_id, answer or "", code or None) of each line of --programs, a JSONL file of these fields.
 
     Lines of other problems are counted and left out. Raises BadInput for a line of another form, and if none is left.
+    say: a function that prints how many programs there are.
     """
     known, programs, unknown = {problem.id for problem in problems}, [], 0
     for where, record in read_jsonl(path):
         values = record if isinstance(record, dict) else {}
         problem_id, answer, code = values.get("problem_id"), values.get("answer") or "", values.get("code")
-        if not isinstance(problem_id, str) or not isinstance(answer or code or "", str):
+        problem_id = str(problem_id) if type(problem_id) is int else problem_id  # as the ids of problems
+        some = answer or code or {"answer", "code"} <= values.keys()  # candidates.jsonl has answers without a program
+        if not isinstance(problem_id, str) or not isinstance(answer or code or "", str) or not some:
             raise BadInput(f'{path} {where}: a record needs "problem_id" and "answer" or "code", all of them text')
         if problem_id in known:
             programs.append((problem_id, answer, code))
         unknown += problem_id not in known
     found = {problem_id for problem_id, _, _ in programs}
     counts = (f"{len(programs)} programs for {len(found)} of {len(problems)} problems; {unknown} more are for problems "
-              "that are not in --train")
+              "that are not trained on")
     if not programs:
         raise BadInput(f"--programs {path}: {counts}")
-    if os.environ.get("RANK", "0") == "0":
-        print(f"  {path}: {counts}")
+    if say and os.environ.get("RANK", "0") == "0":
+        say(f"  {path}: {counts}")
     return programs
 
 

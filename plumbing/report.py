@@ -204,8 +204,9 @@ def headline(summary: dict) -> str:
     """Return the paper's headline for this run: is one answer of the trained model as good as the base's Best-of-N?"""
     difference, rows = summary["one answer against Best-of-N"], summary["rows"]
     top = top_of(rows["base"])
-    verdict = "better than" if difference["low"] > 0 else "not as good as" if difference["high"] < 0 else "as good as"
-    return (f"One answer of the trained model is {verdict} {columns(rows['base'])[top]} of the base: pass@1 "
+    verdict = ("is better than" if difference["low"] > 0 else "is not as good as" if difference["high"] < 0
+               else "cannot be told from")
+    return (f"One answer of the trained model {verdict} {columns(rows['base'])[top]} of the base: pass@1 "
             f"{rows['trained']['pass1']['mean']:.1f} against {rows['base'][top]['mean']:.1f}, a paired difference of "
             f"{cell(difference, '+')}.")
 

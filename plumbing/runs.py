@@ -140,9 +140,11 @@ def mean(values: list) -> float:
 
 def warn_if_cut(stage: str, share: float) -> bool:
     """Say in one line what to try if more than half of a stage's answers are cut off. Return whether they are."""
-    if share > 0.5:
-        tqdm.write(f"  {stage}: {share:.0%} of the answers are cut off; try a longer --max-new-tokens or --thinking "
-                   "none, or, if answers go on after their end, a model whose template ends a turn with its end token")
+    if share > 0.5 and not stage[0].isdecimal():  # not in a point of the curve
+        more = {"samples": "--candidate-tokens or ", "train": ""}.get(stage, "--eval-tokens or ")
+        tqdm.write(f"  {stage}: {share:.0%} of the answers are cut off; try a longer {more}--max-new-tokens, or "
+                   "--thinking none, or, if answers go on after their end, a model whose template ends a turn with its "
+                   "end token")
     return share > 0.5
 
 
@@ -274,16 +276,19 @@ def show_plan(args, problems: list[Problem], held_out: list[Problem], curve: int
         if args.mode in ("rank", "sft"):
             until = f", or until there are {args.steps * args.batch} mixed groups" * args.until_enough
             sampled = args.programs or f"{args.candidates} candidates = {answers['candidates']} answers{until}"
-            print(f"  sample   {len(problems)} problems x {sampled}")
+            limit = f", of at most {args.candidate_tokens or args.max_new_tokens} tokens" * (not args.programs)
+            print(f"  sample   {len(problems)} problems x {sampled}{limit}")
         kind = "problems" if args.mode == "generate" else "groups"
-        work = f"{args.steps} steps x {args.batch} {kind} x {args.answers} = {answers['training']} answers"
+        work = (f"{args.steps} steps x {args.batch} {kind} x {args.answers} = {answers['training']} answers, of at "
+                f"most {args.max_new_tokens} tokens")
         if args.mode == "sft":
             work = f"{args.epochs or args.steps} {'passes' if args.epochs else 'steps'} of a teacher's perfect rankings"
         print(f"  train    {args.mode}: {work}")
     times = "once" if args.eval_only else "before and after"
     total = sum(answers.get(kind, 0) for kind in ("base", "curve", "trained"))
     print(f"  evaluate {len(held_out)} problems x {args.repeats} x {args.best_of} candidates, {times}; "
-          f"with rankings and curve {total} answers", flush=True)
+          f"with rankings and curve {total} answers, of at most {args.eval_tokens or args.max_new_tokens} tokens",
+          flush=True)
     if ranks.world() > 1:
         print(f"  ranks    {ranks.world()}, each with its share of every stage", flush=True)
 
@@ -292,9 +297,11 @@ def check_groups(candidates: list, mixed: list, groups: list, k: int) -> None:
     """Say how many of the mixed groups of k fit the context (groups). Raises BadInput where none is left."""
     if not mixed:
         right = any(candidate.correct for candidate in candidates)
+        without = sum(candidate.code is None for candidate in candidates)
         reason = "every group is all right or all wrong" if right else "no program is correct"
-        raise BadInput(f"no mixed group of {k}: {reason}, so there is nothing to rank; use more --candidates, problems "
-                       "nearer to what the model can do, or a longer --max-new-tokens")
+        raise BadInput(f"no mixed group of {k}: {reason} ({without} of {len(candidates)} answers hold no program), so "
+                       "there is nothing to rank; start a new run (--out) with more --candidates, a longer "
+                       "--max-new-tokens, or easier problems, such as --train easy-train --eval easy-eval")
     correct = Counter(sum(group.labels) for group in mixed)
     counts = ", ".join(f"{correct[n] / len(mixed):.0%} with {n}" for n in sorted(correct))
     of = f"of {len({group.problem.id for group in mixed})} of {len({c.problem_id for c in candidates})} problems"

@@ -625,10 +625,19 @@ def read_options() -> argparse.Namespace:
     return options
 
 
+def gpu_is_there() -> bool:
+    """Ask torch in a process of its own, because the parts must find the GPU untouched."""
+    ask = "import torch; raise SystemExit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", ask]).returncode == 0
+
+
 def main() -> int:
     options = read_options()
     if options.part:
         return be_part(Check(**json.loads(options.part)))
+    if options.device.startswith("cuda") and not gpu_is_there():
+        print("no GPU that torch can use is here; to try the script without one: --device cpu --tiny", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the tables are written then, too
     slow, began = SLOW if options.tiny else 1, time.monotonic()
     groups = [{part: slow * seconds for part, seconds in group.items() if part in options.only} for group in PLAN]

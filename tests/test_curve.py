@@ -113,16 +113,16 @@ def test_the_report_names_the_best_step_and_that_it_was_chosen_by_hindsight(tmp_
 
 
 @pytest.mark.parametrize("trained, verdict", [
-    ([[1, 1, 1, 1]] * 8, "better than"), ([[0, 0, 0, 0]] * 8, "not as good as"),
-    ([[1, 1, 1, 1], [0, 0, 0, 0]] * 4, "as good as"),
+    ([[1, 1, 1, 1]] * 8, "is better than"), ([[0, 0, 0, 0]] * 8, "is not as good as"),
+    ([[1, 1, 1, 1], [0, 0, 0, 0]] * 4, "cannot be told from"),
 ])
 def test_the_report_compares_one_answer_with_the_bases_best_of_four(tmp_path, trained, verdict):
     """The paper's headline. The base's judge puts a correct program first for half of the problems: 50 per cent."""
     base = sum([judged(f"p{i}", [i % 2, 0, 0, 0]) for i in range(8)], [])
     rows = {"base": base, "trained": sum([judged(f"p{i}", labels) for i, labels in enumerate(trained)], [])}
-    if verdict == "better than":
+    if verdict == "is better than":
         base[:] = sum([judged(f"p{i}", [0, 0, 0, 0]) for i in range(8)], [])
     text = report.write_report(rows, {}, METRICS, SETTINGS, tmp_path)
-    assert f"One answer of the trained model is {verdict} Best-of-4 of the base" in text
+    assert f"One answer of the trained model {verdict} Best-of-4 of the base" in text
     saved = json.loads((tmp_path / "report.json").read_text())["one answer against Best-of-N"]
-    assert saved["mean"] == pytest.approx(100 * sum(map(sum, trained)) / 32 - 100 * (verdict != "better than") / 2)
+    assert saved["mean"] == pytest.approx(100 * sum(map(sum, trained)) / 32 - 100 * (verdict != "is better than") / 2)

@@ -505,6 +505,25 @@ def test_sampling_goes_on_until_the_steps_have_enough_mixed_groups(
         assert counts == [problems_there]
 
 
+def test_sampling_ends_also_where_one_group_is_enough_and_none_comes(tmp_path, monkeypatch):
+    """A first trial with one step of one prompt, on a model that solves nothing, sampled the first problem for ever."""
+    monkeypatch.setattr(dust, "ranking_ids", lambda *_: [])
+    monkeypatch.setattr(dust, "longest_answer", lambda *_: 1)
+    monkeypatch.setattr(dust, "label", lambda *_: None)
+    counts = []
+
+    def sample(model, tokenizer, problems, args, file):
+        counts.append(len(problems))
+        assert len(counts) < 9, "it goes on for ever"
+        return [c for p in problems for c in candidates(p.id, "wwww")]
+
+    monkeypatch.setattr(dust, "sample", sample)
+    args = dust.Args(until_enough=True, steps=1, batch=1, candidates=4, group_size=4)
+    with pytest.raises(dust.BadInput, match="0 of 12 answers hold no program"):
+        dust.training_groups(None, None, [problem(f"p{i}") for i in range(3)], args, tmp_path)
+    assert counts == [1, 2, 3]
+
+
 def test_a_shuffle_keeps_labels_with_their_candidates_and_depends_on_the_seed():
     group = Group(problem("a"), candidates("a", "rwwr"))
     orders = set()

@@ -621,7 +621,7 @@ def test_candidates_for_unknown_problems_and_problems_without_candidates_are_cou
     records += [{"problem_id": "p2", "answer": f"```python\n{code}\n```"} for code in codes]
     file = write_programs(tmp_path / "programs.jsonl", records)
     assert run_dust(*llama["arguments"], "--steps", 1, "--out", tmp_path / "run", "--programs", file) == 0
-    assert "16 programs for 2 of 8 problems; 3 more are for problems that are not in --train" in capsys.readouterr().out
+    assert "16 programs for 2 of 8 problems; 3 more are for problems that are not trained on" in capsys.readouterr().out
     kept = [json.loads(line) for line in (tmp_path / "run" / "candidates.jsonl").read_text().splitlines()]
     assert [c["code"].strip() for c in kept] == codes * 2
     assert Counter(c["correct"] for c in kept) == {True: 8, False: 8}

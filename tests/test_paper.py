@@ -87,6 +87,10 @@ def test_a_preset_has_the_papers_values_for_its_model_and_its_mode():
     paper = dust.parse_args(["--preset", "paper", "--model", "Qwen3-4B"])
     assert (paper.lr, paper.batch, paper.best_of, paper.repeats) == (1e-6, 64, 4, 10)
     assert (paper.candidate_tokens, paper.max_new_tokens, paper.eval_tokens) == (131072, 32768, 65536)
+    short = dust.parse_args(["--preset", "paper", "--model", "Qwen3-4B", "--max-new-tokens", "512"])
+    assert (short.candidate_tokens, short.max_new_tokens, short.eval_tokens) == (0, 512, 0)  # 512 for all answers
+    both = dust.parse_args("--preset paper --model Qwen3-4B --max-new-tokens 512 --eval-tokens 64".split())
+    assert (both.candidate_tokens, both.eval_tokens) == (0, 64)
     for name in ("gpt-oss-20b", "openai/GPT-OSS-20B"):
         args = dust.parse_args(["--preset", "paper", "--model", name])
         assert (args.lr, args.batch, args.mini_batch) == (5e-7, 32, 16)

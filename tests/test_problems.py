@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 import sandbox
-from plumbing.problems import HUB, LIVE, MAX_BYTES, BadInput, Problem, digest, load_problems, load_train_and_eval
+from plumbing.problems import (HUB, LIVE, MAX_BYTES, BadInput, Problem, digest, load_problems, load_train_and_eval,
+                               read_programs)
 
 
 def write(path: Path, *records) -> Path:
@@ -50,6 +51,9 @@ def test_problems_are_read_in_order_with_their_optional_fields(tmp_path):
         (GOOD | {"id": "b", "tests": [{"input": 1, "output": "2"}]}, 'tests[0] needs "input" and "output"'),
         (GOOD | {"id": "b", "tests": [GOOD["tests"][0], {"fn_name": "f", "args": 1, "expected": 2}]}, "tests[1] needs"),
         (GOOD | {"id": "b", "starter_code": 3}, '"starter_code" is not a string'),
+        ({"id": "b", "question": "Q", "tests": [{"ouput": "1", "input": 2}]}, 'it has "ouput" (str), "input" (int)'),
+        ({"id": "b", "question": "Q", "tests": [{"fn_name": "f()", "args": [], "expected": 1}]}, "only the name of the"),
+        ({"id": "b", "question": "Q", "tests": [{"fn_name": "Solution.f", "args": [], "expected": 1}]}, "only the name"),
         (GOOD, 'id "a" stands in line 1 already'),
         ("[" * 100000, "line 3"),
     ],
@@ -60,6 +64,55 @@ def test_a_bad_line_is_reported_with_file_line_and_reason(tmp_path, line, reason
         load_problems(path)
     assert str(error.value).startswith(f"{path} line 3: ") and reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("code", [
+    "f(1) == 2", "def check(f):\n    assert f(1) == 2\n", "import math\n'text'\nx = 3\n", "f(1) == 2 and f(2) == 3", "f", "pass",
+])
+def test_asserts_that_check_nothing_are_refused(tmp_path, code):
+    """They pass every program that only defines the function, so all labels would be 1."""
+    test = {"asserts": code, "entry_point": "f"}
+    with pytest.raises(BadInput, match="checks nothing"):
+        load_problems(write(tmp_path / "x.jsonl", GOOD | {"tests": [test]}))
+    checked = code + {"def": "\ncheck(f)\n"}.get(code[:3], "\nassert f(1) == 2\n")
+    assert load_problems(write(tmp_path / "x.jsonl", GOOD | {"tests": [test | {"asserts": checked}]}))
+
+
+def test_a_field_with_a_typo_is_told_and_one_of_the_users_is_not(tmp_path, capsys):
+    """Without the starter code the prompt asks for a program of another form, and every program is wrong."""
+    typos = {"dificulty": "hard", "startercode": "def f():", "source": "me", "solution": "1"}
+    assert load_problems(write(tmp_path / "x.jsonl", GOOD | typos, GOOD | typos | {"id": "b"}))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(" is not read; is " in line for line in said)
+    assert any('"dificulty" is not read; is "difficulty" meant?' in line for line in said)
+    assert load_problems(write(tmp_path / "x.jsonl", GOOD | {"difficulty": "hard", "starter_code": ""}))
+    assert capsys.readouterr().err == ""
+
+
+def test_problems_in_two_sets_of_the_evaluation_are_counted(tmp_path, capsys):
+    first, second = write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "b.jsonl", GOOD, GOOD | {"id": "b", "question": "R"})
+    args = SimpleNamespace(eval=f"{first},{second}", eval_limit=0, eval_only=True)
+    assert len(load_train_and_eval(args)[1]) == 3
+    assert f"1 problems of {second} stand in another set of --eval too" in capsys.readouterr().out
+
+
+def test_mistakes_in_programs_are_told_before_a_run_has_a_folder(tmp_path):
+    """A folder that holds the start of a failed run refuses the corrected command."""
+    train, other = write(tmp_path / "a.jsonl", GOOD | {"id": 1}), write(tmp_path / "b.jsonl", GOOD | {"question": "R"})
+    args = SimpleNamespace(train=str(train), eval=str(other), eval_limit=0, limit=0, eval_only=False)
+    for lines, reason in (([{"problem_id": "1", "program": "print(1)"}], '"answer" or "code"'),
+                          ([{"problem_id": "1"}], '"answer" or "code"'), ([{"id": "1", "code": "print(1)"}], "problem_id"),
+                          ([{"problem_id": "2", "code": "print(1)"}], "0 programs for 0 of 1 problems")):
+        args.programs = str(write(tmp_path / "p.jsonl", *lines))
+        with pytest.raises(BadInput, match=reason):
+            load_train_and_eval(args)
+    args.programs = str(tmp_path / "gone.jsonl")
+    with pytest.raises(BadInput, match="No such file or directory$"):
+        load_train_and_eval(args)
+    args.programs = str(write(tmp_path / "p.jsonl", {"problem_id": 1, "code": "print(1)"},
+                              {"problem_id": "1", "answer": "", "code": None}))
+    assert load_train_and_eval(args)
+    assert read_programs(args.programs, load_problems(train)) == [("1", "", "print(1)"), ("1", "", None)]
 
 
 def test_a_missing_empty_or_binary_file_is_one_line(tmp_path):
@@ -579,8 +632,8 @@ def test_without_network_or_package_it_is_one_line_with_a_way_out(monkeypatch):
     for name in HUB:
         with pytest.raises(BadInput) as error:
             load_problems(name)
-        assert str(error.value) == (f'cannot load {name} from the Hub (no route to host); or bring your own: a JSONL '
-                                    'file whose lines have "id", "question" and "tests"')
+        assert str(error.value) == (f'cannot load {name} from the Hub (no route to host); give --train and --eval: JSONL files '
+                                    'with "id", "question" and "tests", or the shipped easy-train and easy-eval')
     monkeypatch.undo()
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
     monkeypatch.setattr("plumbing.problems.find_spec", lambda package: None)
@@ -601,7 +654,7 @@ def test_training_problems_that_are_evaluated_are_removed(tmp_path, capsys):
     train = write(tmp_path / "train.jsonl", *({"id": str(i), "question": q, "tests": [test]} for i, q in enumerate(texts)))
     held_out = write(tmp_path / "eval.jsonl", {"id": "e", "question": "Add twice", "tests": [test]},
                      {"id": "f", "question": "+", "tests": [test]})
-    args = SimpleNamespace(train=str(train), eval=str(held_out), limit=0, eval_limit=0, eval_only=False)
+    args = SimpleNamespace(train=str(train), eval=str(held_out), limit=0, eval_limit=0, eval_only=False, programs="")
     kept, evaluated = load_train_and_eval(args)
     assert [problem.id for problem in kept] == ["2", "4"] and [problem.id for problem in evaluated] == ["e", "f"]
     assert "3 of 5 problems of --train left out" in capsys.readouterr().out
