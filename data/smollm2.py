@@ -81,7 +81,8 @@ def main() -> None:
     if not (out / "warm-up" / "model" / "tokenizer_config.json").exists():
         warm_up(args, out / "warm-up")
     after = run_dust(out / "run", "--model", out / "warm-up/model", "--programs", out / "warm-up/candidates.jsonl")
-    text = result.read_text(encoding="utf-8").partition("## What came out")[0] + findings(before, after)
+    text = result.read_text(encoding="utf-8").partition("## What came out")[0].rstrip()
+    text = f"{text}\n\n{findings(before, after)}"  # the reading below is written by hand, about one result
     write_atomic(result if args.out == "runs/smollm2" else out / "smollm2.md", text)
 
 
