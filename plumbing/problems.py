@@ -150,7 +150,16 @@ def load_train_and_eval(args) -> tuple[list[Problem], list[Problem]]:
         return [], spread
     if args.train == args.eval:
         print(f"--train and --eval are the same, {args.train}: the model is evaluated on its training problems")
-        return load_problems(args.train, args.limit), spread
+        problems = load_problems(args.train, args.limit)
+    else:
+        problems = load_other_problems(args, held_out)
+    if args.programs:  # a mistake in them is told before the run has a folder
+        read_programs(args.programs, problems, say=print)
+    return problems, spread
+
+
+def load_other_problems(args, held_out: list[Problem]) -> list[Problem]:
+    """Return the problems of --train that are not among those held out for the evaluation, at most --limit."""
     enough = args.limit and args.limit + len(held_out)  # do not read all of a long public set if a few will do
     loaded, seen = load_problems(args.train, enough), {normalised(problem.question) for problem in held_out}
     problems = [problem for problem in loaded if normalised(problem.question) not in seen]
@@ -159,10 +168,7 @@ def load_train_and_eval(args) -> tuple[list[Problem], list[Problem]]:
         print(f"{left_out} of {len(loaded)} problems of --train left out: they stand in --eval too")
     if not problems:
         raise BadInput(f"every problem of --train {args.train} stands in --eval {args.eval} too: use others")
-    problems = problems[: args.limit or None]
-    if args.programs:  # a mistake in them is told before the run has a folder
-        read_programs(args.programs, problems, say=print)
-    return problems, spread
+    return problems[: args.limit or None]
 
 
 def normalised(statement: str) -> str:

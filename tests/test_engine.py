@@ -630,10 +630,11 @@ def test_candidates_for_unknown_problems_and_problems_without_candidates_are_cou
 @pytest.mark.parametrize("records, message", [
     ([], "0 programs for 0 of 8 problems"),
     ([{"problem_id": "elsewhere", "code": "1"}], "0 programs for 0 of 8 problems; 1 more are for problems that"),
-    ([{"problem_id": "p1"}, {"problem_id": 1, "code": "1"}], 'line 2: a record needs "problem_id"'),
+    ([{"problem_id": "p1", "code": "1"}, {"problem_id": 1.5, "code": "1"}], 'line 2: a record needs "problem_id"'),
     ([{"problem_id": "p1", "code": ["1"]}], 'line 1: a record needs "problem_id"'),
     (["p1"], 'line 1: a record needs "problem_id"'),
-    ([{"problem_id": "p1"}, {"problem_id": "p1", "code": None}], "no program is correct"),
+    ([{"problem_id": "p1", "code": "1"}, {"problem_id": "p1"}], 'line 2: a record needs "problem_id"'),
+    ([{"problem_id": "p1", "answer": "", "code": None}] * 2, "no program is correct (2 of 2 answers hold no program)"),
 ])
 def test_a_file_of_programs_that_cannot_be_used_is_one_line(records, message, llama, tmp_path, capsys):
     file = write_programs(tmp_path / "programs.jsonl", records)
