@@ -214,7 +214,8 @@ def run_all(args, variants: tuple[str, ...]) -> int:
     The order: variants that copy nothing, then variants that copy from these, then variants that start from a run.
     """
     failures = run_side_by_side(base_commands(args, variants), args.parallel)
-    write_first_tests(args.out / "first-test.jsonl")
+    if any(VARIANTS[name].noise == "first test" for name in variants):
+        write_first_tests(args.out / "first-test.jsonl")
     first = [name for name in variants if not VARIANTS[name].like]
     last = [name for name in variants if VARIANTS[name].init]
     for wave in (first, [name for name in variants if name not in first + last], last):
@@ -642,7 +643,7 @@ def write_results(study: str, args) -> Path:
         raise BadInput(f"no run of {first} in {args.out} is finished, and the study compares with it")
     one = next(iter(runs[first].values()))
     of_this_machine = ("model", "out", "resume", "workers", "device", "rows")
-    settings = {"seeds": len(folders), "quick": args.quick, "problems": len(one["problems"]),
+    settings = {"seeds": len(seeds_of(args, [study])), "quick": args.quick, "problems": len(one["problems"]),
                 "args": {key: value for key, value in one["args"].items() if key not in of_this_machine}}
     result = {"study": study, "settings": settings, "missing": missing,
               "titles": {name: VARIANTS[name].title for name in runs}, **analyse(runs, whole=study == "table2"),

@@ -125,15 +125,16 @@ def load_evaluation(names: str, limit: int) -> tuple[list[Problem], list[Problem
     set stands in front of a problem's id, because two sets may have the same id.
     """
     names = [names] if Path(names).exists() else [name.strip() for name in names.split(",")]
-    everything, chosen = [], []
+    everything, chosen, seen = [], [], set()
     for name in names:
         problems = load_problems(name)
         if len(names) > 1:
             problems = [replace(problem, id=f"{name}/{problem.id}", set=name) for problem in problems]
+            statements = [normalised(problem.question) for problem in problems]
+            if twice := sum(statement in seen for statement in statements):
+                print(f"{twice} problems of {name} stand in another set of --eval too, and count in both")
+            seen.update(statements)
         count = min(limit or len(problems), len(problems))
-        seen = {normalised(problem.question) for problem in everything}
-        if twice := sum(normalised(problem.question) in seen for problem in problems):
-            print(f"{twice} problems of {name} stand in another set of --eval too, and count in both")
         everything += problems
         chosen += [problems[i * len(problems) // count] for i in range(count)]
     return everything, chosen
@@ -307,8 +308,9 @@ def read_test(test: Any, where: str) -> dict:
             case {"asserts": code, **others} if code:
                 name = others.get("entry_point", "")
                 if isinstance(code, str) and isinstance(name, str):
-                    compile(code.encode(), "asserts", "exec")
-                    if not any(map(can_fail, ast.parse(code.encode()).body)):  # every program would be right
+                    tree = ast.parse(code.encode())
+                    compile(tree, "asserts", "exec")  # it finds more than the parser does, such as a lone break
+                    if not any(map(can_fail, tree.body)):  # every program would be right
                         raise ValueError('"asserts" checks nothing; write assert f(1) == 2, and call a def check')
                     return {"asserts": code, "entry_point": name}
             case {"fn_name": name, **others} if name:

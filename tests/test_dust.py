@@ -468,6 +468,14 @@ def test_groups_are_mixed_of_one_problem_and_without_failed_extractions():
     assert [g.labels for g in ordered] == [[1, 0, 0, 0]]  # a: rwww | rrrr | ww dropped; b: wwww, r dropped
 
 
+@pytest.fixture
+def without_model(monkeypatch) -> None:
+    """training_groups without a model: every prompt fits, and the candidates that a test makes have their labels."""
+    monkeypatch.setattr(dust, "ranking_ids", lambda *_: [])
+    monkeypatch.setattr(dust, "longest_answer", lambda *_: 1)
+    monkeypatch.setattr(dust, "label", lambda *_: None)
+
+
 @pytest.mark.parametrize("problems_there, mixed_share, sampled", [
     (200, 1.0, [20]),  # every group is mixed: the fewest problems will do
     (200, 0.5, [20, 40]),
@@ -476,11 +484,8 @@ def test_groups_are_mixed_of_one_problem_and_without_failed_extractions():
     (30, 0.25, [20, 30]),  # there are no more
 ])
 def test_sampling_goes_on_until_the_steps_have_enough_mixed_groups(
-        tmp_path, monkeypatch, problems_there, mixed_share, sampled):
+        tmp_path, monkeypatch, without_model, problems_there, mixed_share, sampled):
     """Half a year of a GPU would go into candidates that no step uses."""
-    monkeypatch.setattr(dust, "ranking_ids", lambda *_: [])
-    monkeypatch.setattr(dust, "longest_answer", lambda *_: 1)
-    monkeypatch.setattr(dust, "label", lambda *_: None)
     counts = []
 
     def sample(model, tokenizer, problems, args, file):
@@ -505,11 +510,8 @@ def test_sampling_goes_on_until_the_steps_have_enough_mixed_groups(
         assert counts == [problems_there]
 
 
-def test_sampling_ends_also_where_one_group_is_enough_and_none_comes(tmp_path, monkeypatch):
+def test_sampling_ends_also_where_one_group_is_enough_and_none_comes(tmp_path, monkeypatch, without_model):
     """A first trial with one step of one prompt, on a model that solves nothing, sampled the first problem for ever."""
-    monkeypatch.setattr(dust, "ranking_ids", lambda *_: [])
-    monkeypatch.setattr(dust, "longest_answer", lambda *_: 1)
-    monkeypatch.setattr(dust, "label", lambda *_: None)
     counts = []
 
     def sample(model, tokenizer, problems, args, file):
