@@ -39,12 +39,13 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Iterable, Iterator, NamedTuple
 
-from plumbing.sandbox_child import KEY_BYTES, OUTPUT_CAP, encode
+from plumbing.sandbox_child import KEY_BYTES, OUTPUT_CAP, decode, encode
 from plumbing.sandbox_worker import SandboxError, WorkerDied, Workers, memory_file  # noqa: F401
 
 KEPT = 100_000  # bytes of stdout and of stderr that a verdict keeps for each test
 BLANKS = re.compile(rb"\s*")
 SHOWN, SHOWN_LINES = 200, 5  # characters and lines of what a failed program printed, in Verdict.failure
+SHOWN_BYTES = 2000  # of a returned value, before it is cut for Verdict.failure
 
 
 class Result(NamedTuple):
@@ -145,7 +146,7 @@ def why_wrong(test: Prepared, result: Result, answer: bytes) -> str:
     if result.status != "ok":
         return result.status
     if test.call:
-        return "" if same_value(test.wanted, answer) else "the function did not return what it should"
+        return "" if same_value(test.wanted, answer) else f"returned {shown(answer)}, not {shown(test.wanted)}"
     start = BLANKS.match(answer).end()
     end = start + 32 * len(test.wanted) + (1 << 20)
     if BLANKS.match(answer, end).end() < len(answer):
@@ -184,6 +185,14 @@ def same_value(wanted: str, answer: bytes) -> bool:
         return short and json.loads(answer, object_hook=plain) == json.loads(wanted, object_hook=plain)
     except (ValueError, TypeError, RecursionError):
         return False
+
+
+def shown(answer: "str | bytes") -> str:
+    """Return the value of such an answer as Python text, for a reader."""
+    try:
+        return repr(decode(answer[:SHOWN_BYTES]))[:60]
+    except Exception:  # the program may have written anything; a long value is cut, so it is no JSON any more
+        return "nothing" if not answer else "a value too long or too odd to show"
 
 
 # ------------------------------------------------------------------------------------------------------- one run

@@ -229,7 +229,12 @@ def test_a_wrong_folder_and_a_damaged_file_are_one_clear_line(tmp_path, capsys):
      "a\na\na\na\na"),
     ("print('ab' * 999)", [{"input": "", "output": "3"}], "line 1 should be '3', not '" + "ab" * 30 + "'", "ab" * 100),
     ("def f(): print(5)", [{"fn_name": "f", "args": [], "expected": 1}],
-     "the function did not return what it should", "5"),
+     "returned None, not 1", "5"),
+    ("def f(): return {(1, 'a'): [2.5, 10**400]}", [{"fn_name": "f", "args": [], "expected": "b"}],
+     "returned {(1, 'a'): [2.5, 1" + "0" * 42 + ", not 'b'", ""),
+    ("def f(): return 'a' * 3000", [{"fn_name": "f", "args": [], "expected": 10**5000}],
+     "returned a value too long or too odd to show, not a value too long or too odd to show", ""),
+    ("import os\ndef f(): os._exit(0)", [{"fn_name": "f", "args": [], "expected": 1}], "returned nothing, not 1", ""),
     ("a\0", [{"input": "", "output": "3"}], "the source holds a NUL", ""),
 ])
 def test_a_failed_label_keeps_the_first_failed_test_in_short(code, tests, why, printed):
