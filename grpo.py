@@ -319,7 +319,7 @@ def generate(model, prompts: list[Tensor], seeds: list[list[int]], limits: list[
     length = limit.clone()
     live = torch.arange(n, device=device)  # the answers of the cache's rows
     going = torch.ones(n, dtype=torch.bool, device=device)  # those of them that have not ended
-    for t in range(max(limits)):
+    for t in ranks.in_sight(range(max(limits)), "tokens"):
         if t % DRAWS_AHEAD == 0:
             draws = torch.stack([torch.rand(DRAWS_AHEAD, generator=generators[i]) for i in live.tolist()]).to(device)
         token, logp = draw_token(cache.logits, draws[:, t % DRAWS_AHEAD], sampling)  # [live] each

@@ -1,7 +1,7 @@
 """Cut work into batches that fit into memory. An example has a prompt and an answer; a group shares one prompt."""
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ HEAD_LOGITS = 2**24  # logits in memory at a time in the update; the backward pa
 HEAD_LOGITS_ON_GPU = 2**26  # the same on a GPU, which needs larger blocks to be busy
 
 
-def my_micro_batches(groups: list[list], micro_tokens: int, shared: bool) -> list[tuple[list[list], bool]]:
+def my_micro_batches(groups: list[list], micro_tokens: int, shared: bool) -> Iterable[tuple[list[list], bool]]:
     """Return (micro-batch, whether it counts) for this rank's share of the groups. shared: as in micro_batches.
 
     Every rank gets the same number of batches, because the forward pass of a sharded model waits for all ranks. A rank
@@ -23,7 +23,8 @@ def my_micro_batches(groups: list[list], micro_tokens: int, shared: bool) -> lis
     batches = micro_batches(ranks.share(groups), micro_tokens, shared)
     missing = max(ranks.gather(len(batches))) - len(batches)
     shortest = sorted((e for group in groups for e in group), key=lambda e: len(e.prompt) + len(e.answer))[:1]
-    return [(batch, True) for batch in batches] + [([shortest], False)] * missing
+    counted = [(batch, True) for batch in batches] + [([shortest], False)] * missing
+    return ranks.in_sight(counted, "micro-batches")
 
 
 def micro_batches(groups: list[list], micro_tokens: int, shared: bool) -> list[list[list]]:

@@ -17,10 +17,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from plumbing.problems import first_line
 
 LONG = timedelta(days=7)  # a rank may wait as long as this for the answers of another
+LONG_PART = 30  # seconds after which a part of a stage gets a bar
 
 
 def world() -> int:
@@ -68,6 +70,11 @@ def stop() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- work and results
+
+
+def in_sight(items, name: str) -> tqdm:
+    """Return the items of a part of a stage, to go through. A part that takes long has a bar below the stage's."""
+    return tqdm(items, f"  {name:<16}", leave=False, delay=LONG_PART, unit="", dynamic_ncols=True, disable=rank() > 0)
 
 
 def gather(value) -> list:

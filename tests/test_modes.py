@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 import dust
 import rank_prompt
-from plumbing import models, runs
+from plumbing import models, ranks, report, runs
 from plumbing.problems import Problem
 from dust import Candidate, Group, RankedGroup
 from test_dust import ROOT, error_of, run_dust
@@ -104,7 +104,17 @@ def test_a_stage_whose_answers_are_cut_off_says_so_once_and_again_when_resumed(l
         lines = [line for line in capsys.readouterr().out.splitlines() if "of the answers are cut off" in line]
         assert sorted(line.split(":")[0].strip() for line in lines) == sorted(stages)
         assert all("--max-new-tokens" in line and "end token" in line for line in lines)
-    assert not runs.warn_if_cut("samples", 0.5) and not capsys.readouterr().out
+    assert not runs.warn_if_cut(tmp_path / "samples.jsonl", 0.5) and not capsys.readouterr().out
+    assert runs.warn_if_cut(tmp_path / report.CURVE / "10-rankings.jsonl", 0.6) and not capsys.readouterr().out
+
+
+def test_a_part_of_a_stage_that_takes_long_has_a_bar(llama, tmp_path, capsys, monkeypatch):
+    """On a real model a chunk of answers, or one step's update, takes minutes, and the stage's bar stood still."""
+    for seconds, shown in ((0, True), (1000, False)):
+        monkeypatch.setattr(ranks, "LONG_PART", seconds)
+        assert run_dust(*llama["arguments"], "--steps", "1", "--out", tmp_path / str(shown)) == 0
+        printed = capsys.readouterr().err
+        assert [name in printed for name in ("\r  tokens  ", "\r  micro-batches  ")] == [shown, shown]
 
 
 def test_half_a_character_in_an_answer_ends_no_run(monkeypatch):
