@@ -326,7 +326,7 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, file: Path, ev
     without = sum(candidate.code is None for candidate in candidates)
     cut = sum(not ended for drawn in answers.values() for _, ended in drawn * copies)
     runs.say(file, f"  {len(candidates)} answers, {without} without a program, {cut} cut off at {limit} tokens")
-    runs.warn_if_cut(file.stem, cut / max(len(candidates), 1))
+    runs.warn_if_cut(file, cut / max(len(candidates), 1))
     return candidates
 
 
@@ -349,15 +349,17 @@ def texts_of(tokenizer, rollout: Rollout) -> list[str]:
     return [text.encode("utf-8", "replace").decode() for text in texts]  # no file or prompt can hold half a character
 
 
-def label(problems: list[Problem], candidates: list[Candidate], args: Args, file: Path | None = None) -> None:
+def label(problems: list[Problem], candidates: list[Candidate], args: Args, file: Path | None = None,
+          known: dict | None = None) -> None:
     """Run every program and set `correct` (paper 2.2): y = 1 only if every test passes.
 
-    file: keeps the labels, for --resume. The same program for the same problem runs once. An answer without a program
-    is wrong. Raises SandboxError if the sandbox itself fails.
+    file: keeps the labels, for --resume. known: labels of these problems from earlier stages. The same program for the
+    same problem runs once. An answer without a program is wrong. Raises SandboxError if the sandbox itself fails.
     """
     tests = {problem.id: problem.tests for problem in problems}
     programs = dict.fromkeys((c.problem_id, c.code) for c in candidates if c.code is not None)
-    work = {f"{problem_id}/{seed_for(code)}/{len(code)}": (problem_id, code) for problem_id, code in programs}
+    keys, known = [f"{problem_id}/{seed_for(code)}/{len(code)}" for problem_id, code in programs], known or {}
+    work = {key: program for key, program in zip(keys, programs) if key not in known}
     workers = max(1, args.workers // ranks.local_world())  # the ranks on one machine share its cores
     with sandbox.Pool(workers=workers, timeout=args.timeout, memory_mb=args.memory_mb) as pool:
 
@@ -366,8 +368,8 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, file
 
         # the same size on every rank; a kill loses at most one chunk of labels
         size = 32 * min(ranks.gather(workers)) if file else max(len(work), 1)
-        labels = runs.resumable(file, work, run_programs, size)
-    labels = dict(zip(work.values(), labels.values()))  # (problem id, code) -> 1, or the first failed test
+        labels = known | runs.resumable(file, work, run_programs, size)
+    labels = {program: labels[key] for key, program in zip(keys, programs)}  # 1, or the first failed test
     for candidate in candidates:
         verdict = labels.get((candidate.problem_id, candidate.code))
         candidate.correct, candidate.failure = verdict == 1, verdict if isinstance(verdict, dict) else None
@@ -627,7 +629,8 @@ def evaluation_groups(model, tokenizer, problems: list[Problem], args: Args, ste
     Every model uses the same seeds. stem: path of the files that keep answers and labels, without "-samples.jsonl".
     """
     candidates = sample(model, tokenizer, problems, args, Path(f"{stem}-samples.jsonl"), evaluation=True)
-    label(problems, candidates, args, Path(f"{stem}-labels.jsonl"))
+    file = Path(f"{stem}-labels.jsonl")
+    label(problems, candidates, args, file, ranks.on_first(lambda: runs.known_labels(file)))
     by_problem = defaultdict(list)
     for candidate in candidates:
         by_problem[candidate.problem_id].append(candidate)
@@ -660,7 +663,7 @@ def rank_candidates(model, tokenizer, groups: list[Group], args: Args, file: Pat
     sampling = Sampling(args.eval_temperature, args.top_p, args.top_k)
     asked = {key: (prompt, [seed_for(args.seed, "judge", key)]) for key, prompt in prompts.items()}
     answers = draw_texts(model, tokenizer, asked, limit, args, sampling, file)
-    runs.warn_if_cut(file.stem, runs.mean([not ended for drawn in answers.values() for _, ended in drawn]))
+    runs.warn_if_cut(file, runs.mean([not ended for drawn in answers.values() for _, ended in drawn]))
     ranked = []
     for place, group, seen in zip(places, groups, shown):
         ((words, _),), k = answers.get(str(place), [["", True]]), len(seen.candidates)

@@ -104,7 +104,7 @@ class StageBar(tqdm):
         self.set_postfix_str(f"reward {metrics['reward']:.2f}, malformed {metrics['malformed']:.0%}, "
                              f"cut {metrics['truncated']:.0%}, KL {metrics['ref_kl']:.3f}")
         self.update()
-        self.told_cut = self.told_cut or warn_if_cut("train", metrics["truncated"])
+        self.told_cut = self.told_cut or warn_if_cut(Path("train"), metrics["truncated"])
 
 
 def shorter(stage: str, requests: int) -> str:
@@ -138,13 +138,13 @@ def mean(values: list) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def warn_if_cut(stage: str, share: float) -> bool:
+def warn_if_cut(file: Path, share: float) -> bool:
     """Say in one line what to try if more than half of a stage's answers are cut off. Return whether they are."""
-    if share > 0.5 and not stage[0].isdecimal():  # not in a point of the curve
-        more = {"samples": "--candidate-tokens or ", "train": ""}.get(stage, "--eval-tokens or ")
-        tqdm.write(f"  {stage}: {share:.0%} of the answers are cut off; try a longer {more}--max-new-tokens, or "
-                   "--thinking none, or, if answers go on after their end, a model whose template ends a turn with its "
-                   "end token")
+    if share > 0.5:
+        more = {"samples": "--candidate-tokens or ", "train": ""}.get(file.stem, "--eval-tokens or ")
+        say(file, f"  {file.stem}: {share:.0%} of the answers are cut off; try a longer {more}--max-new-tokens, or "
+                  "--thinking none, or, if answers go on after their end, a model whose template ends a turn with its "
+                  "end token")
     return share > 0.5
 
 
@@ -158,6 +158,13 @@ def read_lines(file: Path) -> dict:
             message = f"{file} line {number} is damaged: delete that line, and the item will be computed again"
             raise BadInput(message) from None
     return done
+
+
+def known_labels(file: Path) -> dict:
+    """Return what the other stages of the evaluation found: of most problems, a model writes the same few programs."""
+    folder = file.parent.parent if of_curve(file) else file.parent
+    others = {folder / "base-labels.jsonl", *(folder / CURVE).glob("*-labels.jsonl")} - {file}
+    return {key: found for other in sorted(others) if other.exists() for key, found in read_lines(other).items()}
 
 
 def keep_lines(file: Path, count: int | None = None) -> list[bytes]:
