@@ -81,18 +81,17 @@ def test_a_program_that_an_earlier_stage_has_labelled_does_not_run_again(tmp_pat
     ran, failures = [], dust.sandbox.Pool.failures
     monkeypatch.setattr(dust.sandbox.Pool, "failures", lambda self, jobs: failures(self, ran.extend(jobs) or jobs))
     (tmp_path / report.CURVE).mkdir()
-    stages = [("base", "12", "12"), ("curve/1", "23", "3"), ("curve/2", "31", ""), ("trained", "1324", "4"),
-              ("curve/1", "23", "3")]  # the last one: its own file, as when a run is resumed, is no other stage's
+    stages = [("base", "12", "12"), ("curve/1", "23", "3"), ("curve/2", "31", ""), ("trained", "1324", "4")]
     for stem, written, new in stages:
         ran.clear()
         drawn = [dust.Candidate("p", "", f"print({n})") for n in written]
         monkeypatch.setattr(dust, "sample", lambda *_, evaluation: drawn)
         args = dust.Args(workers=1, repeats=1, best_of=len(drawn))
-        (tmp_path / f"{stem}-labels.jsonl").unlink(missing_ok=True)
         [group] = dust.evaluation_groups(None, None, [problem], args, tmp_path / stem)
         assert group.labels == [n == "1" for n in written]
         assert [c.failure and c.failure["printed"] for c in drawn] == [None if n == "1" else n for n in written]
         assert [code for code, _ in ran] == [f"print({n})" for n in new]
+    assert len(dust.runs.known_labels(tmp_path / "curve/1-labels.jsonl")) == 2  # its own are for --resume to find
 
 
 def test_the_model_of_a_step_is_kept_as_a_folder(llama, run, tmp_path):
