@@ -39,13 +39,13 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Iterable, Iterator, NamedTuple
 
-from plumbing.sandbox_child import KEY_BYTES, OUTPUT_CAP, decode, encode
+from plumbing.sandbox_child import KEY_BYTES, OUTPUT_CAP, encode
 from plumbing.sandbox_worker import SandboxError, WorkerDied, Workers, memory_file  # noqa: F401
 
 KEPT = 100_000  # bytes of stdout and of stderr that a verdict keeps for each test
 BLANKS = re.compile(rb"\s*")
 SHOWN, SHOWN_LINES = 200, 5  # characters and lines of what a failed program printed, in Verdict.failure
-SHOWN_BYTES = 2000  # of a returned value, before it is cut for Verdict.failure
+SHOWN_VALUE = 60  # characters of a line or of a returned value, in Verdict.reason
 
 
 class Result(NamedTuple):
@@ -146,7 +146,9 @@ def why_wrong(test: Prepared, result: Result, answer: bytes) -> str:
     if result.status != "ok":
         return result.status
     if test.call:
-        return "" if same_value(test.wanted, answer) else f"returned {shown(answer)}, not {shown(test.wanted)}"
+        # as JSON: a value that a program made up, such as bytes of a huge number, is never built in this process
+        got = answer[:SHOWN_VALUE].decode("utf-8", "replace") or "nothing"
+        return "" if same_value(test.wanted, answer) else f"returned {got}, not {test.wanted[:SHOWN_VALUE]}"
     start = BLANKS.match(answer).end()
     end = start + 32 * len(test.wanted) + (1 << 20)
     if BLANKS.match(answer, end).end() < len(answer):
@@ -161,7 +163,7 @@ def difference(expected: str, got: str) -> str:
     for number, (want, line) in enumerate(zip(wanted, lines), 1):
         want, line = want.strip(), line.strip()
         if want != line and not same_decimals(want, line):
-            return f"line {number} should be {want[:60]!r}, not {line[:60]!r}"
+            return f"line {number} should be {want[:SHOWN_VALUE]!r}, not {line[:SHOWN_VALUE]!r}"
     return "" if len(wanted) == len(lines) else f"{'more' if lines[len(wanted):] else 'fewer'} than {len(wanted)} lines"
 
 
@@ -185,14 +187,6 @@ def same_value(wanted: str, answer: bytes) -> bool:
         return short and json.loads(answer, object_hook=plain) == json.loads(wanted, object_hook=plain)
     except (ValueError, TypeError, RecursionError):
         return False
-
-
-def shown(answer: "str | bytes") -> str:
-    """Return the value of such an answer as Python text, for a reader."""
-    try:
-        return repr(decode(answer[:SHOWN_BYTES]))[:60]
-    except Exception:  # the program may have written anything; a long value is cut, so it is no JSON any more
-        return "nothing" if not answer else "a value too long or too odd to show"
 
 
 # ------------------------------------------------------------------------------------------------------- one run
