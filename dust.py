@@ -87,7 +87,7 @@ class Args:
     ppo_epochs: int = arg(1, "passes over each batch [3]", least=1)
     epochs: int = arg(0, "--mode sft: passes over its rankings, in place of --steps; 0: as --steps says [3]", least=0)
     steps: int = arg(60, "training steps in all, in as many passes over the groups as they need [180]", least=0)
-    lr: float = arg(1e-4, "learning rate of AdamW, constant [1e-6; a tiny model needs a larger one]", above=0)
+    lr: float = arg(1e-4, "learning rate of AdamW, constant [1e-6; tiny models and adapters need more]", above=0)
     weight_decay: float = arg(0.0, "weight decay of AdamW", least=0)
     warmup: int = arg(0, "first steps, in which the learning rate grows to --lr", least=0)
     loss: str = arg("sequence", "sequence: mean over an answer's tokens, then over answers; token: over all tokens",
@@ -159,6 +159,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         special |= PAPER_GPT_OSS
     if preset == "paper" and given.get("mode") == "sft":
         special |= PAPER_SFT
+    adapters = PRESETS[preset].get("lora", 0)
+    if preset != "laptop" and bool(given.get("lora", adapters)) != bool(adapters):
+        special |= dict(lr=PAPER["lr"] if adapters else QUICK_REAL["lr"])
     if "max_new_tokens" in given:  # it holds for all answers, also where the preset has three limits
         special |= dict(candidate_tokens=0, eval_tokens=0)
     args = Args(**problems | PRESETS[preset] | special | quick | given | {"preset": preset})

@@ -133,7 +133,7 @@ def prepare(test: dict) -> Prepared:
         return Prepared(b"", call, test["asserts"].encode("utf-8", "replace"), "true")
     if "fn_name" in test:
         call = marshal.dumps((test["fn_name"], list(test["args"])))
-        return Prepared(b"", call, None, json.dumps(encode(test["expected"])))
+        return Prepared(b"", call, None, json.dumps(encode(test["expected"]), separators=(",", ":")))
     return Prepared(test["input"].encode("utf-8", "replace"), b"", None, "" + test["output"])
 
 

@@ -17,6 +17,7 @@ from plumbing import page
 from plumbing.problems import write_atomic
 
 CURVE = "curve"  # the folder, in that of the run, of the points of the curve
+OF_THIS_MACHINE = {"out", "resume", "workers", "device"}  # settings that say nothing about what a run has done
 SHOWN = 200  # characters of a test in groups.jsonl
 
 # ------------------------------------------------------------------------------------------------------- the figures
@@ -244,7 +245,8 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
             only = {name: [one for one in own if getattr(one.group.problem, kind) == mark]
                     for name, own in rows.items()}
             summary["slices"][mark] = summarise(only, metrics)
-    changed = {name: args[name] for name, value in (defaults or {}).items() if args[name] != value}
+    changed = {name: args[name] for name, value in (defaults or {}).items()
+               if args[name] != value and name not in OF_THIS_MACHINE}
     curve = [read_point(file, metrics) for file in curve_files(out)]
     summary |= {"best_of_n": curves(rows, finals, metrics), "curve": curve, "args": args, "changed": changed}
 

@@ -10,7 +10,7 @@ import pytest
 import dust
 from conftest import SMALL
 from dust import Candidate, Group
-from plumbing import runs
+from plumbing import runs, settings
 from plumbing.problems import Problem, load_train_and_eval
 from test_dust import ROOT, error_of, run_dust
 
@@ -51,6 +51,18 @@ def test_presets_and_data_follow_the_model_and_what_is_given_wins(monkeypatch):
     mine = dust.parse_args("--model some/model --eval mine.jsonl --preset release --clip-high 0.5".split())
     assert (mine.train, mine.eval, mine.clip_high, mine.dual_clip) == ("rstar-coder", "mine.jsonl", 0.5, 10.0)
     assert dust.parse_args(["--model", "some/model", "--preset", "laptop"]).train == "micro-train"
+
+
+@pytest.mark.parametrize("given, lr", [
+    (["--preset", "quick"], 2e-5), (["--preset", "quick", "--lora", "8"], 2e-5),
+    (["--preset", "quick", "--lora", "0"], 1e-6), (["--preset", "paper"], 1e-6), (["--preset", "paper", "--lora", "16"], 2e-5),
+    (["--preset", "release", "--lora", "16", "--lr", "3e-6"], 3e-6), (["--preset", "paper", "--mode", "sft"], 1e-5),
+    (["--preset", "laptop", "--lora", "16"], 1e-4),
+])
+def test_the_learning_rate_follows_whether_adapters_are_trained(given, lr, monkeypatch):
+    """With the paper's rate for all weights, adapters learn nothing; with theirs, all weights are soon ruined."""
+    monkeypatch.setattr(settings, "find_spec", lambda name: True)  # peft need not be there
+    assert dust.parse_args(["--model", "some/model", *given]).lr == lr
 
 
 def test_one_process_gets_settings_that_end_and_the_first_line_says_so(llama, tmp_path, monkeypatch, capsys):
