@@ -6,9 +6,9 @@
     section 2.3   score_rollouts                    the rewards of rankings (rank_prompt.py)
     section 2.4   train                             rollout -> reward -> advantage -> loss -> step (grpo.py)
     section 3.1   evaluation_groups, rank_candidates, METRICS        pass@1, NDCG, Best-of-4
-    tables 2, 3   run, experience                   the three rows; the five modes of training
+    tables, fig 3 run, experience                   table 2's three rows; the five modes of training
 
-Read `run` first, near the end of this file, then from `sample` on. Each stage makes one list from the one before.
+Read `run` first, near the end of this file, then from `sample` on. Each stage takes what the one before made.
 
     python dust.py                      # the whole method on the shipped model, a few minutes on a laptop
     python dust.py --model Qwen3-4B     # a real model on real problems, on one GPU
@@ -37,7 +37,7 @@ CURVE_PROBLEMS = 100  # evaluation problems of each point of the curve (figure 4
 class Args:
     """Every setting of a run. The defaults suit the shipped model; the paper's value stands in brackets.
 
-    Each difference between the paper and its authors' release is one field, whose default is the paper's value.
+    Most differences between the paper and its authors' release are fields; tutorial.md lists all of them.
     A field that is True by default becomes --no-NAME, and its text says what that option does.
     """
 
@@ -45,7 +45,7 @@ class Args:
                      text="model folder, name on the Hub, or a short name such as Qwen3-4B")
     train: str = arg("micro-train", "training problems: a file or a known set [rstar-coder]")
     eval: str = arg("micro-eval", "evaluation problems, as --train, or several with commas between [livecodebench-v6]")
-    out: str = arg("", "folder of the run; without it a new folder in runs/ (with --resume: the newest one there)")
+    out: str = arg("", "folder of the run; without it a new one in runs/ (with --resume: this model's newest there)")
     preset: str = arg("", "\n".join(f"{name}: {purpose}" for name, purpose in PURPOSES.items())
                       + "\nwithout it the one that fits", choices=list(PURPOSES))
     quick: bool = arg(False, "fewer problems, candidates and steps: with the shipped model about a minute")
@@ -66,12 +66,12 @@ class Args:
 
     limit: int = arg(0, "number of training problems to use, from the first on; 0: all", least=0,
                      section="problems, candidates and groups (paper 2.2)")
-    eval_limit: int = arg(0, "number of evaluation problems to use, evenly spread over the file; 0: all", least=0)
+    eval_limit: int = arg(0, "evaluation problems to use of each set, evenly spread over it; 0: all", least=0)
     candidates: int = arg(16, "M, programs sampled for each training problem [64]", least=1)
     group_size: int = arg(4, "K, candidates in a ranking group [4]", least=2)
     until_enough: bool = arg(False, "sample problems only until there are as many mixed groups as the steps use")
     timeout: float = arg(10.0, "longest time of a program for one test, in seconds", above=0)
-    memory_mb: int = arg(1024, "most memory of a program, in megabytes", least=1)
+    memory_mb: int = arg(1024, "most memory of a program, in megabytes (on Linux)", least=1)
 
     reward: str = arg("pairacc", "reward of a ranking", choices=list(rank_prompt.REWARDS),
                       section="judging (paper 2.3)")
@@ -79,7 +79,7 @@ class Args:
                         choices=["both", "programs", "rankings", "none"])
     reasoning_effort: str = arg("", "how long the model thinks, if its chat template has this setting (GPT-OSS)",
                                 choices=["low", "medium", "high"])
-    shuffle: bool = arg(True, "show a group's candidates in the order of sampling, not in a new order in each step")
+    shuffle: bool = arg(True, "in training, show candidates in the order of sampling, not in a new order in each step")
 
     answers: int = arg(8, "G, answers sampled for each prompt [8]", least=2, section="GRPO (paper 2.4, table 4)")
     batch: int = arg(16, "prompts in a step [64]", least=1)
@@ -98,18 +98,18 @@ class Args:
     kl: float = arg(0.001, "weight of the KL term to the model that training starts from; 0: off [0.001]", least=0)
     temperature: float = arg(1.0, "temperature of candidates and training answers [1.0]", above=0)
     max_new_tokens: int = arg(192, "longest answer in tokens, or what a prompt leaves of the context [32768]", least=1)
-    candidate_tokens: int = arg(0, "the same for candidates sampled once; 0: --max-new-tokens [131072]", least=0)
+    candidate_tokens: int = arg(0, "the same for candidates drawn before it; 0: --max-new-tokens [131072]", least=0)
     micro_tokens: int = arg(16384, "tokens in one training forward: changes memory and speed, not the result", least=1)
     optimizer: str = arg("", "weights in fp32, in bf16 with fp32 masters, or with kahan compensation; without it the\n"
-                         "first of these that fits the memory", choices=["fp32", "masters", "kahan"])
+                         "first that fits the memory, on a GPU never fp32", choices=["fp32", "masters", "kahan"])
     lora: int = arg(0, "train adapters of this rank instead of all weights (package peft); 0: all weights", least=0)
     shard: bool = arg(False, "spread weights, gradients and optimiser over torchrun's processes (FSDP2)")
     save_every: int = arg(1, "steps between checkpoints", least=1)
     keep_every: int = arg(0, "steps between models that are kept, in out/model-STEP; 0: only the last", least=0)
-    rows: int = arg(0, "answers that are decoded at a time, as --micro-tokens; 0: what fits a GPU, else 256", least=0)
+    rows: int = arg(0, "answers decoded at a time: changes memory and speed; 0: what fits a GPU, else 256", least=0)
 
-    server: str = arg("", "address of a vLLM server that draws the answers, for example localhost:8000;\n"
-                      "training stays here", section="answers from elsewhere")
+    server: str = arg("", "address of a vLLM server, for example localhost:8000: it draws the base's answers, with\n"
+                      "--lora also the trained model's; training stays here", section="answers from elsewhere")
     server_requests: int = arg(64, "requests to the server at a time", least=1)
     server_adapters: str = arg("", "the run's folder as the server's machine sees it; without it the same path as here")
     server_rollouts: bool = arg(False, "with --lora: the server draws the training answers too")
@@ -158,10 +158,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if preset == "paper" and "gpt-oss" in given.get("model", "").lower():
         special |= PAPER_GPT_OSS
     if preset == "paper" and given.get("mode") == "sft":
-        special |= PAPER_SFT
+        special |= PAPER_SFT | ({"epochs": 0} if "steps" in given or quick else {})
     adapters = PRESETS[preset].get("lora", 0)
     if preset != "laptop" and bool(given.get("lora", adapters)) != bool(adapters):
-        special |= dict(lr=PAPER["lr"] if adapters else QUICK_REAL["lr"])
+        special |= dict(lr=PAPER["lr"] if adapters else QUICK_REAL["lr"])  # adapters need larger steps
     if "max_new_tokens" in given:  # it holds for all answers, also where the preset has three limits
         special |= dict(candidate_tokens=0, eval_tokens=0)
     args = Args(**problems | PRESETS[preset] | special | quick | given | {"preset": preset})
@@ -241,7 +241,7 @@ def load(name: str, args: Args, option: str = "--model"):
                                          effort=args.reasoning_effort if option == "--model" else "", option=option,
                                          weights=not (args.server and args.eval_only))
     if not end_ids(model, tokenizer):
-        raise BadInput(f"{option} {name}: nothing names an end-of-text token")
+        raise BadInput(f"{option} {name}: no end-of-text token; set eos_token_id in its generation_config.json")
     if model.device.type != "meta" and (reason := grpo.enable_sharing(model)):
         tqdm.write(f"{option} {name} reads a prompt again for each of its answers, which is slower: {reason}")
     return model, tokenizer
@@ -328,7 +328,7 @@ def sample(model, tokenizer, problems: list[Problem], args: Args, file: Path, ev
                   for problem_id, drawn in answers.items() for text, _ in drawn * copies]
     without = sum(candidate.code is None for candidate in candidates)
     cut = sum(not ended for drawn in answers.values() for _, ended in drawn * copies)
-    runs.say(file, f"  {len(candidates)} answers, {without} without a program, {cut} cut off at {limit} tokens")
+    runs.say(file, f"  {len(candidates)} answers, {without} without a program, {cut} cut off")
     runs.warn_if_cut(file, cut / max(len(candidates), 1))
     return candidates
 
@@ -338,7 +338,7 @@ def fitting_problems(model, tokenizer, problems: list[Problem], limit: int, args
     prompts = {problem.id: program_ids(tokenizer, problem, args) for problem in problems}
     kept = [problem for problem in problems if longest_answer(model, prompts[problem.id], limit)]
     if not kept:
-        raise BadInput(f"no problem's prompt fits the model's context with an answer of {limit} tokens")
+        raise BadInput(f"no prompt leaves room in the context for an answer of {limit} tokens: lower --max-new-tokens")
     if len(kept) < len(problems):
         tqdm.write(f"  {len(problems) - len(kept)} of {len(problems)} problems get no answer: behind their prompts too "
                    "little is left of the model's context")
@@ -470,7 +470,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], base: 
             steps.keep_step(out / "steps.jsonl", step, rollouts, model, tokenizer, args, grpo.logprobs,
                             grpo.group_advantages)
             metrics |= {"step": step + 1, "seconds": time.time() - began}
-            trained = metrics["prompts"] * args.answers * metrics["answer_tokens"]
+            trained = sum(len(answer) for rollout in rollouts for answer in rollout.answers)
             metrics["tokens_per_second"] = trained / metrics["seconds"]  # the candidates of rank-onpolicy not counted
             runs.append_lines(out / "metrics.jsonl", [metrics])
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
@@ -483,7 +483,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], base: 
 
 
 def experience(model, tokenizer, batch: list, step: int, args: Args, generator) -> tuple[list[Rollout], dict]:
-    """Return the scored rollouts that one step learns from, and metrics to log. The modes differ here (table 3):
+    """Return the scored rollouts that one step learns from, and metrics to log. Only here the modes differ:
 
     rank           rankings of groups built once from the base's candidates (paper 2.2); batch: groups
     rank-onpolicy  rankings of candidates that the current policy has just drawn; batch: problems
@@ -527,7 +527,7 @@ def score_rollouts(tokenizer, groups: list[Group], rollouts: list[Rollout], rewa
 
 
 def batch_at(items: list, step: int, args: Args) -> list:
-    """Return the groups or problems of one step. Each pass over all of them has a new order, cut into batches."""
+    """Return the items of one step. Each pass over all of them has a new order, cut into batches."""
     first, last = step * args.batch, (step + 1) * args.batch
     passes = range(first // len(items), (last - 1) // len(items) + 1)
     orders = [random.Random(seed_for(args.seed, "order", number)).sample(items, len(items)) for number in passes]
@@ -544,13 +544,13 @@ def draw_for_training(model, tokenizer, prompts: list, count: int, args: Args, g
         return draw(model, tokenizer, chunk, args.max_new_tokens, Sampling(args.temperature), rows)
 
     work = list(zip(prompts, seeds))
-    if served.requests_of(model):  # one process asks for all, so that --server-requests and its errors are everyone's
+    if served.requests_of(model):  # one process asks for all, so that --server-requests bounds them
         return ranks.on_first(lambda: answer(work))
     return ranks.spread(work, answer)
 
 
 def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: Args, generator):
-    """Draw and label `count` candidates for each problem. Returns one Rollout and one list of them a problem."""
+    """Draw and label `count` candidates for each problem. Returns for each problem its Rollout and its list of them."""
     prompts = [program_ids(tokenizer, problem, args) for problem in problems]
     rollouts = draw_for_training(model, tokenizer, prompts, count, args, generator)
     candidates = [[Candidate(problem.id, text, rank_prompt.extract_code(text)) for text in texts_of(tokenizer, rollout)]
@@ -560,10 +560,10 @@ def draw_programs(model, tokenizer, problems: list[Problem], count: int, args: A
 
 
 def fresh_groups(model, tokenizer, problems: list[Problem], args: Args, generator) -> list[Group]:
-    """Return at most --batch mixed groups of candidates that the model draws now: two groups for each place."""
+    """Return at most --batch mixed groups of candidates that the model draws now: two groups for each problem."""
     _, candidates = draw_programs(model, tokenizer, problems, 2 * args.group_size, args, generator)
-    places = [make_groups([problem], drawn, args.group_size) for problem, drawn in zip(problems, candidates)]
-    return fitting_groups(model, tokenizer, sum(places, []), args)[: args.batch]
+    of_each = [make_groups([problem], drawn, args.group_size) for problem, drawn in zip(problems, candidates)]
+    return fitting_groups(model, tokenizer, sum(of_each, []), args)[: args.batch]
 
 
 def frozen_copy(model, args: Args):
@@ -575,22 +575,13 @@ def frozen_copy(model, args: Args):
     return copy.deepcopy(model).requires_grad_(False)
 
 
-def load_teacher(model, tokenizer, args: Args) -> tuple:
-    """Return the (model, tokenizer) whose rankings --mode sft imitates: --teacher, or the model before training."""
-    if not args.teacher:
-        return model, tokenizer
-    if any(mark in str(tokenizer.chat_template) for mark in (models.CHANNEL, *models.OTHER_MARKS)):
-        raise BadInput(f"--teacher: {args.model} marks its thinking part in a way of its own; leave --teacher out")
-    return load(args.teacher, args, "--teacher")
-
-
 def perfect_rankings(model, tokenizer, groups: list[Group], args: Args, file: Path) -> list[Rollout]:
     """Return the fixed set that --mode sft imitates (figure 3): the teacher's rankings with every pair in order.
 
     The teacher gives G answers to each group, once. A --teacher is asked through its chat template; its answers are
     then written in the student's tokens. Groups without a perfect answer are left out. file: keeps the answers.
     """
-    teacher, its_tokenizer = load_teacher(model, tokenizer, args)
+    teacher, its_tokenizer = load(args.teacher, args, "--teacher") if args.teacher else (model, tokenizer)
     groups = fitting_groups(teacher, its_tokenizer, groups, args)  # the student's context can be longer
     if args.shuffle:
         groups = [group.shuffled(args.seed, "sft", i) for i, group in enumerate(groups)]
@@ -698,7 +689,7 @@ def rank_all(model, tokenizer, groups: list[Group], args: Args, stem: Path) -> t
 
 
 def curve_places(base: list[Group], args: Args) -> list[int]:
-    """Return the places in base of the curve's groups: the first groups of 100 problems, evenly spread."""
+    """Return the places in base of the curve's groups: the first group of each of 100 problems, evenly spread."""
     problems = len(base) // args.repeats
     count = min(CURVE_PROBLEMS, problems)
     return [i * problems // count * args.repeats for i in range(count)]
@@ -723,18 +714,21 @@ def measure(model, tokenizer, base: list[Group], step: int, args: Args, out: Pat
 
 def rank_mixed(model, tokenizer, groups: list[Group], args: Args, file: Path, places: list[int]) -> list[RankedGroup]:
     """Rank the mixed groups, as rank_candidates does. The order of the others changes no figure of a point."""
+    def as_drawn(group: Group) -> RankedGroup:
+        shown, rest = ([c for c in group.candidates if (c.code is None) == without] for without in (False, True))
+        return RankedGroup(Group(group.problem, shown), shown + rest, "", malformed=False)
+
     mixed = [(place, group) for place, group in zip(places, groups) if is_mixed(group.labels)]
     asked, of_mixed = [group for _, group in mixed], [place for place, _ in mixed]
     ranked = dict(zip(of_mixed, rank_candidates(model, tokenizer, asked, args, file, of_mixed)))
-    return [ranked.get(place) or RankedGroup(group, group.candidates, "", malformed=False)
-            for place, group in zip(places, groups)]
+    return [ranked.get(place) or as_drawn(group) for place, group in zip(places, groups)]
 
 
 def best_of(n: int, ranked: list[int]) -> float:
     """Return Best-of-n from one ranking of K >= n candidates: the mean over all subsets of n of them.
 
-    ranked: K labels, best-ranked first. The first of a subset in this order is submitted. The candidate at place i
-    (from 0) is the first of C(K - 1 - i, n - 1) of the C(K, n) subsets.
+    ranked: K labels, best-ranked first. The first of a subset in this order is submitted. The candidate at
+    position i (from 0) is the first of C(K - 1 - i, n - 1) of the C(K, n) subsets.
     """
     k = len(ranked)
     return sum(label * comb(k - 1 - i, n - 1) for i, label in enumerate(ranked)) / comb(k, n)
@@ -753,7 +747,7 @@ def is_mixed(labels: list[int]) -> bool:
 def metrics_of(n: int) -> dict:
     """Return functions of the labels of a group of n, best-ranked first. A group with the result None does not count.
 
-    A random order has a second argument: how many of the answers hold a program. The others come last in every order.
+    "ndcg_random" also reads the second: how many of the answers hold a program. The others come last in every order.
     """
     return {
         "pass1": lambda ranked, *_: sum(ranked) / len(ranked),
@@ -785,6 +779,7 @@ def run(args: Args) -> None:
     source = model  # of the answers before training
     if args.server:
         source = served.connect(model, tokenizer, first_prompt, args, end_ids(model, tokenizer), grpo.answer_logprobs)
+    models.check_others(tokenizer, args)
     runs.open_run(out, before, args, problems, held_out)
     print(f"DuST -> {out}")
     runs.show_plan(args, problems, held_out, CURVE_PROBLEMS, memory)
@@ -801,10 +796,8 @@ def run(args: Args) -> None:
     rows = {"base": rank_all(source, tokenizer, base, args, out / "base")}
     if not args.eval_only:
         if args.init:
-            del model  # two models may not fit the memory
-            model, its_tokenizer = load(args.init, args, "--init")
-            if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-                raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
+            source = model = None  # two models may not fit the memory
+            model, _ = load(args.init, args, "--init")
         last_step = train(model, tokenizer, problems, groups, base, args, out, source)
         trained = served.trained(source, model, args, out)
         rows["trained_judge"] = rank_all(trained, tokenizer, base, args, out / "judge")

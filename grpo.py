@@ -1,6 +1,6 @@
 """GRPO by hand: sample G answers to each prompt, compare them with one another, make the better ones likelier.
 
-This is section 2.4 of the paper, in the order of learning:
+This is section 2.4 of the paper. Read it in this order; a training step begins with the rollout:
 
     group_advantages  rewards -> how much better each answer did than the others to the same prompt, its siblings
     policy_loss       the clipped surrogate of each token, with a pull towards the frozen reference
@@ -12,8 +12,8 @@ This is section 2.4 of the paper, in the order of learning:
 Before you train a model here, set all of its dropout to 0, and call enable_sharing(model) once. Without that call the
 results are the same up to rounding, but the model reads a prompt again for each answer, which is slower.
 
-Shapes: B prompts or rows, G answers to a prompt, n answers being decoded, a row each, L prompt tokens, R answer tokens,
-N answer tokens of a whole batch laid end to end, V vocabulary, H hidden. Log-probs are natural logarithms, in fp32.
+Shapes: B prompts or rows, G answers to a prompt (a "group" in this file), n rows being decoded, L prompt tokens, R
+answer tokens, T packed tokens, N answer tokens of a batch, V vocabulary, H hidden. Log-probs: nats, in fp32.
 """
 import math
 from collections import Counter
@@ -87,7 +87,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
 def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, ref_logp: Tensor | None = None, *,
                 clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None,
                 kl: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of each token: PPO's clipped surrogate, plus kl times the KL to a reference (paper 2.4).
+    """Return the loss of each token: minus PPO's clipped surrogate, plus kl times the KL to a reference (paper 2.4).
 
     logp, old_logp, advantages, ref_logp: one shape, a value for each token; only logp carries a gradient. The ratio
     exp(logp - old_logp) is clipped to [1 - clip_low, 1 + clip_high]: 0.2 and 0.2 in the paper, 0.2 and 0.28 in its
@@ -114,7 +114,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, ref_logp: Te
 
 
 def importance_weights(logp: Tensor, sampled_logp: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """Return factors of the advantages of answers that another program drew, and where they were cut: 1 or 0.
+    """Return factors of the advantages of answers that a server drew, and where they were cut: 1 or 0.
 
     logp, sampled_logp: one shape, the log-prob of each token by the model as it is here, and as it was drawn; two
     programs with the same weights round differently. The factor is min(exp(logp - sampled_logp), limit), without
@@ -170,10 +170,10 @@ def update(model, optimizer, rollouts: list[Rollout], args, *, reference=None, g
     rewards, logps, finished, clipping and kl.
 
     Returns averages over trained tokens: entropy, clip_share, old_kl, ref_kl, rollout_gap (mean distance to the
-    log-probs at sampling; warns above 0.05), with server_rollouts is_weight and is_cut (mean factor,
-    share of tokens whose factor was cut); averages over steps: loss, grad_norm (before clipping); and zero_variance
-    (share of groups skipped), tokens (each counted once an epoch), stepped (steps made), skipped (steps left out
-    because the gradient was not finite; warns).
+    log-probs at sampling, in nats; warns above 0.05), with server_rollouts is_weight and is_cut (mean factor,
+    share of tokens whose factor was cut); averages over optimiser steps: loss, grad_norm (before clipping); and
+    zero_variance (share of groups with equal rewards), tokens (each counted once an epoch), stepped (optimiser
+    steps made), skipped (those left out because the gradient was not finite; warns).
     """
     supervised = args.mode == "sft"
     if args.kl > 0 and not supervised and reference is None:
@@ -276,8 +276,8 @@ def rollout(model, prompts: list[Tensor], seeds: list[list[int]], *, sampling: S
             max_new_tokens: int | list[int], eos_ids: list[int], max_rows: int = 256) -> list[Rollout]:
     """Sample an answer for each seed of each prompt. Returns one Rollout for each prompt, in the order given.
 
-    prompts: LongTensors [L], of any lengths above 0. seeds: G seeds for each prompt; an answer depends on its seed and
-    not on the answers that are decoded beside it. max_new_tokens: the longest answer; a list has one for each prompt.
+    prompts: LongTensors [L], of any lengths above 0. seeds: G seeds for each prompt; if has_key_cache(model), no
+    answer depends on those decoded beside it. max_new_tokens: the longest answer; a list has one for each prompt.
     At most max_rows answers are decoded at a time. Prompts of similar length go together, and a prompt is read once for
     all of its answers in a batch.
     """
@@ -365,7 +365,7 @@ def draw_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Ten
 def likeliest(probs: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """Apply top-k, then top-p to probs [B, V]. Return what is left [B, k], likeliest first, and its token ids [B, k].
 
-    A probability beyond top_p becomes 0. Without a filter, return probs as they are, and None.
+    Tokens after the likeliest ones that reach top_p get 0. Without a filter, return probs as they are, and None.
     """
     vocabulary = probs.shape[-1]
     if not sampling.top_k and sampling.top_p >= 1:
@@ -435,7 +435,7 @@ def packed_logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperatur
     """logprobs with each prompt read once. The head sees only positions that predict an answer token."""
     packed = Packed(groups, model.device)
     hidden = body(model, packed, packed.ids, packed.positions)[0]  # [T, H]
-    # index_select, because the backward pass of hidden[live] adds the gradients of one place in any order
+    # index_select, because the backward pass of hidden[live] adds the gradients of one place in an order that varies
     hidden = hidden.index_select(0, packed.live)  # [N, H]
     targets = torch.cat([answer for _, answers in groups for answer in answers]).to(model.device)  # [N]
     score = partial(token_logprobs, model.get_output_embeddings(), temperature=temperature)
@@ -443,14 +443,14 @@ def packed_logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperatur
 
 
 def plain_logprobs(model, prompt: Tensor, answers: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
-    """logprobs of one group by definition, for models that cannot share prompts: one row [prompt, answer] an answer."""
+    """logprobs of one group by definition, for models that cannot share prompts: a row [prompt, answer] for each."""
     rows = [torch.cat([prompt.cpu(), answer.cpu()[:-1]]) for answer in answers]
     # padded on the right: tokens look back only, so the padding changes nothing
     with plain_attention(model):
         hidden, head = run_plain(model, pad_sequence(rows, batch_first=True).to(model.device))  # [G, L + R - 1, H]
-    live = [row[len(prompt) - 1 :][: len(answer)] for row, answer in zip(hidden, answers)]
+    predicting = [row[len(prompt) - 1 :][: len(answer)] for row, answer in zip(hidden, answers)]
     score = partial(token_logprobs, head, temperature=temperature)
-    return in_blocks(score, torch.cat(live), torch.cat(answers).to(model.device), head_rows(model))
+    return in_blocks(score, torch.cat(predicting), torch.cat(answers).to(model.device), head_rows(model))
 
 
 def logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: float) -> tuple[Tensor, Tensor]:

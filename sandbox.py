@@ -3,15 +3,15 @@
 `run_tests` gives the verdict on one program, `Pool.label` labels many at a time, `run` runs one without a verdict.
 Each test of a program runs in a new process. A worker (plumbing/sandbox_worker.py) is a small server that forks a
 child for each run (plumbing/sandbox_child.py). Source, inputs and outputs are memory files; their descriptors are sent
-over a socket. The expected values never leave this process.
+over a socket. The expected values never reach the candidate's process.
 
 Protection on every system:
 - The verdict is made here, from what the program printed or returned and from the exit status that the kernel reports.
   Patched builtins, os._exit(0), a fake == or bytes in the result channel cannot turn a wrong answer into a right one.
 - Asserts run in one process, and the program whose functions they call runs in another.
-- Limits on wall clock, CPU, memory, output, file size and open files. The program has an empty folder, a bare
+- Limits on wall clock, CPU, output, file size and open files. The program has an empty folder, a bare
   environment and no inherited descriptors. Ctrl-C, or the death of the caller, ends what runs.
-- A failure of the sandbox itself is a SandboxError, never a label.
+- A failure of the sandbox itself is a SandboxError, never a label; a program whose worker dies twice is wrong.
 On Linux: limits on the memory and the number of all processes of a run together. No process outlives its run.
 Where Linux allows namespaces (to root and to most users): no network, no sight of other processes, no files except
 Python, /usr (both read-only) and an empty folder of 64 MB. Elsewhere Landlock does what it can (files, TCP, signals),
@@ -122,7 +122,7 @@ class Prepared(NamedTuple):
     """A test as text and bytes. What follows runs no code of the objects in it."""
     stdin: bytes
     call: bytes  # the function's name and its arguments; empty if the program reads stdin instead
-    asserts: "bytes | None"  # the program that makes this call; None: the candidate itself has the function
+    asserts: "bytes | None"  # source of the asserts, run in place of the call; None: the candidate itself is called
     wanted: str  # what has to be printed, or the JSON of what the function has to return
 
 
@@ -140,7 +140,7 @@ def prepare(test: dict) -> Prepared:
 def why_wrong(test: Prepared, result: Result, answer: bytes) -> str:
     """Return why a run does not pass its test, or "". answer: as from run_process().
 
-    Blanks around an output do not count. Without them, it may have 32 times the expected length and 1 MB: more is
+    Blanks around an output do not count. Without them, it may have 32 times the expected length plus 1 MB: more is
     wrong, so that a flood cannot fill our memory.
     """
     if result.status != "ok":
@@ -306,7 +306,7 @@ class Pool(Workers):
             waiting = {threads.submit(run_tests, *job, **options): number for number, job in enumerate(jobs)}
             try:
                 for done in as_completed(waiting):
-                    number = waiting.pop(done)  # with it, the verdict can go when the caller is done with it
+                    number = waiting.pop(done)  # drop the future: it would keep its verdict in memory
                     yield done.result()._replace(job=number)
             except BaseException:  # Ctrl-C, a failure, or the caller stops reading: end all that runs
                 threads.shutdown(wait=False, cancel_futures=True)

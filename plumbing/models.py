@@ -504,6 +504,17 @@ def choose_optimizer(args, given: str) -> tuple[str, str]:
     return kind, line + (", which will not fit: take --lora 16, or --shard on more GPUs" if need > there else "")
 
 
+def check_others(tokenizer, args) -> None:
+    """Raise BadInput if --init or --teacher does not go with --model: now, not after hours of sampling."""
+    if args.teacher and any(mark in str(tokenizer.chat_template) for mark in (CHANNEL, *OTHER_MARKS)):
+        raise BadInput(f"--teacher: {args.model} marks its thinking part in a way of its own; leave --teacher out")
+    if args.init:
+        with loading("--init", args.init):
+            vocabulary = AutoTokenizer.from_pretrained(find_model(args.init, "--init")).get_vocab()
+        if vocabulary != tokenizer.get_vocab():
+            raise BadInput(f"--init {args.init} has other tokens than --model: training goes on within a family")
+
+
 def in_words(size: float) -> str:
     """Return a number of bytes in words; 1 GB is 1e9 bytes."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"

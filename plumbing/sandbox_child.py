@@ -1,8 +1,8 @@
 """The process that a candidate runs in: a fork server, the other half of sandbox.py.
 
 sandbox_worker.py starts this file as a program, in a small clean interpreter (-S -s), so that the caller's modules,
-memory and secrets are not in it. Nothing in this file ever learns an expected value, so nothing that happens here can
-decide a verdict.
+memory and secrets are not in it. The process of the candidate never learns an expected value, so nothing that happens
+in it can decide a verdict.
 
 A request is a timeout, a memory limit and these descriptors: the program (its source, and after the first run its
 compiled code); stdin, stdout and stderr; the call (a key, a function's name and its arguments, and later the key and

@@ -145,3 +145,12 @@ def test_the_report_compares_one_answer_with_the_bases_best_of_four(tmp_path, tr
     assert f"One answer of the trained model {verdict} Best-of-4 of the base" in text
     saved = json.loads((tmp_path / "report.json").read_text())["one answer against Best-of-N"]
     assert saved["mean"] == pytest.approx(100 * sum(map(sum, trained)) / 32 - 100 * (verdict != "is better than") / 2)
+
+
+def test_a_group_that_no_judge_orders_keeps_an_order_of_its_own_programs(monkeypatch, tmp_path):
+    """An answer without a program stands last, as in every order. Otherwise one program is named twice."""
+    monkeypatch.setattr(dust, "rank_candidates", lambda *_: [])
+    drawn = [dust.Candidate("p", "", code) for code in ("print(1)", None, "print(2)", "print(3)")]
+    [one] = dust.rank_mixed(None, None, [dust.Group(None, drawn)], dust.Args(), tmp_path / "10-judge.jsonl", [0])
+    assert [c.code for c in one.ordered] == ["print(1)", "print(2)", "print(3)", None]
+    assert report.order_of(one) == [1, 2, 3, 4] and len(one.group.candidates) == 3

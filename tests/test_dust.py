@@ -394,7 +394,7 @@ def test_problems_too_long_for_the_context_are_counted_and_not_solved(llama, tmp
     counts = json.loads((tmp_path / "run" / "report.json").read_text())["counts"]["base"]
     assert counts["groups"] == 3 and counts["answers without a program"] >= 4
     message = error_of(capsys, *llama["arguments"], "--train", long, "--out", tmp_path / "other")
-    assert "no problem's prompt fits the model's context" in message
+    assert "no prompt leaves room in the context" in message
 
 
 def test_a_group_too_long_to_rank_is_left_out_and_counted(llama, tmp_path, capsys, monkeypatch):

@@ -1,7 +1,9 @@
 """Test the training modes of the paper's table 3 and figure 3: what each learns from, and what it must not learn."""
 import contextlib
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,6 +154,9 @@ def test_sft_learns_a_fixed_set_of_perfect_rankings_that_is_drawn_before_trainin
     texts = [tokenizer.decode(ids[:-1]) for answers in fixed for ids in answers]
     assert texts and all(rank_prompt.parse_ranking(text, 4) for text in texts)
     assert all(step["reward"] == 1.0 for step in steps_of(tmp_path / "run"))
+    for step, rollouts in zip(steps_of(tmp_path / "run"), seen["rollouts"]):  # a group can have fewer than G of them
+        learned = sum(len(answer) for rollout in rollouts for answer in rollout.answers)
+        assert step["tokens_per_second"] * step["seconds"] == pytest.approx(learned)
 
 
 def test_a_teacher_without_a_perfect_ranking_is_one_line(llama, tmp_path, capsys, monkeypatch):
@@ -187,6 +192,23 @@ def test_init_starts_from_the_other_runs_model_and_measures_the_base(llama, tmp_
     assert weights_of(models[0]) == weights_of(models[1])
     rows = [json.loads((run / "report.json").read_text())["rows"] for run in (first, second)]
     assert rows[0]["base"] == rows[1]["base"] and rows[0]["trained"] == rows[1]["trained"]
+
+
+def test_the_base_is_gone_before_the_model_of_init_is_loaded(llama, tmp_path, monkeypatch):
+    """Two models may not fit a GPU's memory."""
+    loaded, load = [], dust.load
+
+    def spy(*arguments):
+        gc.collect()
+        assert not any(old() for old in loaded)
+        model, tokenizer = load(*arguments)
+        loaded.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(dust, "load", spy)
+    init = llama["folder"] / "model"
+    assert run_dust(*llama["arguments"], "--init", init, "--kl", "0", "--steps", "1", "--out", tmp_path / "run") == 0
+    assert len(loaded) == 2
 
 
 def test_a_missing_init_is_one_line(llama, capsys):
@@ -267,7 +289,7 @@ def test_a_thinking_part_that_both_templates_open_is_opened_once(tmp_path, monke
     assert whole.count("<think>") == 1 and whole.endswith("Ranking: 1, 2, 3, 4<|im_end|>")
     student.chat_template = "<|channel|>"
     with pytest.raises(dust.BadInput, match="in a way of its own"):
-        dust.load_teacher(None, student, args)
+        models.check_others(student, args)
 
 
 def test_a_teacher_is_not_asked_what_does_not_fit_its_context(llama, tmp_path):
@@ -289,3 +311,4 @@ def test_a_teacher_is_not_asked_what_does_not_fit_its_context(llama, tmp_path):
 ])
 def test_an_option_that_would_do_nothing_or_nonsense_is_refused(llama, tmp_path, capsys, arguments, reason):
     assert reason in error_of(capsys, *llama["arguments"], *arguments, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # told before anything is sampled

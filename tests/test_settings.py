@@ -65,6 +65,14 @@ def test_the_learning_rate_follows_whether_adapters_are_trained(given, lr, monke
     assert dust.parse_args(["--model", "some/model", *given]).lr == lr
 
 
+@pytest.mark.parametrize("given, epochs, steps", [
+    ([], 3, 180), (["--steps", "20"], 0, 20), (["--quick"], 0, 10), (["--steps", "20", "--epochs", "2"], 2, 20),
+])
+def test_steps_that_are_given_win_over_the_papers_epochs_of_sft(given, epochs, steps):
+    args = dust.parse_args(["--model", "some/model", "--preset", "paper", "--mode", "sft", *given])
+    assert (args.epochs, args.steps) == (epochs, steps)
+
+
 def test_one_process_gets_settings_that_end_and_the_first_line_says_so(llama, tmp_path, monkeypatch, capsys):
     """The paper's settings take months on one GPU: nobody should get them without asking."""
     monkeypatch.setattr("plumbing.settings.find_spec", lambda name: True)  # peft, for the preset's adapters
