@@ -60,6 +60,8 @@ def findings(before: dict, after: dict) -> str:
     malformed = [one["malformed rankings"] / one["groups"] for one in counts]
     gains, pairs = after["gains"], after["rows"]["base"]["pair_accuracy"]
     judge, both = gains["judge"]["pair_accuracy"], gains["both"]["pass1"]
+    if None in (pairs["low"], judge["low"]):  # no group of the evaluation is mixed
+        return f"Nothing can be said: no evaluation group has right and wrong programs.\n\n{report.table(after)}\n"
     form = malformed[0] > 0.9 and malformed[1] < 0.1 and pairs["low"] <= 50 <= pairs["high"]
     return "\n\n".join([
         "## What came out", "The model as it is:", report.table(before), "After the warm-up, and after GRPO:",

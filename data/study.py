@@ -9,7 +9,7 @@ Each run has its folder below runs/study. It is made once, even if several studi
 data/results/NAME.md, .json and .png. Stop it at any moment: the same command continues.
 
 The tables are generated. The prediction, the paper's figures and the reading around them are written by hand, in
-data/readings.md. If a number in a reading is not in the tables, the reading is left out.
+data/readings.md. If a decimal number of a reading is not in the tables, the reading is left out.
 """
 import argparse
 import ast
@@ -291,7 +291,7 @@ def stop(processes: list[subprocess.Popen]) -> None:
 SHOWN = {"pass1": "pass@1", "ndcg_all": "NDCG", "ndcg_mixed": "NDCG mixed", "best_of_4": "Best-of-4"}
 GAINS = {"judge": "trained_judge", "both": "trained"}  # gain -> the row that is compared with the base
 # The gain that is shown for each metric. NDCG mixed compares judges, so it needs the same groups before and after.
-ROW_OF = {"pass1": "both", "ndcg_all": "both", "ndcg_mixed": "judge", "best_of_4": "both"}
+GAIN_OF = {"pass1": "both", "ndcg_all": "both", "ndcg_mixed": "judge", "best_of_4": "both"}
 
 
 def load_run(folder: Path) -> dict:
@@ -388,7 +388,7 @@ def analyse(runs: dict[str, dict[int, dict]], whole: bool = False) -> dict:
             "rows": {row: {m: two_level([(1, stack(own, seeds, row, m))]) for m in metrics} for row in rows},
             "gains": {g: {m: two_level(gain_terms(own, seeds, row, m)) for m in metrics} for g, row in GAINS.items()},
             "seeds with a gain": {f"{gain}/{m}": sum(is_gain(own[seed], GAINS[gain], m) for seed in seeds)
-                                  for m, gain in ROW_OF.items()},
+                                  for m, gain in GAIN_OF.items()},
             "curve": curve_over_seeds(own),
             **{key: [own[seed][key] for seed in seeds] for key in ("malformed", "groups", "mixed")},
         }
@@ -479,8 +479,8 @@ def gain_table(titles: dict[str, str], gains: dict[str, dict], marked: bool = Fa
     def cell(figure: dict) -> str:
         return report.cell(figure, "+") + (" noise" if marked and is_noise(figure) else "")
 
-    lines = [[titles[name], *(cell(own[ROW_OF[m]][m]) for m in SHOWN)] for name, own in gains.items()]
-    return report.markdown_table(["", *(f"{title}, {ROW_OF[m]}" for m, title in SHOWN.items())], lines)
+    lines = [[titles[name], *(cell(own[GAIN_OF[m]][m]) for m in SHOWN)] for name, own in gains.items()]
+    return report.markdown_table(["", *(f"{title}, {GAIN_OF[m]}" for m, title in SHOWN.items())], lines)
 
 
 def value_table(result: dict) -> str:
@@ -522,7 +522,7 @@ def skill_table(titles: dict[str, str], skills: dict) -> str:
 
 
 def checked_reading(reading: str, tables: str) -> str:
-    """Return the reading if all of its numbers are in the tables, else a line with those that are not."""
+    """Return the reading if all of its decimal numbers are in the tables, else a line with those that are not."""
     there = set(re.findall(r"\d+\.\d+", tables))
     other = [number for number in dict.fromkeys(re.findall(r"\d+\.\d+", reading)) if number not in there]
     if not other:
@@ -549,7 +549,7 @@ def markdown(result: dict) -> str:
     parts += [f"Missing, because they are not finished: {', '.join(result['missing'])}."] if result["missing"] else []
     parts += ["## Gains over the base", gain_table(titles, {n: own["gains"] for n, own in result["variants"].items()})]
     if name == "table2":
-        counted = ", ".join(f"{SHOWN[m]} {first['seeds with a gain'][f'{gain}/{m}']}" for m, gain in ROW_OF.items())
+        counted = ", ".join(f"{SHOWN[m]} {first['seeds with a gain'][f'{gain}/{m}']}" for m, gain in GAIN_OF.items())
         parts.append(f"Seeds, of {len(first['seeds'])}, with a gain above zero (interval over problems): {counted}.")
     if result["differences"]:
         parts += ["## Variant minus the first", gain_table(titles, result["differences"], marked=True)]
@@ -560,7 +560,7 @@ def markdown(result: dict) -> str:
     if has_curve(result):
         parts += ["## The curve", curve_over_steps(result)]
     if name == "table2":
-        parts += ["## Best-of-N", report.curve_table(curve_of(first)), report.CURVE_NOTE]
+        parts += ["## Best-of-N", report.best_of_table(best_of_rows(first)), report.BEST_OF_NOTE]
     if result.get("skills"):
         chance = next(iter(result["skills"].values()))["ndcg_random"][0]
         parts += ["## Skills", by_hand["Skills"].format(random=chance), skill_table(titles, result["skills"])]
@@ -575,8 +575,8 @@ def markdown(result: dict) -> str:
 SIZES = (1, 2, 4, 8)  # the numbers of programs for which Best-of-N is measured
 
 
-def curve_of(own: dict) -> dict:
-    """Return the rows of a variant in the form of report.curves."""
+def best_of_rows(own: dict) -> dict:
+    """Return the rows of a variant in the form of report.best_of_rows."""
     curves = {}
     for row, figures in own["rows"].items():
         chosen = {str(n): figures[f"best_of_{n}"] for n in SIZES if f"best_of_{n}" in figures}
@@ -604,11 +604,11 @@ def draw_study(result: dict, path: Path) -> None:
     if has_curve(result):
         draw_curves(result, path.with_name(f"{result['study']}-curve.png"))
     if result["study"] == "table2":
-        return report.draw_best_of_n(curve_of(variants["rank"]), path)
+        return report.draw_best_of_n(best_of_rows(variants["rank"]), path)
     figure = report.new_figure((10, 0.92 * len(variants) + 1.7))
     for axis, (metric, title) in zip(figure.subplots(2, 2, sharey=True).flat, SHOWN.items()):
         for place, own in enumerate(variants.values()):
-            gain = own["gains"][ROW_OF[metric]][metric]
+            gain = own["gains"][GAIN_OF[metric]][metric]
             if (mean := gain["mean"]) is None:
                 continue
             ends = [[mean - gain["low"]], [gain["high"] - mean]]
@@ -617,7 +617,7 @@ def draw_study(result: dict, path: Path) -> None:
             dots = [value for value in gain["seeds"] if value is not None]  # a dot for each run, below its mean
             axis.plot(dots, [place + 0.28] * len(dots), "o", color=blue, alpha=0.5, markersize=4)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_title(f"{title}, {ROW_OF[metric]}: gain in points", fontsize=13)
+        axis.set_title(f"{title}, {GAIN_OF[metric]}: gain in points", fontsize=13)
         axis.set_ylim(len(variants) - 0.4, -0.7)
         axis.set_yticks(range(len(variants)), [textwrap.fill(result["titles"][name], 22) for name in variants])
         axis.tick_params(labelsize=12)

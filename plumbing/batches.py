@@ -60,7 +60,7 @@ def as_pairs(groups: list[list]) -> list[tuple[Tensor, list[Tensor]]]:
 
 
 def lay_out(groups: list[list], like: Tensor, name: str) -> Tensor | None:
-    """Return one field of all examples as [N], a value for each token: numbers are repeated. None if it is None."""
+    """Return one field of all examples as [N], of the kind of `like`: numbers are repeated. None if it is None."""
     examples = [example for group in groups for example in group]
     values = [getattr(example, name) for example in examples]
     if values[0] is None:
@@ -72,7 +72,7 @@ def lay_out(groups: list[list], like: Tensor, name: str) -> Tensor | None:
 
 
 def averages(totals: dict[str, float], norms: list[float], corrected: bool) -> dict[str, float]:
-    """Return grpo.update's metrics, those of importance weights if `corrected`. totals: sums over the steps made.
+    """Return grpo.update's metrics, and those of importance weights if `corrected`. totals: sums over the steps made.
 
     norms: the gradient norm of every step.
     """
@@ -93,7 +93,7 @@ def averages(totals: dict[str, float], norms: list[float], corrected: bool) -> d
 def draw_in_halves(draw: Callable, parts: list[tuple[Tensor, list[int], int]], model, *how) -> list[tuple]:
     """Call draw for (prompt [L], its seeds, its limit). If the memory runs out, do the answers in two halves.
 
-    This does not change the answers, because each has its seed. draw: grpo.generate; how: its sampling and eos_ids.
+    grpo.generate gives the same answers then, as each has its seed. draw: it or another; how: its sampling and eos_ids.
     """
     prompts, seeds, limits = map(list, zip(*parts))
     try:
@@ -104,7 +104,7 @@ def draw_in_halves(draw: Callable, parts: list[tuple[Tensor, list[int], int]], m
             raise
     # behind the except block, in which the failed call's tensors are still held
     torch.cuda.empty_cache()
-    warnings.warn(f"out of memory with {rows} answers at a time: going on with {rows // 2}", stacklevel=2)
+    warnings.warn(f"out of memory with {rows} answers at a time: going on with half; lower --rows", stacklevel=2)
     first, second, left = [], [], rows // 2
     for prompt, its_seeds, limit in parts:
         cut = min(left, len(its_seeds))

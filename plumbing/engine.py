@@ -118,7 +118,10 @@ class Server:
         }
 
     def read(self, reply: dict, prompt: list[int], count: int) -> list[Answer]:
-        """Return the Answers of a reply. Raises BadInput where they are not what was asked for."""
+        """Return the Answers of a reply. Raises BadInput where they are not what was asked for.
+
+        Raises ConnectionError for an answer that broke off, which is asked for again.
+        """
         try:
             choices = sorted(reply["choices"], key=lambda choice: choice["index"])
             echoed = choices[0]["prompt_token_ids"]
@@ -131,7 +134,7 @@ class Server:
         except (LookupError, TypeError):
             raise self.bad("answers without token ids and log-probs: a server of text only cannot be used") from None
         if not {"stop", "length"}.issuperset(reasons):
-            raise ConnectionError(f"an answer broke off: {', '.join(reasons)}")
+            raise ConnectionError(f"an answer broke off: {', '.join(map(str, reasons))}")
         for fault, found in {
             f"gives {len(choices)} answers where {count} were asked for": len(choices) != count,
             "read other token ids than were sent: it serves another model": echoed != prompt,
@@ -157,8 +160,8 @@ class Server:
         if once.context < len(prompt) + max(longest, PROBE):
             raise self.bad(f"has a context of {once.context} tokens, too short for a prompt of {len(prompt)} tokens "
                            f"with an answer of {longest}: use a smaller --max-new-tokens, or a larger --max-model-len")
-        reply = once.ask("/v1/completions", once.request(prompt, 1, 0, (0.0, 1.0, 0), PROBE))
-        (answer,) = once.read(reply, prompt, 1)
+        greedy = once.request(prompt, 1, 0, (0.0, 1.0, 0), PROBE)
+        reply, (answer,) = once.ask("/v1/completions", greedy, lambda reply: (reply, once.read(reply, prompt, 1)))
         once.draw([prompt], [[0, 0]], (1.0, 1.0, 0), PROBE)  # a server may ignore that two answers are asked for
         theirs = reply["choices"][0]["text"]
         ours = text_of(answer.ids[: len(answer.ids) - answer.ended])
@@ -195,7 +198,7 @@ class Server:
             replace(self, adapter="").ask("/v1/load_lora_adapter", body)
         except BadInput as error:
             if "already" not in str(error):
-                raise BadInput(f"{error}. It has to see the folder {self.adapter} (--server-adapters)") from None
+                raise BadInput(f"{error}. The server has to see {self.adapter} (--server-adapters)") from None
 
     def ask(self, path: str, body: dict | None = None, read: Callable | None = None):
         """Return read(reply) of one request; try again after a pause while the server is away. Raises BadInput."""
@@ -212,7 +215,7 @@ class Server:
                 self.say(f"--server {self.url} does not answer ({reason}); trying again for some minutes")
             time.sleep(pause)
         go_on = "; then the same command with --resume goes on" if self.pauses else ""
-        raise BadInput(f"--server {self.url} does not answer ({reason}). Start it: {self.command}{go_on}")
+        raise BadInput(f"--server {self.url} does not answer ({reason}). Start it like this: {self.command}{go_on}")
 
     def call(self, path: str, body: dict | None):
         """Send one request and return the reply. Raises one of BROKEN for what may pass, else BadInput."""
@@ -244,4 +247,4 @@ class Server:
 
     def bad(self, fault: str) -> BadInput:
         """Return the error that names a fault of the server and the remedy."""
-        return BadInput(f"--server {self.url} {fault}. Start it: {self.command}")
+        return BadInput(f"--server {self.url} {fault}. Start it like this: {self.command}")

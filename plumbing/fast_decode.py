@@ -4,7 +4,7 @@ A cache with a row for each answer would hold a prompt's keys and values G times
 This cache holds them once: one matrix product multiplies them with the queries of all answers to the prompt. The keys
 and values of the answer tokens are in a second buffer, a row for each answer.
 
-Shapes: B prompts, G answers to the prompt that has the most, n rows (answers being decoded), L prompt tokens, m answer
+Shapes: B prompts, G answers to a prompt, at most, n rows (answers being decoded), L prompt tokens, m answer
 tokens so far, V vocabulary; Q query heads, K key heads, D numbers a head. The first dimension of both buffers is the
 key heads, so that no matrix product has to copy the keys.
 """
@@ -22,7 +22,7 @@ from plumbing.batches import split_by_size
 from plumbing.shared_prompt import Packed, body, cache_arguments, plain_attention
 
 PREFILL_TOKENS = 8192  # prompt tokens in one forward: bounds its memory
-MOST_ROWS = 512  # a stage that is killed loses at most this many answers
+MOST_ROWS = 512  # without --rows: a stage that is killed loses at most this many answers of each process
 SPARE = 0.1  # of the free memory, for activations and for the gaps between allocations
 
 

@@ -121,7 +121,7 @@ def count_parameters(name: str, option: str = "--model") -> int:
 
 def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: str = "", option: str = "--model",
                weights: bool = True):
-    """Return (model, tokenizer), with weights in fp32 or bf16 as the optimiser needs them (see make_optimizer).
+    """Return (model, tokenizer), with weights in fp32 or bf16 as the optimiser needs them.
 
     effort: --reasoning-effort. option: the command-line option that named the model. weights: False where a server has
     them; then the model is empty, on the device "meta". Raises BadInput where the model does not load, or where its
@@ -130,7 +130,7 @@ def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: s
     # a shard is its own fp32 master: the forward casts what it has gathered
     dtype = torch.float32 if optimizer == "fp32" or (shard and optimizer == "masters") else torch.bfloat16
     if dtype == torch.float32 and device.startswith("cuda"):
-        torch.backends.cuda.matmul.allow_tf32 = True  # products of fp32 with bf16's speed and 11 significant bits
+        torch.backends.cuda.matmul.allow_tf32 = True  # products with 11 significant bits, many times as fast
     with loading(option, name):
         folder, config = load_config(name, option)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -303,8 +303,8 @@ def turn_end(tokenizer) -> int | None:
 def check_template(tokenizer, name: str, effort: str) -> None:
     """Set a plain template where there is none, and say what a template ignores. BadInput if that is the effort."""
     if not tokenizer.chat_template:
-        tqdm.write(f"{name} has no chat template: the prompt is given as plain text (is it a base model? An instruct "
-                   "model's folder has chat_template.jinja)")
+        tqdm.write(f"{name} has no chat template: the prompt is given as plain text (is it a base model? A "
+                   "template is in chat_template.jinja or tokenizer_config.json)")
         tokenizer.chat_template = PLAIN_TEMPLATE
     elif render(tokenizer, "?", thinking=True) == render(tokenizer, "?", thinking=False):
         tqdm.write(f"{name}: its chat template has no switch for thinking, so --thinking changes nothing")
@@ -377,7 +377,7 @@ def add_lora(model, rank: int, seed: int) -> None:
 
 
 def blank_lora(model, rank: int):
-    """Return an empty model of this kind, on the device "meta", with adapters that change nothing: save_adapter's."""
+    """Return an empty model of this kind, on the device "meta", with adapters that change nothing, for save_adapter."""
     with torch.device("meta"):
         blank = AutoModelForCausalLM.from_config(model.config)
     add_lora(blank, rank, 0)
@@ -464,7 +464,7 @@ def backward_in_order(loss: torch.Tensor) -> None:
     transformers' experts copy a row for each expert that it goes to, and torch adds the copies' gradients in parallel.
     """
     before = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode(max(before, 1) if loss.device.type == "cpu" else before)  # 1: deterministic
+    torch.set_deterministic_debug_mode(max(before, 1) if loss.device.type == "cpu" else before)  # 1: warn
     try:
         loss.backward()
     finally:
@@ -483,7 +483,7 @@ def choose_optimizer(args, given: str) -> tuple[str, str]:
     """Return the optimiser of a run, and the plan's line about memory. args: dust.Args; given: the user's choice.
 
     Without a choice it is the first one that leaves half of the memory to the KV cache and the activations, or else the
-    smallest. fp32 is not tried on a GPU, which computes with it many times slower than with bf16. LoRA's adapters are
+    smallest. fp32 is not tried on a GPU, where bf16 is faster and smaller. LoRA's adapters are
     not counted. Raises BadInput where a model is missing or is not a language model.
     """
     parameters, there = count_parameters(args.model), min(ranks.gather(room(args.device)))
@@ -501,7 +501,7 @@ def choose_optimizer(args, given: str) -> tuple[str, str]:
     line = f"{in_words(need)} of {in_words(there)} for weights, gradients, optimiser and reference (--optimizer {kind})"
     if args.server and args.eval_only:
         return kind, "none for weights, which the server has"
-    return kind, line + (", which will not fit: take --lora 16, or --shard on more GPUs" if need > there else "")
+    return kind, line + (", which will not fit: take a smaller model, --lora 16 or --shard" if need > there else "")
 
 
 def check_others(tokenizer, args) -> None:
@@ -551,6 +551,8 @@ def load_checkpoint(path: Path, model, optimizer) -> int:
     try:
         return load(path, model, optimizer)
     except damages as error:
+        if isinstance(error, torch.OutOfMemoryError):  # a RuntimeError, which says nothing about the file
+            raise
         raise BadInput(f"{path} cannot be read ({first_line(error)}); delete it, and training starts again") from None
 
 

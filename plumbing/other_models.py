@@ -65,8 +65,8 @@ def find_difference(model, draw: Callable, shared: Callable, plain: Callable) ->
 def small_model(model):
     """Return a model of the same structure, random, in fp32 on the CPU, to try what a structure allows.
 
-    In bf16, rounding alone makes two exact layouts of a mixture of experts differ. The widths are kept. Of the layers
-    only the first are, so many that each kind of layer is there, and not as the last one. A window becomes short.
+    In bf16, rounding alone makes two exact layouts of a mixture of experts differ. The widths are kept. Only
+    the first layers are kept, so many that each kind occurs, and not only as the last. A window becomes short.
     """
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
@@ -107,7 +107,7 @@ def positions_follow_longest_row(model) -> bool:
 
 
 def run_plain(model, ids: Tensor) -> tuple[Tensor, Callable]:
-    """Return the last hidden states [G, L, H] of a model's layers for ids [G, L], and its head, [n, H] -> [n, V].
+    """Return the last hidden states [G, T, H] of a model's layers for ids [G, T], and its head, [n, H] -> [n, V].
 
     The head is the model's own forward, which may scale or cap logits, with hidden states in place of its layers.
     """

@@ -40,7 +40,7 @@ def read(path: Path) -> list:
     try:
         return [json.loads(part, parse_constant=lambda _: None) for part in parts]
     except (ValueError, RecursionError):
-        raise BadInput(f"{path} is damaged: delete it, and repeat the run's command with --resume") from None
+        raise BadInput(f"{path} is damaged: delete its broken lines, and run it again with --resume") from None
 
 
 def to_json(value) -> str:
@@ -116,7 +116,8 @@ def write_page(run: Path) -> Path:
     try:
         data = page_data(run)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise BadInput(f"{run}: its files do not belong together ({type(error).__name__}: {error})") from None
+        raise BadInput(f"{run}: its files do not fit together ({type(error).__name__}: {error}); run it again with "
+                       "--resume") from None
     write_atomic(run / "page.html", before + to_json(data) + after)
     return run / "page.html"
 

@@ -92,7 +92,7 @@ def load_problems(path_or_name: str | Path, limit: int = 0) -> list[Problem]:
                 mistyped |= mistyped_fields(record)
             statement = normalised(problem.question) if convert is from_rstar else ""  # rStar-Coder repeats problems
             if statement and (statement in statements or problem.id in place):
-                raise LeftOut("that stand there already")
+                raise LeftOut("that repeat earlier ones")
         except LeftOut as reason:
             left_out[str(reason)] += 1
             continue
@@ -311,7 +311,7 @@ def read_test(test: Any, where: str) -> dict:
                     tree = ast.parse(code.encode())
                     compile(tree, "asserts", "exec")  # it finds more than the parser does, such as a lone break
                     if not any(map(can_fail, tree.body)):  # every program would be right
-                        raise ValueError('"asserts" checks nothing; write assert f(1) == 2, and call a def check')
+                        raise ValueError('"asserts" checks nothing; write assert f(1) == 2, or call your check()')
                     return {"asserts": code, "entry_point": name}
             case {"fn_name": name, **others} if name:
                 args = from_json(others.get("args"))
@@ -355,7 +355,7 @@ def kinds_of(test: Any) -> str:
 
 
 def mistyped_fields(record: dict) -> dict[str, str]:
-    """Return the fields of a record in the project's format that are not read: its name -> the one that is meant."""
+    """Return the fields of a record in the project's format that look misspelt: its name -> the one that is meant."""
     known = {field.name for field in dataclass_fields(Problem)} - {"set"}
     guesses = {name: get_close_matches(name, known - record.keys(), 1, 0.7) for name in record.keys() - known}
     return {name: found[0] for name, found in guesses.items() if found}
@@ -564,7 +564,7 @@ def read_programs(path: str, problems: list[Problem], say=None) -> list[tuple[st
     counts = (f"{len(programs)} programs for {len(found)} of {len(problems)} problems; {unknown} more are for problems "
               "that are not trained on")
     if not programs:
-        raise BadInput(f"--programs {path}: {counts}")
+        raise BadInput(f"--programs {path}: {counts}; give ids of --train")
     if say and os.environ.get("RANK", "0") == "0":
         say(f"  {path}: {counts}")
     return programs
@@ -583,9 +583,9 @@ def write_atomic(path: Path, text: str) -> None:
 
 def digest(problems: list[Problem]) -> int:
     """Return a number that changes with any problem. As bytes: str() refuses integers of more than 4,300 digits."""
-    return zlib.crc32(marshal.dumps([vars(problem) for problem in problems], 2))  # from version 3 on by identity, too
+    return zlib.crc32(marshal.dumps([vars(problem) for problem in problems], 2))  # 3 would note what is shared
 
 
 def seed_for(*parts) -> int:
-    """Return the seed of one unit of work. It depends on `parts` only, so a resumed run draws the same numbers."""
+    """Return a seed, or a checksum, that depends on `parts` only: a resumed run draws the same numbers."""
     return zlib.crc32("/".join(map(str, parts)).encode())

@@ -184,8 +184,8 @@ def unsharded(model):
 
 
 def gathered_bytes(model) -> int:
-    """Return the bytes of the bf16 weights that `unsharded` adds to this rank; 0 for a model that is not sharded."""
-    return sum(2 * p.numel() for p in model.parameters() if isinstance(p, DTensor))
+    """Return the bytes that `unsharded` adds to this rank, at most (masters are gathered in bf16); 0 without shards."""
+    return sum(p.element_size() * p.numel() for p in model.parameters() if isinstance(p, DTensor))
 
 
 def full_state(value):

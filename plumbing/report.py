@@ -33,7 +33,7 @@ def per_problem(judged: list, metric) -> np.ndarray:
 
 
 def best_of_n(judged: list, finals: list, metrics: dict) -> dict[str, np.ndarray]:
-    """Return the curve of Best-of-N: N -> a table as per_problem returns it. Without finals there is no 2N."""
+    """Return Best-of-N: N -> a table as per_problem returns it. Without finals there is no 2N."""
     n, top = len(judged[0].ranked), metrics[top_of(metrics)]
     tables = {"1": per_problem(judged, metrics["pass1"]), "2": per_problem(judged, metrics["best_of_2"])}
     return tables | {str(n): per_problem(judged, top)} | ({str(2 * n): per_problem(finals, top)} if finals else {})
@@ -45,9 +45,9 @@ def top_of(figures: dict) -> str:
 
 
 def oracle_of_n(judged: list) -> dict[str, np.ndarray]:
-    """Return the upper bound of that curve: how often at least one of N programs is correct.
+    """Return the upper bound of Best-of-N: how often at least one of N programs is correct.
 
-    If c of the n programs of a problem are correct, 1 - C(n - c, N) / C(n, N) is an unbiased estimate.
+    If c of the P programs of a problem are correct, 1 - C(P - c, N) / C(P, N) is an unbiased estimate.
     """
     labels = defaultdict(list)
     for one in judged:
@@ -79,7 +79,7 @@ def with_interval(mean: float, drawn: np.ndarray) -> dict[str, float | None]:
     return {name: None if np.isnan(figure) else round(float(figure), 3) for name, figure in figures.items()}
 
 
-def curves(rows: dict[str, list], finals: dict[str, list], metrics: dict) -> dict:
+def best_of_rows(rows: dict[str, list], finals: dict[str, list], metrics: dict) -> dict:
     """Return "best_of_n" of report.json: for each row and N, how good the judge, an oracle and chance choose."""
     figures = {}
     for name, judged in rows.items():
@@ -90,7 +90,7 @@ def curves(rows: dict[str, list], finals: dict[str, list], metrics: dict) -> dic
 
 
 def summarise(rows: dict[str, list], metrics: dict) -> dict:
-    """Return "rows", "gains" and "counts" of report.json. A gain is row 2 or 3 minus row 1, the base (table 2)."""
+    """Return "rows", "gains", "counts" and the headline of report.json. A gain is row 2 or 3 minus row 1 (table 2)."""
     tables = {name: {m: per_problem(judged, metrics[m]) for m in metrics} for name, judged in rows.items()}
     gains = {gain: row for gain, row in (("judge", "trained_judge"), ("both", "trained")) if row in rows}
     one_answer = [tables["base"][top_of(metrics)], tables["trained"]["pass1"]] if "trained" in rows else None
@@ -167,11 +167,11 @@ TITLES = {"base": "base", "trained_judge": "trained judge, base's candidates", "
 JUDGES = {"base": ("base", "trained_judge"), "trained": ("trained",)}  # generator -> the judges of its candidates
 NOTE = ("Per cent, with 95 % bootstrap intervals over problems; gains are paired differences to the base. NDCG counts "
         "a group without a correct candidate as 0. NDCG mixed is over the groups with correct and wrong candidates; "
-        "the next column is a random order on them. In the last row these are other groups than in the first (a better "
-        "generator leaves harder wrong programs), so compare judges by the second row.")
-CURVE_NOTE = ("Per cent. N = 1 is pass@1. N = 2 is the mean over all pairs of a ranked group. The largest N, where a "
-              "problem has two groups (`--repeats`), is the winner of a final: the same judge ranks the better halves "
-              "of both once more. The oracle submits a correct program if there is one.")
+        "the next column is a random order on them. In the third row these are other groups than in the first (a "
+        "better generator leaves harder wrong programs), so compare judges by the second row.")
+BEST_OF_NOTE = ("Per cent. N = 1 is pass@1. N = 2 is the mean over all pairs of a ranked group. The largest N, where "
+                "a problem has two groups (`--repeats`), is the winner of a final: the same judge ranks the better "
+                "halves of both once more. The oracle submits a correct program if there is one.")
 
 
 def columns(figures: dict) -> dict[str, str]:
@@ -212,8 +212,8 @@ def headline(summary: dict) -> str:
             f"{cell(difference, '+')}.")
 
 
-def curve_table(figures: dict) -> str:
-    """Return `curves` as a Markdown table. An N larger than a problem's number of programs gets no column."""
+def best_of_table(figures: dict) -> str:
+    """Return best_of_rows as a Markdown table. An N larger than a problem's number of programs gets no column."""
     shown = list(figures["base"]["oracle"])
     lines = []
     for owner in [name for name in JUDGES if name in figures]:
@@ -229,7 +229,7 @@ def curve_table(figures: dict) -> str:
 
 def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, args: dict, out: Path,
                  defaults: dict | None = None) -> str:
-    """Write report.json, report.md, examples.md, judged.jsonl, groups.jsonl and page.html. Return report.md's text.
+    """Write report.json, report.md, examples.md, page.html and the .jsonl files beside them. Return report.md's text.
 
     With matplotlib, write best_of_n.png and curves.png too. finals may be empty. args: the settings of the run.
     defaults: the same settings where nothing was given; report.json names those that differ.
@@ -248,12 +248,12 @@ def write_report(rows: dict[str, list], finals: dict[str, list], metrics: dict, 
     changed = {name: args[name] for name, value in (defaults or {}).items()
                if args[name] != value and name not in OF_THIS_MACHINE}
     curve = [read_point(file, metrics) for file in curve_files(out)]
-    summary |= {"best_of_n": curves(rows, finals, metrics), "curve": curve, "args": args, "changed": changed}
+    summary |= {"best_of_n": best_of_rows(rows, finals, metrics), "curve": curve, "args": args, "changed": changed}
 
     parts = [f"# DuST on `{Path(args['model']).name}`, seed {args['seed']}", table(summary), NOTE]
     parts += [headline(summary)] if "trained" in rows else []
     parts += curve_part(curve)
-    parts += ["## Best-of-N", curve_table(summary["best_of_n"]), CURVE_NOTE]
+    parts += ["## Best-of-N", best_of_table(summary["best_of_n"]), BEST_OF_NOTE]
     parts += [f"## Only: {mark or 'unmarked'}\n\n{table(own)}" for mark, own in summary["slices"].items()]
     counted = [", ".join(f"{count} {what}" for what, count in own.items()) for own in summary["counts"].values()]
     parts += ["## Counts", "\n".join(f"- {TITLES[name]}: {words}" for name, words in zip(rows, counted))]

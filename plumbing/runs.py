@@ -19,11 +19,11 @@ from plumbing.problems import BadInput, Problem, digest, first_line, write_atomi
 from plumbing.report import CURVE
 from plumbing.sandbox_worker import SandboxError
 
-NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "save_every", "preset", "quick", "eval_every",
-                     "keep_every", "server", "server_requests", "server_adapters",
+NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "micro_tokens", "save_every", "preset", "quick",
+                     "eval_every", "keep_every", "server", "server_requests", "server_adapters",
                      "train", "eval"}  # the digests of the problems say more than the names of their files
 
-LONG = 1 / 6  # hours of a stage that are told
+LONG = 1 / 6  # hours; for a stage that takes longer, a run says so
 
 # ------------------------------------------------------------------------------------------------- work that goes on
 
@@ -33,7 +33,7 @@ def resumable(file: Path | None, work: dict, do: Callable[[list], list], size: i
 
     work: key -> item, in order. do: items -> their results, which have to be JSON values. size: items that one process
     does at a time. Several processes share each chunk. Without a file nothing is kept or shown. Returns key -> result
-    of all the work. Chunks do not depend on what is done, so that a resumed run repeats the very same computations.
+    of all the work. Chunks depend on `size`, not on what is done, so a resumed run repeats the same computations.
     requests: where a server does the work, the items that it gets at a time; each result is kept when it comes.
     """
     if requests:
@@ -110,8 +110,8 @@ class StageBar(tqdm):
 def shorter(stage: str, requests: int) -> str:
     """Return what makes a stage shorter: what --resume may add to this run, then what a new run may ask for less of."""
     row, kind = f"-{stage}".split("-")[-2:]
-    less, last = "--eval-limit or --repeats" if row else "--limit or --candidates", "--max-new-tokens"
-    more = "more processes (torchrun)"
+    less = "--limit or --candidates" if row in ("", "teacher") else "--eval-limit or --repeats"
+    more, last = "more processes (torchrun)", "--max-new-tokens"
     if kind == "labels":
         more, last = "more --workers on more cores", "--timeout"
     elif kind == "train":
@@ -222,10 +222,10 @@ def open_run(out: Path, before: dict, args, problems: list[Problem], held_out: l
     changed = [f"{name} was {before[name]!r}" for name, value in asdict(args).items() if before
                and name not in NOT_OF_THE_RESULT and comparable(name, before[name]) != comparable(name, value)]
     if changed:
-        raise BadInput(f"--resume goes on with the settings the run was started with; in {out} {', '.join(changed)}")
+        raise BadInput(f"{out} was started with other settings ({', '.join(changed)}): give those, or another --out")
     edited = [f"--{name}" for name in digests if before and before["digests"].get(name) != digests[name]]
     if edited:
-        raise BadInput(f"the problems of {' and '.join(edited)} are not those that {out} was started with")
+        raise BadInput(f"{out} was started with other problems of {' and '.join(edited)}: give those, or another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -258,7 +258,7 @@ def answers_of(args, problems: int, held_out: int, curve: int, mixed: float = 0.
 
     problems, held_out, curve: numbers of problems, the last one those of each point of the curve. mixed: the share of
     groups that are mixed, by which --until-enough ends sampling; 0: not known, so all problems are sampled. The
-    programs that --mode rank-onpolicy and iterative draw in each step are not counted.
+    programs that --mode rank-onpolicy and iterative draw in each step, and the teacher's rankings, are not counted.
     """
     rankings = held_out * args.repeats + held_out * (args.repeats // 2)  # with the finals
     programs, training = held_out * args.repeats * args.best_of, args.steps * args.batch * args.answers

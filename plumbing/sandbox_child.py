@@ -129,7 +129,8 @@ class Room:
             os.chown(box, self.owner or -1, self.owner or -1)
             self.missing += ["candidates can see other processes"]
             try:
-                self.ruleset = landlock(paths, [box, "/dev/null", "/dev/zero"])
+                self.ruleset, open_ways = landlock(paths, [box, "/dev/null", "/dev/zero"])
+                self.missing += [f"they can {open_ways}"]
             except (OSError, AttributeError):
                 self.missing += ["they can use the network and read your files: only the limits hold"]
         if sys.version_info >= (3, 12) and call_counter() is None:
@@ -235,8 +236,11 @@ def remove_contents(folder: str) -> None:
     os.spawnl(os.P_WAIT, "/bin/sh", "sh", "-c", script, folder)
 
 
-def landlock(readable: "list[str]", writable: "list[str]") -> int:
-    """Make a Landlock rule set: these files only, no TCP, no signals to other processes. Returns its descriptor."""
+def landlock(readable: "list[str]", writable: "list[str]") -> "tuple[int, str]":
+    """Make a Landlock rule set: these files only, and no TCP and no signals if the kernel can forbid them.
+
+    Returns its descriptor, and what candidates can still do.
+    """
     abi = libc("syscall", CREATE_RULESET, None, 0, 1)
     files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1  # every right on files that this kernel knows
     rules = struct.pack("QQQ", files, 3, 3)[: 8 if abi < 4 else 16 if abi < 6 else 24]
@@ -247,7 +251,8 @@ def landlock(readable: "list[str]", writable: "list[str]") -> int:
         rule = struct.pack("=Qi", rights if os.path.isdir(path) else rights & 0b111, inode)
         libc("syscall", ADD_RULE, ruleset, 1, rule, 0)
         os.close(inode)
-    return ruleset
+    tcp, signals = "" if abi >= 4 else " and TCP", "" if abi >= 6 else ", and send signals to other processes"
+    return ruleset, f"use UDP{tcp}{signals}"
 
 
 # ------------------------------------------------------------------------------------- recursion through C code
@@ -444,8 +449,8 @@ def answer_calls(main: types.ModuleType, wire: TextIO) -> None:
 def run_asserts(code: types.CodeType, entry_point: str, wire: TextIO) -> None:
     """Run asserts with a stand-in for each function of the program. A stand-in asks the process that has the program.
 
-    A builtin never gets a stand-in, and the asserts can bind any name themselves. The asserts have no prelude: with
-    one, gcd(4, 6) would be right without a program.
+    Except entry_point no builtin gets a stand-in, and the asserts can bind any name themselves. The asserts have no
+    prelude: with one, gcd(4, 6) would be right without a program.
     """
     # Not StopIteration: it would end a loop or a map of the asserts, and the rest would go unchecked.
     errors = {name: kind for name, kind in vars(builtins).items()

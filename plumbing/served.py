@@ -29,7 +29,7 @@ def connect(model, tokenizer, prompt: torch.Tensor, args, eos_ids: list[int], lo
         with torch.no_grad(), ranks.unsharded(model):
             (logps,) = logprobs(model, prompt, [torch.tensor(answer.ids)])
         gap = server.check_weights(answer, logps.tolist())
-        found += f"; its log-probs are within {gap:.1g} nats of the weights loaded here"
+        found += f"; its log-probs are off by {gap:.1g} nats a token from ours"
     print(f"  server   {found}")
     if not args.eval_only and not serves_trained(args):
         print("           the answers of the trained model are drawn in this process (with --lora: by the server)")

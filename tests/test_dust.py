@@ -234,6 +234,8 @@ def test_a_run_is_never_overwritten_and_never_resumed_with_other_settings(llama,
     assert run_dust(*arguments) == 0
     assert "already holds a run" in error_of(capsys, *arguments)
     assert "seed was 0" in error_of(capsys, *arguments, "--resume", "--seed", "1")
+    memory = ("--rows", "3", "--micro-tokens", "4096")  # what a run that was out of memory asks for
+    assert run_dust(*arguments, "--resume", *memory) == 0
     saved = json.loads((tmp_path / "run" / "args.json").read_text())
     (tmp_path / "run" / "args.json").write_text(json.dumps(saved | {"parser": "lenient"}))  # as older code had it
     assert "is of another version of the code (parser)" in error_of(capsys, *arguments, "--resume")
@@ -261,7 +263,7 @@ def test_a_problem_file_that_was_edited_is_not_gone_on_with(llama, tmp_path, cap
     arguments = [*llama["arguments"], "--train", problems, "--eval-only", "--eval", problems, "--out", tmp_path / "run"]
     assert run_dust(*arguments) == 0
     problems.write_text(problems.read_text().replace('"1\\n"', '"2\\n"'))
-    assert "--eval" in (line := error_of(capsys, *arguments, "--resume")) and "not those that" in line
+    assert "--eval" in (line := error_of(capsys, *arguments, "--resume")) and "other problems of" in line
 
 
 def bar_of(monkeypatch, name: str, total: int, done: int, requests=0):
@@ -314,7 +316,7 @@ def test_the_first_answers_of_a_server_say_nothing_about_its_speed(monkeypatch, 
     ("samples", 0, ["--server", "torchrun", "--limit or --candidates", "--max-new-tokens"]),
     ("base-rankings", 0, ["--server", "--eval-limit or --repeats"]), ("trained-samples", 0, ["torchrun", "--repeats"]),
     ("base-labels", 0, ["more --workers", "--eval-limit", "--timeout"]), ("train", 0, ["torchrun", "--steps"]),
-    ("trained-finals", 64, ["--server-requests", "--eval-limit"]),
+    ("trained-finals", 64, ["--server-requests", "--eval-limit"]), ("teacher-rankings", 0, ["--limit or --candidates"]),
 ])
 def test_what_makes_a_stage_shorter_are_options_of_that_stage(stage, requests, words):
     """In this process the server cannot draw the trained model's answers, so there --server would not help."""

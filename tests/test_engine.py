@@ -138,6 +138,15 @@ def test_an_answer_that_the_server_broke_off_is_drawn_again(tiny):
     assert len(server.log) == 2
 
 
+def test_a_server_that_breaks_off_the_answer_of_its_check_is_one_line(tiny):
+    def fault(number, body, reply):
+        if reply and "choices" in reply:
+            reply["choices"][0]["finish_reason"] = None
+
+    with ModelServer(fault=fault) as server, pytest.raises(BadInput, match="an answer broke off: None"):
+        connected(server, tiny)
+
+
 def test_a_server_that_dies_and_comes_back_costs_only_time(tiny):
     said = []
     server = ModelServer(slow=0.05)
@@ -215,7 +224,7 @@ def test_answers_of_another_form_end_the_run_with_one_line(kind, tiny):
     with ModelServer(fault=lambda number, body, reply: reply and [change(c) for c in reply["choices"]][:0]) as server:
         with pytest.raises(BadInput, match=message) as caught:
             client(server).draw([tiny[2][1]], [[0, 1, 2, 3]], FREE, 100)
-    assert "Start it: COMMAND" in str(caught.value) and len(server.log) == 1
+    assert "Start it like this: COMMAND" in str(caught.value) and len(server.log) == 1
 
 
 def test_a_server_that_ignores_n_is_found_out(tiny):
@@ -235,7 +244,7 @@ def test_a_place_that_is_no_such_server_is_one_line(tiny):
     page = f"http://127.0.0.1:{listener.getsockname()[1]}"
     with ModelServer() as server:
         for place in (page, "http://no-such-host.invalid:80", "http://a:b", "http://"):
-            with pytest.raises(BadInput, match="Start it: COMMAND"):
+            with pytest.raises(BadInput, match="Start it like this: COMMAND"):
                 connected(server, tiny, url=place)
 
 
@@ -261,7 +270,7 @@ def test_a_server_with_other_weights_is_refused(tiny, tmp_path):
         model.model.layers[0].mlp.down_proj.weight *= 0.5
     model.save_pretrained(tmp_path)
     tiny[1].save_pretrained(tmp_path)
-    with ModelServer(tmp_path) as server, pytest.raises(BadInput, match="it serves other weights. Start it: COMMAND"):
+    with ModelServer(tmp_path) as server, pytest.raises(BadInput, match="it serves other weights. Start it like this: COMMAND"):
         check_weights(*connected(server, tiny), tiny)
 
 
@@ -270,7 +279,7 @@ def test_a_server_with_another_tokenizer_is_refused(tiny):
         if reply:
             reply["choices"][0]["text"] = "words of another tokenizer"
 
-    with ModelServer(fault=fault) as server, pytest.raises(BadInput, match="another model. Start it: COMMAND"):
+    with ModelServer(fault=fault) as server, pytest.raises(BadInput, match="another model. Start it like this: COMMAND"):
         connected(server, tiny)
 
 

@@ -893,7 +893,7 @@ def test_fp32_weights_on_a_gpu_are_multiplied_in_tf32(tmp_path, monkeypatch):
 def test_the_plan_says_what_is_needed_and_what_to_do_where_it_does_not_fit(monkeypatch):
     kind, line = choice(monkeypatch, QWEN3_4B, 80 * GB, "kahan")
     assert line == "64.4 GB of 80.0 GB for weights, gradients, optimiser and reference (--optimizer kahan)"
-    assert choice(monkeypatch, QWEN3_4B, 60 * GB, "kahan")[1].endswith("--lora 16, or --shard on more GPUs")
+    assert choice(monkeypatch, QWEN3_4B, 60 * GB, "kahan")[1].endswith("a smaller model, --lora 16 or --shard")
     assert choice(monkeypatch, QWEN3_4B, 80 * GB, "kahan", kl=0.0)[1].startswith("56.3 GB")  # no reference
     assert choice(monkeypatch, QWEN3_4B, 80 * GB, "kahan", mode="sft")[1].startswith("56.3 GB")  # it teaches itself, before training
     assert choice(monkeypatch, QWEN3_4B, 80 * GB, "kahan", eval_only=True)[1].startswith("8.0 GB")
@@ -931,3 +931,13 @@ def test_weight_decay_is_adamws(keep):
         reference.step(), optimizer.step()
     exact = optimizer.state[own]["kept"] if keep == "masters" else own.float() + optimizer.state[own]["kept"].float()
     assert torch.allclose(exact, plain, atol=1e-3)
+
+
+def test_a_checkpoint_that_does_not_fit_the_memory_is_not_called_damaged(monkeypatch, tmp_path):
+    """The user would be told to delete it."""
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(models, "load_file", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        models.load_checkpoint(tmp_path / "checkpoint.pt", torch.nn.Linear(2, 2), None)

@@ -431,7 +431,7 @@ def test_rstar_is_deduplicated_capped_and_counted(tmp_path, capsys):
     assert third.tests == [{"input": "1", "output": "1"}]
     said = capsys.readouterr().err.splitlines()
     assert sorted(said) == sorted(f"{path}: left out {text}" for text in (
-        "2 problems that stand there already", "4 problems with broken tests",
+        "2 problems that repeat earlier ones", "4 problems with broken tests",
         "1 problems without a test that is small enough", "1 problems with a class that is not named Solution"))
     with pytest.raises(BadInput, match="that can be used"):
         load_problems(write(path, seed(2, inputs="[")))

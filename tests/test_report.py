@@ -85,7 +85,7 @@ def test_every_figure_can_be_computed_again_from_judged_jsonl(tmp_path):
     report.write_report(rows, finals, METRICS, SETTINGS, tmp_path)
     saved = json.loads((tmp_path / "report.json").read_text())
     again, again_finals = report.read_judged(tmp_path / "judged.jsonl")
-    assert report.curves(again, again_finals, METRICS) == saved["best_of_n"]
+    assert report.best_of_rows(again, again_finals, METRICS) == saved["best_of_n"]
     again = report.summarise(again, METRICS)
     assert again.pop("one answer against Best-of-N") == saved["one answer against Best-of-N"]
     for name, part in again.items():

@@ -94,7 +94,7 @@ def test_when_the_memory_runs_out_the_answers_are_drawn_in_halves_and_are_the_sa
         return generate(model, prompts, seeds, *rest)
 
     monkeypatch.setattr(grpo, "generate", with_room_for_two)
-    with pytest.warns(UserWarning, match="out of memory with 7 answers at a time: going on with 3"):
+    with pytest.warns(UserWarning, match="out of memory with 7 answers at a time: going on with half"):
         halves = grpo.rollout(model, prompts, seeds, **how)
     for one, other in zip(whole, halves):
         assert all(map(torch.equal, one.answers, other.answers)) and one.finished == other.finished

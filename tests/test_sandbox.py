@@ -983,3 +983,12 @@ def test_promises_hold_for_an_ordinary_user_and_without_namespaces(rule, user, t
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[True, False, False, False, False, False, True, True, False, False], "ok", "[]\n"], done
     assert not [name for name in os.listdir("/tmp") if name.startswith("dust-box-")], "a folder was left behind"
+
+
+@pytest.mark.parametrize("abi, ways", [
+    (1, "use UDP and TCP, and send signals to other processes"), (5, "use UDP, and send signals to other processes"),
+    (6, "use UDP"),
+])
+def test_what_this_kernels_landlock_leaves_open_is_said(monkeypatch, abi, ways):
+    monkeypatch.setattr(sandbox_child, "libc", lambda *_: abi)
+    assert sandbox_child.landlock([], []) == (abi, ways)
