@@ -373,8 +373,8 @@ def gain_terms(runs: dict[int, dict], seeds: list[int], row: str, metric: str, s
 def analyse(runs: dict[str, dict[int, dict]], whole: bool = False) -> dict:
     """Return "variants" and "differences" of NAME.json. runs: variant -> seed -> load_run. whole: with every metric.
 
-    A difference is a variant's gain minus the first variant's, over the seeds that both have. If both have the same
-    base, it is also the difference of their values. It is noise if its interval contains zero.
+    A difference is a variant's gain minus the first variant's, and minus that of the variant that it starts from
+    ("A - B"), over the seeds that both have. If both have the same base, it is also the difference of their values.
     """
     if len({tuple(run["problems"]) for own in runs.values() for run in own.values()}) != 1:
         raise BadInput("the runs were evaluated on different problems: give another --out")
@@ -392,15 +392,20 @@ def analyse(runs: dict[str, dict[int, dict]], whole: bool = False) -> dict:
             "curve": curve_over_seeds(own),
             **{key: [own[seed][key] for seed in seeds] for key in ("malformed", "groups", "mixed")},
         }
-        both = sorted(own.keys() & runs[first].keys())
-        if name == first or not both:
-            continue
-        differences[name] = {gain: {} for gain in GAINS}
-        for gain, row in GAINS.items():
-            for m in SHOWN:
-                figure = two_level(gain_terms(own, both, row, m) + gain_terms(runs[first], both, row, m, -1))
-                differences[name][gain][m] = figure | {"noise": is_noise(figure)}
-    return {"variants": variants, "differences": differences}
+        if name != first:
+            differences[name] = difference(own, runs[first])
+        if (start := VARIANTS[name].init) in runs:
+            differences[f"{name} - {start}"] = difference(own, runs[start])
+    return {"variants": variants, "differences": {name: figures for name, figures in differences.items() if figures}}
+
+
+def difference(own: dict[int, dict], other: dict[int, dict]) -> dict:
+    """Return gain -> metric -> the difference of two variants; {} if they share no seed. Noise: the interval has 0."""
+    both, figures = sorted(own.keys() & other.keys()), {}
+    for gain, row in GAINS.items() if both else ():
+        of_gain = {m: two_level(gain_terms(own, both, row, m) + gain_terms(other, both, row, m, -1)) for m in SHOWN}
+        figures[gain] = {m: figure | {"noise": is_noise(figure)} for m, figure in of_gain.items()}
+    return figures
 
 
 def curve_over_seeds(runs: dict[int, dict]) -> list[dict]:
@@ -552,7 +557,8 @@ def markdown(result: dict) -> str:
         counted = ", ".join(f"{SHOWN[m]} {first['seeds with a gain'][f'{gain}/{m}']}" for m, gain in GAIN_OF.items())
         parts.append(f"Seeds, of {len(first['seeds'])}, with a gain above zero (interval over problems): {counted}.")
     if result["differences"]:
-        parts += ["## Variant minus the first", gain_table(titles, result["differences"], marked=True)]
+        pairs = {f"{a} - {b}": f"{titles[a]}, minus {titles[b]}" for a in titles for b in titles}
+        parts += ["## Variant minus the first", gain_table(titles | pairs, result["differences"], marked=True)]
     parts += ["## Values", value_table(result)]
     if name == "strength":
         lines = [[titles[n], ", ".join(map(str, own["mixed"]))] for n, own in result["variants"].items()]

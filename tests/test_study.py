@@ -272,6 +272,17 @@ def test_a_difference_is_paired_and_called_noise_where_its_interval_holds_zero(l
     assert set(shifts.values()) == {True, False}  # the fake has both
 
 
+def test_a_variant_is_also_compared_with_the_one_that_it_starts_from(lab):
+    """What GRPO adds after SFT cannot be read from two differences to a third variant."""
+    assert lab.run("figure3", "--seeds", 2) == 0
+    result = json.loads((lab.results / "figure3.json").read_text())
+    assert list(result["differences"]) == ["sft", "sft-then-rank", "sft-then-rank - sft"]
+    gains = [result["variants"][name]["gains"]["both"]["pass1"]["mean"] for name in ("sft-then-rank", "sft")]
+    figure = result["differences"]["sft-then-rank - sft"]["both"]["pass1"]
+    assert figure["mean"] == pytest.approx(gains[0] - gains[1], abs=2e-3)
+    assert "| GRPO after SFT, minus SFT on rankings | " in (lab.results / "figure3.md").read_text()
+
+
 def test_the_bar_counts_seeds_by_each_ones_own_interval(lab):
     assert lab.run("table2", "--seeds", 2) == 0
     file = lab.out / "rank-s1" / "judged.jsonl"
