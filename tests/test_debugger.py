@@ -69,7 +69,7 @@ def test_a_run_in_the_debugger_is_the_run_without_it(tour, tmp_path):
 
 def test_the_candidate_goes_through_the_states_of_the_tour(tour):
     """Station 2, in the other terminal: the first `n` reads what is typed, and each further one runs a line."""
-    states = re.findall(r"\[\d, \d, \d\]", TOUR.partition("`p x`")[2].partition("3. **")[0])
+    states = re.findall(r"\[\d, \d, \d\]", " ".join(TOUR.split()).partition("`p x`")[2].partition("3. **")[0])
     typed = ["n", re.search(r"type `([\d ]+)`", TOUR)[1], "p x"] + ["n", "p x"] * 3 + ["q"]
     printed = pdb([str(tour[0] / "candidate.py")], typed)
     assert re.findall(r"^\(Pdb\) (\[.*\])$", printed, flags=re.MULTILINE) == states and len(states) == 4
