@@ -187,6 +187,17 @@ def turned_round(labels: str, share: float, seed: int) -> str:
     return "".join(lines)
 
 
+def wrong_labels(folder: Path, true: Path) -> list[float]:
+    """Compare a run's training labels with those of the run `true`, which has the same programs.
+
+    Return two shares: of all labels those that are other ones, and of the labels 1 those that are 0 there.
+    """
+    mine, theirs = (dict(map(json.loads, (run / "labels.jsonl").read_text().splitlines())) for run in (folder, true))
+    wrong = [(mine[key] == 1) != (theirs[key] == 1) for key in mine]
+    wrong_ones = [theirs[key] != 1 for key in mine if mine[key] == 1]
+    return [sum(wrong) / len(wrong), sum(wrong_ones) / max(len(wrong_ones), 1)]
+
+
 def write_first_tests(path: Path) -> None:
     """Write the shipped training problems with only the first of their tests: the example that the prompt shows."""
     problems = [json.loads(line) for line in (HERE / "train.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -563,6 +574,9 @@ def markdown(result: dict) -> str:
     if name == "strength":
         lines = [[titles[n], ", ".join(map(str, own["mixed"]))] for n, own in result["variants"].items()]
         parts += ["## Mixed groups for training", report.markdown_table(["", "mixed groups, each seed"], lines)]
+    if name == "noise":
+        lines = [[titles[n], *(f"{share:.1%}" for share in shares)] for n, shares in result["labels"].items()]
+        parts += ["## Wrong labels in training", report.markdown_table(["", "of all", "of those that say right"], lines)]
     if has_curve(result):
         parts += ["## The curve", curve_over_steps(result)]
     if name == "table2":
@@ -654,6 +668,9 @@ def write_results(study: str, args) -> Path:
     result = {"study": study, "settings": settings, "missing": missing,
               "titles": {name: VARIANTS[name].title for name in runs}, **analyse(runs, whole=study == "table2"),
               "code": sorted({code for own in runs.values() for run in own.values() for code in run["code"]})}
+    if study == "noise":
+        result["labels"] = {name: np.mean([wrong_labels(run_folder(args, name, seed), run_folder(args, first, seed))
+                                           for seed in runs[name]], 0).tolist() for name in runs}
     if study in WITH_SKILLS:
         result["skills"] = probe_all(args, study, tuple(runs))
     results.mkdir(parents=True, exist_ok=True)

@@ -403,6 +403,16 @@ def test_noise_changes_the_labels_of_training_and_no_others(lab):
         assert (turned / f"{name}.jsonl").read_text() == (first / f"{name}.jsonl").read_text() == text
 
 
+def test_wrong_labels_are_counted_among_all_and_among_those_that_say_right(tmp_path):
+    failed = {"test": 0, "why": "", "printed": ""}
+    for run, labels in (("true", [1, 1, failed, failed, failed]), ("noisy", [1, failed, 1, 1, failed])):
+        (tmp_path / run).mkdir()
+        lines = [json.dumps([f"p/{i}", label]) + "\n" for i, label in enumerate(labels)]
+        (tmp_path / run / "labels.jsonl").write_text("".join(lines))
+    assert study.wrong_labels(tmp_path / "noisy", tmp_path / "true") == [3 / 5, 2 / 3]
+    assert study.wrong_labels(tmp_path / "true", tmp_path / "true") == [0, 0]
+
+
 def test_labels_of_the_first_test_only_come_from_problems_with_one_test(lab):
     args = study.parse_args(["noise", "--out", str(lab.out)])
     args.dust = "dust.py"
