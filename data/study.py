@@ -187,17 +187,6 @@ def turned_round(labels: str, share: float, seed: int) -> str:
     return "".join(lines)
 
 
-def wrong_labels(folder: Path, true: Path) -> list[float]:
-    """Compare a run's training labels with those of the run `true`, which has the same programs.
-
-    Return two shares: of all labels those that are other ones, and of the labels 1 those that are 0 there.
-    """
-    mine, theirs = (dict(map(json.loads, (run / "labels.jsonl").read_text().splitlines())) for run in (folder, true))
-    wrong = [(mine[key] == 1) != (theirs[key] == 1) for key in mine]
-    wrong_ones = [theirs[key] != 1 for key in mine if mine[key] == 1]
-    return [sum(wrong) / len(wrong), sum(wrong_ones) / max(len(wrong_ones), 1)]
-
-
 def write_first_tests(path: Path) -> None:
     """Write the shipped training problems with only the first of their tests: the example that the prompt shows."""
     problems = [json.loads(line) for line in (HERE / "train.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -323,21 +312,33 @@ def load_run(folder: Path) -> dict:
         "malformed": {row: sum(one.malformed for one in judged) for row, judged in rows.items()},
         "groups": {row: len(judged) for row, judged in rows.items()},
         "code": (folder / "code.txt").read_text().split() if (folder / "code.txt").exists() else ["unknown"],
-        "mixed": count_mixed(folder / "candidates.jsonl"),
+        "mixed": len(read_groups(file)[1]) if (file := folder / "candidates.jsonl").exists() else None,
         "args": json.loads((folder / "report.json").read_text())["args"],
     }
 
 
-def count_mixed(file: Path) -> int | None:
-    """Return how many mixed groups a run's candidates gave for training. None: it drew candidates in each step."""
+def read_groups(file: Path) -> tuple[list, list]:
+    """Return (all candidates that a run sampled for training, its mixed groups of them)."""
     import dust
 
-    if not file.exists():
-        return None
     lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
     candidates = [dust.Candidate(**line) for line in lines]
     problems = [SimpleNamespace(id=problem) for problem in dict.fromkeys(one.problem_id for one in candidates)]
-    return len(dust.make_groups(problems, candidates, 4))
+    return candidates, dust.make_groups(problems, candidates, 4)
+
+
+def wrong_labels(folder: Path, true: Path) -> list[float]:
+    """Compare the labels in a run's training groups with those of the run `true`, which has the same candidates.
+
+    Return three shares: of the labels those that are other ones there, of the labels 1 those that are 0 there, and of
+    the groups those that are not mixed there.
+    """
+    (mine, groups), (theirs, _) = (read_groups(run / "candidates.jsonl") for run in (folder, true))
+    truth = {id(one): other.correct for one, other in zip(mine, theirs, strict=True)}
+    labels = [(one.correct, truth[id(one)]) for group in groups for one in group.candidates]
+    unmixed = [len({truth[id(one)] for one in group.candidates}) == 1 for group in groups]
+    return [mean_of([label != true for label, true in labels]), mean_of([not true for label, true in labels if label]),
+            mean_of(unmixed)]
 
 
 @lru_cache
@@ -384,8 +385,8 @@ def gain_terms(runs: dict[int, dict], seeds: list[int], row: str, metric: str, s
 def analyse(runs: dict[str, dict[int, dict]], whole: bool = False) -> dict:
     """Return "variants" and "differences" of NAME.json. runs: variant -> seed -> load_run. whole: with every metric.
 
-    A difference is a variant's gain minus the first variant's, and minus that of the variant that it starts from
-    ("A - B"), over the seeds that both have. If both have the same base, it is also the difference of their values.
+    There is one difference of each variant's gain from the first variant's, and one ("A - B") from that of the variant
+    that it starts from, over the seeds that both have. If both have one base, it is also that of their values.
     """
     if len({tuple(run["problems"]) for own in runs.values() for run in own.values()}) != 1:
         raise BadInput("the runs were evaluated on different problems: give another --out")
@@ -569,14 +570,15 @@ def markdown(result: dict) -> str:
         parts.append(f"Seeds, of {len(first['seeds'])}, with a gain above zero (interval over problems): {counted}.")
     if result["differences"]:
         pairs = {f"{a} - {b}": f"{titles[a]}, minus {titles[b]}" for a in titles for b in titles}
-        parts += ["## Variant minus the first", gain_table(titles | pairs, result["differences"], marked=True)]
+        parts += ["## Differences from the first variant", gain_table(titles | pairs, result["differences"], marked=True)]
     parts += ["## Values", value_table(result)]
     if name == "strength":
         lines = [[titles[n], ", ".join(map(str, own["mixed"]))] for n, own in result["variants"].items()]
         parts += ["## Mixed groups for training", report.markdown_table(["", "mixed groups, each seed"], lines)]
     if name == "noise":
         lines = [[titles[n], *(f"{share:.1%}" for share in shares)] for n, shares in result["labels"].items()]
-        parts += ["## Wrong labels in training", report.markdown_table(["", "of all", "of those that say right"], lines)]
+        titles_of = ["", "of all labels", "of the labels 1", "groups that are mixed only by them"]
+        parts += ["## Wrong labels in the training groups", report.markdown_table(titles_of, lines)]
     if has_curve(result):
         parts += ["## The curve", curve_over_steps(result)]
     if name == "table2":

@@ -403,14 +403,16 @@ def test_noise_changes_the_labels_of_training_and_no_others(lab):
         assert (turned / f"{name}.jsonl").read_text() == (first / f"{name}.jsonl").read_text() == text
 
 
-def test_wrong_labels_are_counted_among_all_and_among_those_that_say_right(tmp_path):
-    failed = {"test": 0, "why": "", "printed": ""}
-    for run, labels in (("true", [1, 1, failed, failed, failed]), ("noisy", [1, failed, 1, 1, failed])):
+def test_wrong_labels_are_counted_in_the_groups_that_are_trained_on(tmp_path):
+    """Among all programs there are more wrong labels: those of groups that no step sees."""
+    labels = {"true": [1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1], "noisy": [1, 0, 1, 0, 0, 1, 0, 0, 1, 1, 1, 1]}
+    for run, own in labels.items():
         (tmp_path / run).mkdir()
-        lines = [json.dumps([f"p/{i}", label]) + "\n" for i, label in enumerate(labels)]
-        (tmp_path / run / "labels.jsonl").write_text("".join(lines))
-    assert study.wrong_labels(tmp_path / "noisy", tmp_path / "true") == [3 / 5, 2 / 3]
-    assert study.wrong_labels(tmp_path / "true", tmp_path / "true") == [0, 0]
+        lines = [{"problem_id": "p", "answer": "", "code": str(i), "correct": bool(y)} for i, y in enumerate(own)]
+        (tmp_path / run / "candidates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # two of three groups are mixed, the second one only because of a wrong label; 3 of 8 labels, 2 of 3 labels 1
+    assert study.wrong_labels(tmp_path / "noisy", tmp_path / "true") == pytest.approx([3 / 8, 2 / 3, 1 / 2], abs=1e-4)
+    assert study.wrong_labels(tmp_path / "true", tmp_path / "true") == [0, 0, 0]
 
 
 def test_labels_of_the_first_test_only_come_from_problems_with_one_test(lab):
