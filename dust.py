@@ -6,7 +6,7 @@
     section 2.3   score_rollouts                    the rewards of rankings (rank_prompt.py)
     section 2.4   train                             rollout -> reward -> advantage -> loss -> step (grpo.py)
     section 3.1   evaluation_groups, rank_candidates, METRICS        pass@1, NDCG, Best-of-4
-    tables, fig 3 run, experience                   table 2's three rows; the five modes of training
+    tables 2, 3   run, experience                   the rows of table 2; the five modes (table 3, figure 3)
 
 Read `run` first, near the end of this file, then from `sample` on. Each stage takes what the one before made.
 
@@ -98,7 +98,7 @@ class Args:
     kl: float = arg(0.001, "weight of the KL term to the model that training starts from; 0: off [0.001]", least=0)
     temperature: float = arg(1.0, "temperature of candidates and training answers [1.0]", above=0)
     max_new_tokens: int = arg(192, "longest answer in tokens, or what a prompt leaves of the context [32768]", least=1)
-    candidate_tokens: int = arg(0, "the same for candidates drawn before it; 0: --max-new-tokens [131072]", least=0)
+    candidate_tokens: int = arg(0, "the same for the base's candidates; 0: --max-new-tokens [131072]", least=0)
     micro_tokens: int = arg(16384, "tokens in one training forward: changes memory and speed, not the result", least=1)
     optimizer: str = arg("", "weights in fp32, in bf16 with fp32 masters, or with kahan compensation; without it the\n"
                          "first that fits the memory, on a GPU never fp32", choices=["fp32", "masters", "kahan"])
@@ -483,7 +483,7 @@ def train(model, tokenizer, problems: list[Problem], groups: list[Group], base: 
 
 
 def experience(model, tokenizer, batch: list, step: int, args: Args, generator) -> tuple[list[Rollout], dict]:
-    """Return the scored rollouts that one step learns from, and metrics to log. Only here the modes differ:
+    """Return the scored rollouts that one step learns from, and metrics to log. The modes (table 3, figure 3):
 
     rank           rankings of groups built once from the base's candidates (paper 2.2); batch: groups
     rank-onpolicy  rankings of candidates that the current policy has just drawn; batch: problems
@@ -715,7 +715,8 @@ def measure(model, tokenizer, base: list[Group], step: int, args: Args, out: Pat
 def rank_mixed(model, tokenizer, groups: list[Group], args: Args, file: Path, places: list[int]) -> list[RankedGroup]:
     """Rank the mixed groups, as rank_candidates does. The order of the others changes no figure of a point."""
     def as_drawn(group: Group) -> RankedGroup:
-        shown, rest = ([c for c in group.candidates if (c.code is None) == without] for without in (False, True))
+        shown = [c for c in group.candidates if c.code is not None]
+        rest = [c for c in group.candidates if c.code is None]
         return RankedGroup(Group(group.problem, shown), shown + rest, "", malformed=False)
 
     mixed = [(place, group) for place, group in zip(places, groups) if is_mixed(group.labels)]

@@ -570,7 +570,8 @@ def markdown(result: dict) -> str:
         parts.append(f"Seeds, of {len(first['seeds'])}, with a gain above zero (interval over problems): {counted}.")
     if result["differences"]:
         pairs = {f"{a} - {b}": f"{titles[a]}, minus {titles[b]}" for a in titles for b in titles}
-        parts += ["## Differences from the first variant", gain_table(titles | pairs, result["differences"], marked=True)]
+        parts += ["## Differences (from the first variant, if no other is named)",
+                  gain_table(titles | pairs, result["differences"], marked=True)]
     parts += ["## Values", value_table(result)]
     if name == "strength":
         lines = [[titles[n], ", ".join(map(str, own["mixed"]))] for n, own in result["variants"].items()]
@@ -664,9 +665,9 @@ def write_results(study: str, args) -> Path:
     if (first := STUDIES[study][0]) not in runs:
         raise BadInput(f"no run of {first} in {args.out} is finished, and the study compares with it")
     one = next(iter(runs[first].values()))
-    of_this_machine = ("model", "out", "resume", "workers", "device", "rows")
+    not_said = report.OF_THIS_MACHINE | {"model", "rows"}
     settings = {"seeds": len(seeds_of(args, [study])), "quick": args.quick, "problems": len(one["problems"]),
-                "args": {key: value for key, value in one["args"].items() if key not in of_this_machine}}
+                "args": {key: value for key, value in one["args"].items() if key not in not_said}}
     result = {"study": study, "settings": settings, "missing": missing,
               "titles": {name: VARIANTS[name].title for name in runs}, **analyse(runs, whole=study == "table2"),
               "code": sorted({code for own in runs.values() for run in own.values() for code in run["code"]})}

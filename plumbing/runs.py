@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from plumbing import engine, models, ranks
 from plumbing.problems import BadInput, Problem, digest, first_line, write_atomic
-from plumbing.report import CURVE
+from plumbing.report import CURVE, OF_THIS_MACHINE
 from plumbing.sandbox_worker import SandboxError
 
-NOT_OF_THE_RESULT = {"out", "resume", "workers", "device", "rows", "micro_tokens", "save_every", "preset", "quick",
-                     "eval_every", "keep_every", "server", "server_requests", "server_adapters",
-                     "train", "eval"}  # the digests of the problems say more than the names of their files
+NOT_OF_THE_RESULT = OF_THIS_MACHINE | {
+    "rows", "micro_tokens", "save_every", "preset", "quick", "eval_every", "keep_every", "server", "server_requests",
+    "server_adapters", "train", "eval",  # the digests of the problems say more than the names of their files
+}
 
 LONG = 1 / 6  # hours; for a stage that takes longer, a run says so
 

@@ -270,7 +270,8 @@ def test_a_server_with_other_weights_is_refused(tiny, tmp_path):
         model.model.layers[0].mlp.down_proj.weight *= 0.5
     model.save_pretrained(tmp_path)
     tiny[1].save_pretrained(tmp_path)
-    with ModelServer(tmp_path) as server, pytest.raises(BadInput, match="it serves other weights. Start it like this: COMMAND"):
+    refused = pytest.raises(BadInput, match="it serves other weights. Start it like this: COMMAND")
+    with ModelServer(tmp_path) as server, refused:
         check_weights(*connected(server, tiny), tiny)
 
 
@@ -279,7 +280,8 @@ def test_a_server_with_another_tokenizer_is_refused(tiny):
         if reply:
             reply["choices"][0]["text"] = "words of another tokenizer"
 
-    with ModelServer(fault=fault) as server, pytest.raises(BadInput, match="another model. Start it like this: COMMAND"):
+    refused = pytest.raises(BadInput, match="another model. Start it like this: COMMAND")
+    with ModelServer(fault=fault) as server, refused:
         connected(server, tiny)
 
 

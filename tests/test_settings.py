@@ -55,7 +55,8 @@ def test_presets_and_data_follow_the_model_and_what_is_given_wins(monkeypatch):
 
 @pytest.mark.parametrize("given, lr", [
     (["--preset", "quick"], 2e-5), (["--preset", "quick", "--lora", "8"], 2e-5),
-    (["--preset", "quick", "--lora", "0"], 1e-6), (["--preset", "paper"], 1e-6), (["--preset", "paper", "--lora", "16"], 2e-5),
+    (["--preset", "quick", "--lora", "0"], 1e-6), (["--preset", "paper"], 1e-6),
+    (["--preset", "paper", "--lora", "16"], 2e-5),
     (["--preset", "release", "--lora", "16", "--lr", "3e-6"], 3e-6), (["--preset", "paper", "--mode", "sft"], 1e-5),
     (["--preset", "laptop", "--lora", "16"], 1e-4),
 ])
