@@ -32,7 +32,8 @@ from plumbing.batches import (as_pairs, averages, draw_in_halves, head_rows, in_
                               split_by_size)
 from plumbing.fast_decode import SharedCache
 from plumbing.models import backward_in_order, lora_disabled
-from plumbing.other_models import generate_with_transformers, has_key_cache, run_plain, try_sharing
+from plumbing.other_models import (generate_with_transformers, has_key_cache, positions_follow_longest_row, run_plain,
+                                   try_sharing)
 from plumbing.shared_prompt import Packed, body, cache_arguments, plain_attention, shares_prompts
 
 MAX_GRADIENT_NORM = 1.0
@@ -445,7 +446,7 @@ def packed_logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperatur
 def plain_logprobs(model, prompt: Tensor, answers: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
     """logprobs of one group by definition, for models that cannot share prompts: a row [prompt, answer] for each."""
     rows = [torch.cat([prompt.cpu(), answer.cpu()[:-1]]) for answer in answers]
-    # padded on the right: tokens look back only, so the padding changes nothing
+    # padded on the right: tokens look back only, so the padding changes nothing (where it does, see logprobs)
     with plain_attention(model):
         hidden, head = run_plain(model, pad_sequence(rows, batch_first=True).to(model.device))  # [G, L + R - 1, H]
     predicting = [row[len(prompt) - 1 :][: len(answer)] for row, answer in zip(hidden, answers)]
@@ -457,6 +458,8 @@ def logprobs(model, groups: list[tuple[Tensor, list[Tensor]]], temperature: floa
     """Return log-probs [N], with gradient, and entropies [N] of all answers [R] to some prompts [L], end to end."""
     if shares_prompts(model):
         return packed_logprobs(model, groups, temperature)
+    if positions_follow_longest_row(model):  # padding would move an answer's positions, so each is read by itself
+        groups = [(prompt, [answer]) for prompt, answers in groups for answer in answers]
     return tuple(map(torch.cat, zip(*(plain_logprobs(model, *group, temperature) for group in groups))))
 
 

@@ -358,7 +358,7 @@ def compare_forms(check: Check, family: str, groups: list) -> None:
 
     def rows_in_bf16():
         known["rows"] = distance(with_rows(half, groups), known["truth"])
-        return told(known["rows"], 1.0)
+        return told(known["rows"], 0.5)
 
     def shared_in_bf16():
         return told(distance(gradients(half, groups), known["truth"]), 2 * max(known["rows"]))
@@ -367,7 +367,7 @@ def compare_forms(check: Check, family: str, groups: list) -> None:
     check.measure(f"{family}, bf16: rows against fp32", rows_in_bf16)
     check.measure(f"{family}, bf16: shared against fp32", shared_in_bf16)
     check.measure(f"{family}, fp32: update against rollout", lambda: rollout_gap(model, 1e-3))
-    check.measure(f"{family}, bf16: update against rollout", lambda: rollout_gap(half, 1.0))
+    check.measure(f"{family}, bf16: update against rollout", lambda: rollout_gap(half, 0.1))
     check.measure(f"{family}, bf16: enable_sharing", lambda: shares(half))
 
 
@@ -399,7 +399,11 @@ def read_back(check: Check) -> tuple[str, bool]:
     grpo.update(pair[0], optimizers[0], rollouts, args)
     models.save_checkpoint(file, pair[0], optimizers[0], 1)
     models.load_checkpoint(file, pair[1], optimizers[1])
-    equal = all(torch.equal(p, q) for p, q in zip(pair[0].parameters(), pair[1].parameters()))
+    kept = [[p, *(optimizer.state[p].get(name) for name in ("m", "v", "kept"))]
+            for model, optimizer in zip(pair, optimizers) for p in model.parameters()]
+    half = len(kept) // 2
+    equal = all(x is not None and y is not None and torch.equal(x, y)
+                for one, other in zip(kept[:half], kept[half:]) for x, y in zip(one, other))
     for model, optimizer in zip(pair, optimizers):
         grpo.update(model, optimizer, rollouts, args)
     far = max(float((p - q).abs().max()) for p, q in zip(pair[0].parameters(), pair[1].parameters()))

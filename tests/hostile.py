@@ -244,7 +244,7 @@ ESCAPES = {
     "limits_taken_off": (
         "import resource as r\nfor k in r.RLIMIT_FSIZE, r.RLIMIT_CPU:\n"
         " r.setrlimit(k, (r.RLIM_INFINITY, r.RLIM_INFINITY))\nprint('ESCAPED')", False),
-    "20_MB_of_output": ("import sys\nfor i in range(20): sys.stdout.write('x' * (1 << 20))\nprint('ESCAPED')", False),
+    "20_MB_of_output": ("import sys\nfor i in range(20): sys.stderr.write('x' * (1 << 20))\nprint('ESCAPED')", False),
 }
 
 # Programs that leave a process behind. They end only after this process has taken its name, {tag}.

@@ -512,7 +512,6 @@ def test_a_server_that_goes_away_ends_a_run_in_one_line_and_resume_goes_on(tmp_p
     (["--programs", "x.jsonl", "--eval-only"], "--programs works only with --mode rank or sft"),
 ])
 def test_options_that_do_not_go_together_are_named(options, message, capsys):
-    pytest.importorskip("peft")
     assert message in error_of(capsys, *options)
 
 
@@ -599,6 +598,22 @@ def test_the_update_weighs_each_token_and_says_how_much(limit, factor, cut, tiny
     assert weighted["grad_norm"] == pytest.approx(factor * plain["grad_norm"], rel=1e-3)
     assert (weighted["is_weight"], weighted["is_cut"]) == pytest.approx((factor, cut), abs=1e-4)
     assert "is_weight" not in plain
+
+
+def test_the_weight_of_each_token_is_its_own(tiny):
+    """One weight for all tokens, their mean, would also double the gradient of the test above."""
+    model, _, prompts = tiny
+    torch.manual_seed(0)
+    [rollout] = grpo.rollout(model, [torch.tensor(prompts[0])], [[1, 2, 3]], max_new_tokens=9, eos_ids=ENDS)
+    rollout.rewards = torch.tensor([1.0, 0.0, 0.5])
+    factors, by_hand = [0.5 + torch.rand(len(logps)) for logps in rollout.logps], copy.deepcopy(model)
+    logps = grpo.answer_logprobs(by_hand, rollout.prompt, rollout.answers)
+    terms = zip(grpo.group_advantages(rollout.rewards), factors, logps)
+    (-sum((advantage * factor * logp).mean() for advantage, factor, logp in terms) / 3).backward()
+    norm = torch.cat([p.grad.flatten() for p in by_hand.parameters()]).norm()
+    rollout.logps = [logps - factor.log() for logps, factor in zip(rollout.logps, factors)]
+    weighted = one_update(model, [rollout], mini_batch=1, kl=0.0, is_clip=4.0, server_rollouts=True)
+    assert weighted["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
 
 
 def one_update(model, rollouts, **settings) -> dict:

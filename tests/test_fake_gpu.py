@@ -129,9 +129,9 @@ def same_checkpoint():
         save_checkpoint(Path(folder, "checkpoint.pt"), model, optimizer, 7)
         assert load_checkpoint(Path(folder, "checkpoint.pt"), other, its) == 7
         for p, q in zip(model.parameters(), other.parameters()):
-            state = [p, q, *(optimizer.state[p][name] for name in "mv"), *(its.state[q][name] for name in "mv")]
-            assert {type(x) for x in state} == {OnGPU}
-            assert all(torch.equal(x.cpu(), y.cpu()) for x, y in ((p, q), state[2::2], state[3::2]))
+            mine, back = ([x, *(o.state[x][name] for name in ("m", "v", "kept"))] for x, o in ((p, optimizer), (q, its)))
+            assert {type(x) for x in mine + back} == {OnGPU}
+            assert all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(mine, back))
 
 
 def same_run(arguments: list[str]) -> None:

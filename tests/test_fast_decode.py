@@ -60,10 +60,12 @@ def test_prompts_with_unequal_numbers_of_answers():
 
 def test_the_prefill_in_parts_is_the_same(monkeypatch):
     """A batch with too many prompt tokens for one forward pass is cut into parts. Their keys must stay in order."""
-    model, prompts = gpt_oss(), ids(5, 3, 9, 4)
+    model, prompts, sizes = gpt_oss(), ids(5, 3, 9, 4), []
     whole = draw(model, prompts, max_new_tokens=12)
     monkeypatch.setattr(fast_decode, "PREFILL_TOKENS", 9)
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[1]))
     compare(draw(model, prompts, max_new_tokens=12), whole)
+    assert sizes[:4] == [3 + 4, 5, 9, 1]  # then a token of each row
 
 
 def test_a_prompts_keys_are_held_once_and_only_while_they_are_needed():

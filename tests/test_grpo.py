@@ -133,10 +133,9 @@ def granite():
 
 def phi3(**changes):
     """A model whose rotary positions depend on the longest row of the batch."""
-    scaling = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4, factor=4.0,
-                   original_max_position_embeddings=16)
+    scaling = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4, factor=4.0)
     size = {k: v for k, v in SIZE.items() if k != "head_dim"}
-    return build("Phi3", **size, rope_parameters=scaling | changes)
+    return build("Phi3", **size, rope_parameters=scaling | changes, original_max_position_embeddings=16)
 
 
 def dynamic():
@@ -485,6 +484,14 @@ def test_a_model_that_cannot_share_falls_back_and_says_why(make, reason):
     assert distance(seen, expected) < 1e-5
 
 
+def test_an_answer_is_not_moved_by_a_longer_one_whose_positions_are_others():
+    """Phi-3's rotary positions change at 4,096 tokens, here at 16. Padded to 21, a row of 12 had the others."""
+    model, (prompt, *answers) = phi3(), ids(10, 3, 12)
+    assert model.config.rope_parameters["original_max_position_embeddings"] == 16
+    for answer, logp in zip(answers, grpo.answer_logprobs(model, prompt, answers, temperature=0.7)):
+        torch.testing.assert_close(logp, full_logps(model, prompt, answer, 0.7), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("error", [
     BdbQuit(), torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory: you tried ..."),
@@ -509,7 +516,7 @@ def test_rounding_in_bf16_is_not_a_finding_about_the_model(make):
     """Two exact layouts of a random mixture of experts differ by up to 0.7 nats a token in bf16, because a rounded
     score can choose another expert. So the check refused models that share prompts exactly."""
     model = unshared(make(hidden_size=256, initializer_range=0.3, num_hidden_layers=6)).bfloat16()
-    model.register_forward_pre_hook(lambda *_: pytest.fail("the model itself was run"))
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model itself was run"))
     assert grpo.enable_sharing(model) == "" and model.dtype == torch.bfloat16
 
 
@@ -558,6 +565,14 @@ def test_the_check_of_a_model_sees_a_padded_prompt(monkeypatch):
     assert difference_of(model) == ""
     monkeypatch.setattr(SharedCache, "prompt_mask", lambda self, window: None)
     assert difference_of(model).startswith("the shared rollout is off by")
+
+
+def test_penalties_in_a_models_own_generation_config_do_not_reach_its_answers():
+    """Only the models that decode through transformers read this configuration. grpo.generate never does."""
+    model = mamba()
+    plain = draw(model, ids(6), max_new_tokens=12)[0].answers
+    model.generation_config.repetition_penalty = 5.0
+    assert all(map(torch.equal, draw(model, ids(6), max_new_tokens=12)[0].answers, plain))
 
 
 def test_a_rollout_that_is_interrupted_leaves_the_model_as_it_was(monkeypatch):
@@ -868,7 +883,7 @@ def test_no_step_is_made_when_no_group_has_a_gradient():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def ppo_by_hand(model, rollouts, order, lr):
+def ppo_by_hand(model, rollouts, order, lr, temperature, low, high, dual):
     """Do plain SGD on the clipped surrogate. The old policy is the one before the first step."""
     examples = {i: list(zip(r.answers, grpo.group_advantages(r.rewards))) for i, r in enumerate(rollouts)}
     frozen = copy.deepcopy(model)
@@ -876,9 +891,11 @@ def ppo_by_hand(model, rollouts, order, lr):
         terms = []
         for i in chosen:
             for answer, advantage in examples[i]:
-                logp = full_logps(model, rollouts[i].prompt, answer, 1.0)
-                ratio = (logp - full_logps(frozen, rollouts[i].prompt, answer, 1.0).detach()).exp()
-                terms.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean())
+                logp = full_logps(model, rollouts[i].prompt, answer, temperature)
+                ratio = (logp - full_logps(frozen, rollouts[i].prompt, answer, temperature).detach()).exp()
+                gain = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + (high or low)) * advantage)
+                gain = torch.maximum(gain, advantage * dual) if dual and advantage < 0 else gain
+                terms.append(-gain.mean())
         model.zero_grad()
         torch.stack(terms).mean().backward()
         with torch.no_grad():
@@ -886,34 +903,47 @@ def ppo_by_hand(model, rollouts, order, lr):
                 p -= lr * p.grad
 
 
-@pytest.mark.parametrize("mini_batch", [1, 2, 16])
-def test_later_steps_compare_with_the_policy_before_the_first(mini_batch, recwarn):
+@pytest.mark.parametrize("mini_batch, temperature, low, high, dual", [
+    (1, 1.0, 0.2, 0.0, 0.0), (2, 0.7, 0.1, 0.3, 0.0), (16, 0.7, 0.3, 0.1, 1.4),
+])
+def test_later_steps_compare_with_the_policy_before_the_first(mini_batch, temperature, low, high, dual, recwarn):
     """If the current policy is taken for the old one, the ratio is always 1 and nothing is clipped. A second epoch is a
     later step too. There the gap to the rollout was measured against the changed policy, and gave a false warning."""
     model = qwen3()
-    rollouts = scored(model)
+    rollouts = scored(model, temperature=temperature)
     frozen, by_hand = copy.deepcopy(model), copy.deepcopy(model)
     sgd = torch.optim.SGD(model.parameters(), lr=0.05)
-    once = grpo.update(model, sgd, rollouts, settings(kl=0.01), reference=frozen)
+    how = dict(temperature=temperature, clip=low, clip_high=high, dual_clip=dual)
+    once = grpo.update(model, sgd, rollouts, settings(kl=0.01, **how), reference=frozen)
     assert once["old_kl"] == once["clip_share"] == 0 and once["rollout_gap"] < 1e-5 and once["ref_kl"] < 1e-9
     model.load_state_dict(frozen.state_dict())
     generator = torch.Generator().manual_seed(0)
-    many = grpo.update(model, sgd, rollouts, settings(ppo_epochs=3, mini_batch=mini_batch), generator=generator)
+    many = grpo.update(model, sgd, rollouts, settings(ppo_epochs=3, mini_batch=mini_batch, **how), generator=generator)
     assert many["stepped"] == (6 if mini_batch == 1 else 3) and many["old_kl"] > 1e-4 and many["clip_share"] > 0
     assert many["rollout_gap"] < 1e-5 and not recwarn.list
     generator.manual_seed(0)
     order = [part.tolist() for _ in range(3) for part in torch.randperm(2, generator=generator).split(mini_batch)]
-    ppo_by_hand(by_hand, rollouts, order, 0.05)
+    ppo_by_hand(by_hand, rollouts, order, 0.05, temperature, low, high, dual)
     moves = [[p - q for p, q in zip(m.parameters(), frozen.parameters())] for m in (model, by_hand)]
     assert distance(*moves) < 1e-4
 
 
-def test_the_reference_pulls_in_later_steps():
+def test_the_reference_pulls_with_the_weight_of_the_setting():
+    """If only the metric saw the KL, the policy would leave the reference, and ref_kl would grow all the same."""
     model = qwen3()
-    rollouts, frozen = scored(model), copy.deepcopy(model)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
-    metrics = grpo.update(model, sgd, rollouts, settings(kl=0.01, ppo_epochs=3), reference=frozen)
+    rollouts, reference, by_hand = scored(model, temperature=0.7), copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        reference.model.norm.weight.mul_(1.1)
+    terms = []
+    for r in rollouts:
+        for answer in r.answers:
+            to_ref = full_logps(reference, r.prompt, answer, 0.7).detach() - full_logps(by_hand, r.prompt, answer, 0.7)
+            terms.append((to_ref.exp() - 1 - to_ref).mean())
+    (0.5 * sum(terms) / len(terms)).backward()
+    without, _ = gradients(model, rollouts, temperature=0.7)
+    seen, metrics = gradients(model, rollouts, reference=reference, temperature=0.7, kl=0.5)
     assert metrics["ref_kl"] > 1e-4
+    assert distance([a - b for a, b in zip(seen, without)], [p.grad for p in by_hand.parameters()]) < 1e-4
 
 
 def test_a_reference_in_training_mode_is_read_without_dropout():

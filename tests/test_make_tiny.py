@@ -61,13 +61,16 @@ def test_a_marked_slice_of_the_evaluation_uses_word_orders_that_occur_nowhere_el
 
 def test_the_tests_of_the_shipped_problems_are_passed_by_real_python():
     """The table EFFECT was made by executing single lines. Here whole programs run, as candidates do."""
-    rng = random.Random(3)
-    for problem in make_tiny.draw_distinct(9, "validation", make_tiny.SEEN_ORDERS, 20):
-        digits = tuple(rng.choices(range(10), k=3))
-        printed = []
-        scope = {"input": lambda: make_tiny.spaced(digits), "print": lambda *values: printed.append(values)}
-        exec(make_tiny.code_of(problem.truth), scope)
-        assert printed == [make_tiny.states(problem.truth, digits)[-1]]
+    drawn = [*make_tiny.draw_distinct(2, "training", make_tiny.SEEN_ORDERS, 400),
+             *make_tiny.draw_distinct(3, "evaluation", make_tiny.SEEN_ORDERS, 200),
+             *make_tiny.draw_distinct(4, "evaluation", sorted(make_tiny.UNSEEN_ORDERS), 100)]
+    for problem, made in zip([*load_problems("micro-train"), *load_problems("micro-eval")], drawn, strict=True):
+        assert problem.question == made.question
+        for test in problem.tests:
+            printed = []
+            scope = {"input": lambda: test["input"], "print": lambda *values: printed.append(" ".join(map(str, values)))}
+            exec(make_tiny.code_of(made.truth), scope)
+            assert printed == [test["output"].strip()], problem.id
 
 
 def test_documents_are_read_back_by_the_probe_as_they_were_written():

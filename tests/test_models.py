@@ -707,6 +707,8 @@ def test_a_run_with_bf16_weights_trains_and_says_so(llama, tmp_path, capsys):
     assert "(--optimizer kahan)" in capsys.readouterr().out
     saved = torch.load(tmp_path / "run" / "checkpoint.pt")
     assert {p.dtype for p in saved["model"].values()} == {torch.bfloat16}
+    base = AutoModelForCausalLM.from_pretrained(llama["folder"] / "model", dtype=torch.bfloat16)
+    assert any(not torch.equal(p, saved["model"][name]) for name, p in base.named_parameters())
     assert {tuple(sorted(state)) for state in saved["optimizer"]["state"].values()} == {("kept", "m", "step", "v")}
 
 

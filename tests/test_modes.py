@@ -3,6 +3,7 @@ import contextlib
 import gc
 import json
 import shutil
+import signal
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import rank_prompt
 from plumbing import models, ranks, report, runs
 from plumbing.problems import Problem
 from dust import Candidate, Group, RankedGroup
-from test_dust import ROOT, error_of, run_dust
+from test_dust import ROOT, error_of, run_and_die, run_dust
 
 MANY = ["--answers", "64"]  # so that a random judge orders some group without a fault
 MODES = ["rank", "rank-onpolicy", "generate", "iterative", "sft"]
@@ -55,14 +56,11 @@ def test_every_mode_goes_from_problems_to_report_and_is_the_same_when_resumed(ll
     assert run_dust(*command, "--out", tmp_path / "whole") == 0
     assert list(json.loads((tmp_path / "whole" / "report.json").read_text())["gains"]) == ["judge", "both"]
     assert [step["step"] for step in steps_of(tmp_path / "whole")] == [1, 2, 3, 4]
-    shutil.copytree(tmp_path / "whole", tmp_path / "half")
-    state = torch.load(tmp_path / "half" / "checkpoint.pt")
-    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model")
-    assert state["step"] == 4 and any(state["optimizer"]["state"])
-    (tmp_path / "half" / "checkpoint.pt").unlink()  # train from the start again, with the base's candidates
-    assert run_dust(*command, "--out", tmp_path / "half", "--resume") == 0
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "half" / "model")
-    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters()))
+    half = [*command, "--out", str(tmp_path / "half"), "--resume"]
+    assert run_and_die("step", 2, half) == -signal.SIGKILL  # behind the third update; the checkpoint is of step 2
+    assert run_dust(*half) == 0
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("whole", "half")]
+    assert all(map(torch.equal, *(model.parameters() for model in models)))
 
 
 def test_generation_is_paid_for_passing_and_for_nothing_else(llama, tmp_path, seen):
@@ -75,6 +73,22 @@ def test_generation_is_paid_for_passing_and_for_nothing_else(llama, tmp_path, se
             code = rank_prompt.extract_code(models.answer_text(tokenizer, rollout.prompt, answer))
             paid[code in ("print(1)", "print(1.0)")].add(reward)
     assert paid == {True: {1.0}, False: {0.0}}
+
+
+def test_a_program_runs_on_the_tests_of_its_own_problem(monkeypatch):
+    """The problems of conftest.py have one prompt and one test, so no run of them would show a mix-up."""
+    problems = [Problem(name, name, [{"input": "", "output": name}]) for name in "abc"]
+
+    def draw_for_training(model, tokenizer, prompts, count, *_):
+        return [dust.grpo.Rollout(prompt, [prompt] * count, [torch.zeros(1)] * count, [True] * count)
+                for prompt in prompts]
+
+    monkeypatch.setattr(dust, "program_ids", lambda tokenizer, problem, args: torch.tensor([ord(problem.question)]))
+    monkeypatch.setattr(dust, "draw_for_training", draw_for_training)
+    monkeypatch.setattr(dust, "texts_of", lambda tokenizer, rollout: [
+        f"```python\nprint({chr(int(answer))!r})\n```" for answer in rollout.answers])
+    _, candidates = dust.draw_programs(None, None, problems, 2, dust.Args(workers=1), None)
+    assert [(c.problem_id, c.correct) for own in candidates for c in own] == [(name, True) for name in "aabbcc"]
 
 
 def test_onpolicy_candidates_come_from_the_weights_of_the_step(llama, tmp_path, seen):
@@ -135,24 +149,26 @@ def test_iterative_changes_its_task_after_each_block(llama, tmp_path):
 
 def test_sft_learns_a_fixed_set_of_perfect_rankings_that_is_drawn_before_training(llama, tmp_path, seen, monkeypatch):
     """SFT must learn only perfect rankings of a teacher that stands still. With the student's it would be GRPO."""
-    teachers, perfect_rankings = [], dust.perfect_rankings
+    teachers, groups, perfect_rankings = [], [], dust.perfect_rankings
 
     def spy(model, *arguments):
         teachers.append(weights_of(model))
+        groups.extend(group.shuffled(0, "sft", i) for i, group in enumerate(arguments[1]))
         return perfect_rankings(model, *arguments)
 
     monkeypatch.setattr(dust, "perfect_rankings", spy)
     assert run_dust(*llama["arguments"], "--mode", "sft", *MANY, "--epochs", "2", "--out", tmp_path / "run") == 0
     assert teachers == [weights_of(AutoModelForCausalLM.from_pretrained(llama["folder"] / "model"))]
-    lines = map(json.loads, (tmp_path / "run" / "teacher-rankings.jsonl").read_text().splitlines())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "teacher-rankings.jsonl").read_text().splitlines()]
     fixed = [answers for _, answers in lines if answers]
     learned = [[answer.tolist() for answer in r.answers] for r in sum(seen["rollouts"], [])]
     assert len(learned) >= 2 * len(fixed) and all(answers in fixed for answers in learned)
     assert all(learned.count(answers) >= 2 for answers in fixed)  # two passes, the last batch filled from a third
     assert len(seen["rollouts"]) == -(-2 * len(fixed) // 3)
     tokenizer = AutoTokenizer.from_pretrained(llama["folder"] / "model")
-    texts = [tokenizer.decode(ids[:-1]) for answers in fixed for ids in answers]
-    assert texts and all(rank_prompt.parse_ranking(text, 4) for text in texts)
+    for place, answers in lines:
+        labels = groups[int(place)].labels
+        assert all(rank_prompt.score(tokenizer.decode(ids[:-1]), labels) == 1.0 for ids in answers)
     assert all(step["reward"] == 1.0 for step in steps_of(tmp_path / "run"))
     for step, rollouts in zip(steps_of(tmp_path / "run"), seen["rollouts"]):  # a group can have fewer than G of them
         learned = sum(len(answer) for rollout in rollouts for answer in rollout.answers)

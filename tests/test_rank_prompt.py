@@ -1,6 +1,7 @@
 """Test the prompts, the readers and the rewards: against brute force, and on answers that fooled other parsers."""
 import math
-from itertools import combinations, permutations, product
+import re
+from itertools import permutations, product
 
 import pytest
 
@@ -214,5 +215,6 @@ def test_the_model_is_shown_the_prompt_that_follows_the_tests(monkeypatch):
 
 def test_the_prompt_itself_holds_no_ranking_that_could_be_copied():
     """From an example such as "Ranking: 2, 4, 1, 3" in the prompt, a weak model learns to copy that order."""
-    for answer in combinations(range(1, 5), 2):
-        assert f"Ranking: {answer[0]}" not in ranking_prompt("Q", ["a", "b", "c", "d"])
+    for brief in (False, True):
+        prompt = ranking_prompt("Q", ["a", "b", "c", "d"], brief)
+        assert not re.search(r"[0-9][ ]*,[ ]*[0-9]", prompt) and parse_ranking(prompt, 4) is None

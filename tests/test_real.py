@@ -50,7 +50,7 @@ def test_a_pretrained_llama_goes_through_the_whole_method(smollm2, tmp_path, cap
     code = dust.main(["--model", str(smollm2), "--out", str(tmp_path / "run"), *settings.split()])
     said = capsys.readouterr()
     assert code == 0, said
-    assert "reads the prompt again" not in said.out
+    assert "reads a prompt again" not in said.out
     prompts = (tmp_path / "run" / "prompts.txt").read_text()
     assert "named SmolLM" in prompts and prompts.count("<|im_start|>assistant") == 2
     candidates = [json.loads(line) for line in (tmp_path / "run" / "candidates.jsonl").read_text().splitlines()]

@@ -170,6 +170,11 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says():
     assert 180 <= hits <= 199
 
 
+def test_an_interval_is_the_middle_95_per_cent_of_the_draws():
+    drawn = np.append(np.random.default_rng(0).permutation(1001) / 10, [np.nan, np.nan])
+    assert report.with_interval(50.0, drawn) == {"mean": 50.0, "low": 2.5, "high": 97.5}
+
+
 def test_an_evaluation_without_mixed_groups_has_no_made_up_ndcg():
     nothing = report.interval([report.per_problem(judged("a", [1, 1, 1, 1]), METRICS["ndcg_mixed"])])
     assert nothing == {"mean": None, "low": None, "high": None}

@@ -166,24 +166,29 @@ def test_limits_hold_for_programs_behind_asserts():
         assert sandbox.run_tests(code, asserts("f(1)"), timeout=0.5).results[0].status == "timeout"
     assert sandbox.run_tests("def f(x): return x", asserts("while True: f(1)"), timeout=0.5).results[0].status == "timeout"
     assert time.monotonic() - start < 6
-    big = "def f(x):\n l = []\n while True: l.append(bytes(1 << 20))"
-    assert not sandbox.run_tests(big, asserts("f(1)"), memory_mb=256)
-    assert "ESCAPED" not in sandbox.run_tests("def f(x): return ['ESCAPED'] * 10**7", asserts("f(1)"), memory_mb=128).reason
+    large, same = "def f(x):\n y = bytearray(300 << 20)\n return x", "def f(x): return x"
+    assert sandbox.run_tests(large, asserts("assert f(1) == 1"))
+    for code, source in ((large, "assert f(1) == 1"), (same, "y = bytearray(300 << 20)\nassert f(1) == 1")):
+        assert sandbox.run_tests(code, asserts(source), memory_mb=256).results[0].status == "memory"
     assert sandbox.run_tests("\0", asserts("f(1)")).results[0].status == "refused"
 
 
 def test_both_sides_of_asserts_start_again_when_a_worker_dies():
     """If only one side started again, the other side would still be in the middle of the old exchange."""
+    killed = []
+
     def kill():
         wait_until(lambda: len(sandbox.shared_pool.busy) == 2)
         time.sleep(0.3)
         os.killpg(next(iter(sandbox.shared_pool.busy)).process.pid, signal.SIGKILL)
+        killed.append(1)
 
     for _ in range(2):
         killer = threading.Thread(target=kill)
         killer.start()
         assert sandbox.run_tests("import time\ndef f(x):\n time.sleep(.4)\n return x", asserts("assert f(1) == 1 and f(2) == 2"))
         killer.join()
+    assert len(killed) == 2
 
 
 def test_problems_of_all_kinds_share_a_pool():
@@ -211,7 +216,8 @@ def test_nothing_is_remembered_from_test_to_test(name, tmp_path):
             for file in os.listdir(folder):
                 if file.startswith(f"dust-{os.getpid()}-"):
                     os.remove(f"{folder}/{file}")
-    again = fill(hostile.MEMORIES[name], str(tmp_path / "none"), random.randrange(1 << 28))
+    (tmp_path / "again").mkdir()
+    again = fill(hostile.MEMORIES[name], str(tmp_path / "again"), random.randrange(1 << 28))
     verdict = sandbox.run_tests(again, hostile.TWICE, timeout=5)
     assert verdict.failed_test is not None
     assert not [file for folder in ("/tmp", "/var/tmp", "/dev/shm") for file in os.listdir(folder)
@@ -261,9 +267,9 @@ def test_a_test_sees_no_old_names_and_no_old_generators():
 ], ids=itertools.count())
 def test_every_run_of_a_program_prints_the_same(code):
     """In a process that is used again, the runner's streams, errors and frames could differ from the first test's."""
-    first = sandbox.run(code).stdout
-    verdict = sandbox.run_tests(code, [{"input": "", "output": first}] * 3)
-    assert verdict or verdict.failed_test == 0, verdict
+    first = sandbox.run(code)
+    verdict = sandbox.run_tests(code, [{"input": "", "output": first.stdout}] * 3)
+    assert verdict or verdict.results[0].status == first.status == "error", verdict
 
 
 def test_the_code_of_a_program_is_compiled_once():
@@ -277,11 +283,9 @@ def test_the_code_of_a_program_is_compiled_once():
 
 def test_a_slow_test_does_not_take_the_time_of_the_next():
     """The timeout is for each test. Six tests of 0.4 s take longer than 2 s together, and must pass."""
-    code = "import sys\nn = int(input())\nfor i in range({}): pass\nprint(n)"
-    one = sandbox.run(code.format(10**6), "1\n").seconds
-    code = code.format(int(0.4 * 10**6 / one))
+    code = "import time\nn = input()\nwhile time.process_time() < 0.4: pass\nprint(n)"
     verdict = sandbox.run_tests(code, [{"input": f"{i}\n", "output": f"{i}"} for i in range(6)], timeout=2)
-    assert verdict and len(verdict.results) == 6 and all(0.05 < result.seconds < 2 for result in verdict.results)
+    assert verdict and len(verdict.results) == 6 and sum(result.seconds for result in verdict.results) > 2
 
 
 @pytest.fixture(scope="module")
@@ -374,11 +378,14 @@ def test_a_fork_bomb_does_not_starve_the_next_run():
 
 @needs_namespaces
 def test_a_candidate_cannot_kill_its_worker_or_its_neighbours():
-    before = sandbox.run("import os\nprint(os.getppid())")
-    result = sandbox.run("import os, signal\nfor s in range(1, 65):\n for p in (1, -1):\n"
-                         "  try: os.kill(p, s)\n  except (OSError, ValueError): pass\nprint('alive')")
-    assert before.status == "ok" and result.status in ("ok", "error")
-    assert sandbox.run("print(1)").stdout == "1\n"
+    attack = ("import os, signal\nfor s in range(1, 65):\n for p in (1, -1):\n"
+              "  try: os.kill(p, s)\n  except (OSError, ValueError): pass\nprint('alive')")
+    beside, test = "import time\ntime.sleep(.6)\nprint('alive')", [{"input": "", "output": "alive"}]
+    with sandbox.Pool(2) as pool:
+        assert pool.label([(beside, test)] * 2) == [True, True]
+        workers = set(pool.idle)
+        assert pool.label([(beside, test), (attack, test)]) == [True, True]
+        assert len(workers) == 2 and set(pool.idle) == workers  # a dead worker is replaced, and its run begins again
 
 
 def test_lowered_limits_of_the_worker_do_not_reach_the_next_program():
@@ -390,12 +397,14 @@ def test_lowered_limits_of_the_worker_do_not_reach_the_next_program():
 
 
 @pytest.mark.skipif(not LINUX, reason="/proc")
-def test_a_candidate_has_three_descriptors_and_few_variables():
+def test_a_candidate_has_three_descriptors_and_few_variables(monkeypatch):
     secret = os.open(os.devnull, os.O_RDONLY)
     os.set_inheritable(secret, True)
     code = ("import os\nopen_ = []\nfor fd in range(1024):\n try: os.fstat(fd)\n except OSError: continue\n"
             " open_.append(fd)\nprint(open_, sorted(os.environ))")
-    result = sandbox.run(code)
+    monkeypatch.setattr(sandbox, "shared_pool", sandbox.Pool(1))
+    with sandbox.shared_pool:  # its worker starts now, and could inherit the descriptor
+        result = sandbox.run(code)
     os.close(secret)
     assert result.stdout.startswith("[0, 1, 2] "), result
     assert set(eval(result.stdout[10:])) == {*sandbox_worker.ENVIRONMENT, "HOME", "TMPDIR"}
@@ -813,7 +822,8 @@ def test_random_differs_and_the_folder_is_empty():
 
 
 def test_traceback_shows_the_program_only():
-    assert "sandbox.py" not in sandbox.run("def f(): 1/0\nf()").stderr
+    said = sandbox.run("def f(): 1/0\nf()").stderr
+    assert said.startswith('Traceback (most recent call last):\n  File "<solution>", line 2') and said.count("  File ") == 2
 
 
 # -------------------------------------------------------------------------------------------------------- how it is used
@@ -831,7 +841,7 @@ def test_labels_come_in_order_and_a_pool_can_be_used_again():
             assert not verdicts[0] and verdicts[1]
             next(iter(pool.run_tests([GOOD] * 50)))  # abandoned after the first verdict
             assert pool.label([GOOD]) == [True]
-    assert sandbox.Pool(0).workers >= 1
+    assert sandbox.Pool(0).workers == os.cpu_count()
 
 
 def test_from_threads_and_after_a_fork():
@@ -971,7 +981,9 @@ def test_promises_hold_for_an_ordinary_user_and_without_namespaces(rule, user, t
         codes = ["def f(x): return x + 1", "import os\\nos._exit(0)", "def f(x): return 1",
                  "import os, time\\nwhile 1:\\n try: os.fork()\\n except OSError: time.sleep(9)",
                  "import os, signal\\nos.setsid() if os.fork() == 0 else 0\\nos.kill(os.getpid(), 9)",
-                 "x = bytearray(1 << 30)\\ndef f(x): return 2", "def f(x): return 2"]
+                 "x = bytearray(1 << 30)\\ndef f(x): return 2",
+                 "import os, resource as r\\nfor k in (r.RLIMIT_NOFILE, r.RLIMIT_AS, r.RLIMIT_NPROC):\\n"
+                 " try: r.prlimit(os.getppid(), k, (9, 9))\\n except OSError: pass", "def f(x): return 2"]
         a = [{{"asserts": "assert f(1) == 2", "entry_point": "f"}}]
         with sandbox.Pool(1, timeout=2, memory_mb=256) as pool:
             print(json.dumps([pool.label([(c, t) for c in codes] + [(c, a) for c in codes[:3]]),
@@ -981,7 +993,8 @@ def test_promises_hold_for_an_ordinary_user_and_without_namespaces(rule, user, t
     done = subprocess.run([python, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=90, cwd="/")
     shutil.rmtree(folder)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [[True, False, False, False, False, False, True, True, False, False], "ok", "[]\n"], done
+    labels = [True, False, False, False, False, False, False, True, True, False, False]
+    assert json.loads(done.stdout) == [labels, "ok", "[]\n"], done
     assert not [name for name in os.listdir("/tmp") if name.startswith("dust-box-")], "a folder was left behind"
 
 

@@ -46,5 +46,14 @@ def test_groups_without_a_right_one_are_kept_on_request():
     assert [g.labels for g in dust.make_groups([PROBLEM], wrong + mixed + right, 2)] == [[1, 0]]
 
 
+def test_a_run_with_this_reward_trains_on_them(monkeypatch, tmp_path):
+    drawn = group(0, 0) + group(1, 0) + group(1, 1)
+    for name, does in (("sample", lambda *_: drawn), ("label", lambda *_: None), ("fitting_groups", lambda *its: its[2])):
+        monkeypatch.setattr(dust, name, does)
+    for reward, kept in (("or-none", [[0, 0], [1, 0]]), ("pairacc", [[1, 0]])):
+        args = dust.Args(group_size=2, reward=reward)
+        assert [g.labels for g in dust.training_groups(None, None, [PROBLEM], args, tmp_path)] == kept
+
+
 def test_the_command_line_knows_it():
     assert dust.parse_args(["--reward", "or-none"]).reward == "or-none"

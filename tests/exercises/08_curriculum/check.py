@@ -32,9 +32,10 @@ def test_there_is_always_a_batch():
     assert names(dust.curriculum(groups(), 0, dust.Args(steps=60, batch=5))) == EASIEST[:5]
 
 
+@pytest.mark.parametrize("mode", ["rank", "sft"])
 @pytest.mark.parametrize("flag", [True, False])
-def test_a_batch_comes_from_it_only_when_asked(flag):
-    args = dust.Args(steps=6, batch=2, curriculum=flag)
+def test_a_batch_comes_from_it_only_when_asked(flag, mode):
+    args = dust.Args(steps=6, batch=2, curriculum=flag, mode=mode)
     assert (set(names(dust.batch_at(groups(), 0, args))) == {"p2", "p5"}) is flag
 
 
