@@ -53,7 +53,7 @@ class Args:
     resume: bool = arg(False, "go on with the run in --out where it was stopped")
     seed: int = arg(0, "seed of everything random")
     device: str = arg("", "cpu, cuda or mps; without it cuda if there is a GPU, else cpu")
-    workers: int = arg(os.cpu_count() or 1, "sandbox processes", least=1)
+    workers: int = arg(sandbox.usable_cores(), "sandbox processes", least=1)
 
     mode: str = arg("rank", "rank: rank the base model's candidates; rank-onpolicy: rank candidates drawn anew for\n"
                     "each step; generate: write programs that pass; iterative: --block steps of generate, then of\n"
@@ -379,6 +379,7 @@ def label(problems: list[Problem], candidates: list[Candidate], args: Args, file
     if file:
         share = sum(candidate.correct for candidate in candidates) / max(len(candidates), 1)
         runs.say(file, f"  {len(programs)} different programs; {share:.1%} of the answers are correct")
+        runs.say_missing_modules(file, candidates)
 
 
 def make_groups(problems: list[Problem], candidates: list[Candidate], k: int) -> list[Group]:

@@ -73,32 +73,32 @@ def after_thinking(answer: str) -> str | None:
 
 
 def extract_code(answer: str) -> str | None:
-    """Return the program in an answer (paper 2.2): the last fenced block after the thinking part.
+    """Return the program in an answer (paper 2.2): the last fenced block after the thinking part that is marked as
+    Python. If none is marked so, it is the last block of all.
 
     Returns None if there is no such block, if it is empty, or if a block was cut off before its closing fence.
     """
     rest = after_thinking(answer)
     if rest is None or len(re.findall(r"^```", rest, flags=re.MULTILINE)) % 2:
         return None
-    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", rest, flags=re.DOTALL | re.MULTILINE)
-    if not blocks or not blocks[-1].strip():
-        return None
-    return blocks[-1].rstrip()
+    blocks = re.findall(r"^```([^\n]*)\n(.*?)^```", rest, flags=re.DOTALL | re.MULTILINE)
+    python = [code for mark, code in blocks if mark.strip("` ").lower().startswith("py")]
+    program = (python or [code for _, code in blocks] or [""])[-1].rstrip()
+    return program if program.strip() else None
 
 
 def parse_ranking(answer: str, k: int) -> list[int] | None:
     """Return the ranking in an answer (paper 2.3): the numbers 1 to k, best first. Return None if it is malformed.
 
     Only the last line is read: what stands behind "Ranking:", or all of it, because the paper's own answers are only
-    numbers (appendix C). It must name each of 1..k exactly once, with commas between. Markdown emphasis
-    (`**Ranking: 2, 1**`) and a final full stop are allowed. Numbers in the thinking part, or anywhere before the last
+    numbers (appendix C). It must name each of 1..k exactly once, with commas between. Markdown around it
+    (`**Ranking:** 2, 1`, a fence) and a final full stop are allowed. Numbers in the thinking part, or anywhere before the last
     line, are never read.
     """
-    rest = after_thinking(answer)
-    if rest is None or not rest.strip():
+    lines = (after_thinking(answer) or "").replace("`", "").strip().splitlines()
+    if not lines:
         return None
-    last_line = rest.strip().splitlines()[-1]
-    found = re.search(r"(?:^|Ranking:)[ *]*([0-9]{1,9}(?:[ ]*,[ ]*[0-9]{1,9})*)[ .*`]*$", last_line)
+    found = re.search(r"(?:^|Ranking[*_]*:)[ *_]*([0-9]{1,9}(?:[ ]*,[ ]*[0-9]{1,9})*)[ .*_]*$", lines[-1])
     if not found:
         return None
     ranking = [int(number) for number in found[1].split(",")]

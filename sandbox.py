@@ -40,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Iterable, Iterator, NamedTuple
 
 from plumbing.sandbox_child import KEY_BYTES, OUTPUT_CAP, encode
-from plumbing.sandbox_worker import SandboxError, WorkerDied, Workers, memory_file  # noqa: F401
+from plumbing.sandbox_worker import SandboxError, WorkerDied, Workers, memory_file, usable_cores  # noqa: F401
 
 KEPT = 100_000  # bytes of stdout and of stderr that a verdict keeps for each test
 BLANKS = re.compile(rb"\s*")
@@ -281,13 +281,13 @@ def run_asserts(pool: "Pool", program: int, test: Prepared, timeout: float, memo
 class Pool(Workers):
     """Run the tests of many programs at a time.
 
-    workers: how many programs run at a time; 0 means one for each core. timeout, memory_mb: as in run_tests(). Worker
+    workers: how many programs run at a time; 0 means one for each core that this process may use. timeout, memory_mb: as in run_tests(). Worker
     processes stay for the next call, until the end of the pool's `with` or of this process.
     """
 
     def __init__(self, workers: int = 0, *, timeout: float = 10.0, memory_mb: int = 1024):
         super().__init__()
-        self.workers, self.timeout, self.memory_mb = workers or os.cpu_count() or 1, timeout, memory_mb
+        self.workers, self.timeout, self.memory_mb = workers or usable_cores(), timeout, memory_mb
 
     def label(self, jobs: "Iterable[tuple[str, list]]") -> "list[bool]":
         """Return whether each (code, tests) passes, in order."""

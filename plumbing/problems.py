@@ -12,7 +12,8 @@ A test has one of three forms:
 
 args is the list of arguments: a single list is [[1, 2]]. Values are compared exactly, floats too; where rounding may
 differ, write an assert such as abs(f(1) - 0.3333) < 1e-4. What a function returns counts, not an argument that it
-changes. A set never equals a list. entry_point names the function that the prompt asks for.
+changes. A set never equals a list. entry_point names the function that the prompt asks for. Asserts see a copy of what
+it returns, made of Python's plain values; a range, a deque or an array is an error there.
 
 Parquet files have the same fields. A field that is null counts as left out, because a table has every field in every
 row; only the "expected" null of a function is a value. A column has one type and changes values to fit it (1 becomes
@@ -430,11 +431,14 @@ def from_rstar(record: dict) -> dict:
     function = text_of(record, "func_name", "")
     if function and record.get("class_name", "Solution") not in ("", "Solution"):
         raise LeftOut("with a class that is not named Solution")
-    tests, size = [], 0
+    starter = text_of(record, "starter_code", "")
+    tests, size, names = [], 0, parameters_of(starter, function)
     try:
         inputs, outputs = (from_json(record[name]) + [] for name in ("inputs", "outputs"))  # + []: both are lists
         for given, expected in zip(inputs, outputs, strict=True):
-            test = read_test(make_test(given, expected, function), "")
+            test = read_test(make_test(given, expected, function, names), "")
+            if names and len(test["args"]) != len(names):  # no program could pass
+                raise LeftOut("whose tests do not fit the parameters of the starter code")
             more = len(marshal.dumps(test))
             if len(tests) < MAX_TESTS and size + more <= MAX_BYTES:
                 tests.append(test)
@@ -444,7 +448,17 @@ def from_rstar(record: dict) -> dict:
     if not tests:
         raise LeftOut("without a test that is small enough")
     return {"id": text_of(record, "question_id"), "question": text_of(record, "question"),
-            "starter_code": text_of(record, "starter_code", ""), "tests": tests}
+            "starter_code": starter, "tests": tests}
+
+
+def parameters_of(starter_code: str, function: str) -> list[str]:
+    """Return the names of a function's parameters without self; [] if the starter code does not say, or has defaults."""
+    found = re.search(rf"\bdef\s+{re.escape(function)}\s*(\(.*?\)\s*(->[^\n]*)?):", starter_code, re.DOTALL)
+    try:
+        given = ast.parse(f"def f{found[1]}: 0").body[0].args if function and found else None
+    except SyntaxError:
+        return []
+    return [one.arg for one in given.args if one.arg != "self"] if given and not given.defaults else []
 
 
 def from_humaneval(record: dict) -> dict:
@@ -495,19 +509,26 @@ def text_of(record: dict, name: str, default: str | None = None) -> str:
     return value
 
 
-def make_test(given: Any, expected: Any, function: str) -> dict:
+def make_test(given: Any, expected: Any, function: str, names: list[str] | None = None) -> dict:
     """Return a test that calls the function of this name, or a stdin test if the name is empty. Raise ValueError.
 
     LiveCodeBench writes a call as two texts: the arguments, one JSON value a line, and the result, as JSON. For rows of
-    rStar-Coder that name a function we assume either this, or a list of arguments and the result itself. There the text
-    "12" is not the number 12.
+    rStar-Coder that name a function we take this, or a list of arguments and the result itself (there the text "12" is
+    not the number 12). names: the function's parameters, if they are known. Then all arguments may also stand in one
+    JSON value, as a list or by name.
     """
+    if isinstance(given, dict) and names:
+        given = [given]
     if not isinstance(given, (str, list)):
         raise ValueError("a test's input is neither a text nor a list")
     if not function:
         return {"input": given, "output": expected}
     if isinstance(given, str):
         given, expected = [from_json(line) for line in given.split("\n") if line.strip()], from_json(expected)
+    if names and len(given) == 1 and isinstance(given[0], dict) and given[0].keys() == set(names):
+        given = [given[0][name] for name in names]
+    elif names and len(given) == 1 and isinstance(given[0], list) and len(given[0]) == len(names) > 1:
+        given = given[0]
     return {"fn_name": function, "args": given, "expected": expected}
 
 
@@ -557,6 +578,8 @@ def read_programs(path: str, problems: list[Problem], say=None) -> list[tuple[st
         some = answer or code or {"answer", "code"} <= values.keys()  # candidates.jsonl has answers without a program
         if not isinstance(problem_id, str) or not isinstance(answer or code or "", str) or not some:
             raise BadInput(f'{path} {where}: a record needs "problem_id" and "answer" or "code", all of them text')
+        if re.search("[\ud800-\udfff]", f"{answer}{code or ''}"):
+            raise BadInput(f"{path} {where}: the program holds half of a surrogate pair, which is no text")
         if problem_id in known:
             programs.append((problem_id, answer, code))
         unknown += problem_id not in known

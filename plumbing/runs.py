@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -76,6 +77,15 @@ def say(file: Path, text: str) -> None:
     """Print what a stage found, unless it is a part of a point of the curve."""
     if not of_curve(file):
         tqdm.write(text)
+
+
+def say_missing_modules(file: Path, candidates: list) -> None:
+    """Print which modules programs could not import: these are wrong because a package is not installed here."""
+    whys = [candidate.failure["why"] for candidate in candidates if candidate.failure]
+    missing = Counter(found[1] for why in whys if (found := re.search(r"No module named '(\w+)", why)))
+    if missing:
+        most = ", ".join(f"{name} ({count})" for name, count in missing.most_common(5))
+        say(file, f"  wrong because a module is not installed here: {most}")
 
 
 class StageBar(tqdm):

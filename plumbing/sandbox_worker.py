@@ -37,6 +37,18 @@ def memory_file(stack: contextlib.ExitStack, data: bytes = b"") -> int:
         raise SandboxError(f"sandbox: cannot make a memory file: {error}") from None
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use: those that it is bound to, at most the quota of its container.
+
+    With more workers than that, programs would wait for each other, and right ones would exceed the time limit.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as file:  # ValueError: no quota
+        quota, period = map(int, file.read().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
+
+
 class Worker:
     """A fork server, and the socket to it."""
 

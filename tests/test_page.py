@@ -241,6 +241,17 @@ def test_a_failed_label_keeps_the_first_failed_test_in_short(code, tests, why, p
     assert failure == {"test": len(tests) - 1 if code == "print(3)" else 0, "why": why, "printed": printed}
 
 
+def test_modules_that_are_not_installed_here_are_named(tmp_path, capsys):
+    """A right program that imports one gets the label 0. The authors' sandbox has more packages than this one."""
+    problem = Problem("a", "Q", [{"input": "", "output": "1\n"}])
+    codes = ["import nosuch\nprint(1)", "from nosuch.b import c\nprint(1)", "import nosuch2", "print(1)", "x", None]
+    drawn = [Candidate("a", "", code) for code in codes]
+    dust.label([problem], drawn, dust.Args(workers=1), tmp_path / "labels.jsonl")
+    assert "wrong because a module is not installed here: nosuch (2), nosuch2 (1)\n" in capsys.readouterr().out
+    dust.label([problem], drawn[3:], dust.Args(workers=1), tmp_path / "labels.jsonl")
+    assert "not installed" not in capsys.readouterr().out
+
+
 def test_labels_of_both_forms_are_read_and_mean_the_same(tmp_path):
     """Labels were only 1 or 0 once, and the studies copy files of labels from run to run."""
     problem = Problem("a", "Q", [{"input": "", "output": "1\n"}])

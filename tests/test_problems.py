@@ -113,6 +113,10 @@ def test_mistakes_in_programs_are_told_before_a_run_has_a_folder(tmp_path):
                               {"problem_id": "1", "answer": "", "code": None}))
     assert load_train_and_eval(args)
     assert read_programs(args.programs, load_problems(train)) == [("1", "", "print(1)"), ("1", "", None)]
+    for field in ("code", "answer"):
+        half = write(tmp_path / "p.jsonl", {"problem_id": 1, field: "\ud800"})
+        with pytest.raises(BadInput, match="line 1: the program holds half of a surrogate pair"):
+            read_programs(str(half), load_problems(train))
 
 
 def test_a_missing_empty_or_binary_file_is_one_line(tmp_path):
@@ -450,6 +454,32 @@ def test_both_sides_of_a_functional_row_are_read_the_same_way(tmp_path, inputs, 
     row = seed(func_name="f", inputs=json.dumps(inputs), outputs=json.dumps(outputs))
     [problem] = load_problems(write(tmp_path / "x.jsonl", row))
     assert sandbox.run_tests(program, problem.tests) and not sandbox.run_tests("def f(*x): return x", problem.tests)
+
+
+@pytest.mark.parametrize("inputs, outputs", [
+    (["2\n7"], ["5"]), ([[2, 7]], [5]), (["[2, 7]"], ["5"]), ([[[2, 7]]], [5]), (['{"a": 2, "b": 7}'], ["5"]),
+    ([{"b": 7, "a": 2}], [5]), ([[{"b": 7, "a": 2}]], [5]),
+])
+@pytest.mark.parametrize("starter", ["class Solution:\n    def f(self, a: int, b: List[int]) -> int:", "def f(a, b):\n"])
+def test_arguments_in_one_value_are_told_apart_by_the_starter_code(tmp_path, inputs, outputs, starter):
+    """As one argument, a list or an object of all of them, no program could pass, and nothing would say so."""
+    row = seed(func_name="f", starter_code=starter, inputs=json.dumps(inputs), outputs=json.dumps(outputs))
+    [problem] = load_problems(write(tmp_path / "x.jsonl", row))
+    assert problem.tests == [{"fn_name": "f", "args": [2, 7], "expected": 5}]
+
+
+@pytest.mark.parametrize("given, args", [('{"x": 1}', [{"x": 1}]), ("[2, 7]", [[2, 7]]), ('{"d": [1]}', [[1]])])
+def test_one_parameter_takes_a_list_or_an_object(tmp_path, given, args):
+    row = seed(func_name="f", starter_code="def f(d):", inputs=json.dumps([given]), outputs='["1"]')
+    assert load_problems(write(tmp_path / "x.jsonl", row))[0].tests == [{"fn_name": "f", "args": args, "expected": 1}]
+
+
+def test_arguments_that_do_not_fit_the_starter_code_are_left_out_and_counted(tmp_path, capsys):
+    row = seed(1, func_name="f", starter_code="def f(self, a, b):", inputs='["1"]', outputs='["1"]')
+    assert [one.id for one in load_problems(write(tmp_path / "x.jsonl", row, seed(2)))] == ["seed_2"]
+    assert "1 problems whose tests do not fit the parameters of the starter code" in capsys.readouterr().err
+    unsure = seed(1, func_name="f", starter_code="def f(a, b=1):", inputs='["1"]', outputs='["1"]')
+    assert load_problems(write(tmp_path / "x.jsonl", unsure))[0].tests[0]["args"] == [1]
 
 
 def test_parquet_is_read_a_few_rows_at_a_time(tmp_path):

@@ -85,6 +85,10 @@ PARSED = {
     "Some words.\n\nRanking: 2,4,1,3\n": [2, 4, 1, 3],
     "**Ranking: 2, 4, 1, 3**": [2, 4, 1, 3],
     "**Ranking:** 2, 4, 1, 3.": [2, 4, 1, 3],
+    "**Ranking**: 2, 4, 1, 3": [2, 4, 1, 3],
+    "_Ranking: 2, 4, 1, 3_": [2, 4, 1, 3],
+    "Ranking: `2, 4, 1, 3`": [2, 4, 1, 3],
+    "My ranking:\n```\n2, 4, 1, 3\n```": [2, 4, 1, 3],
     "2, 4, 1, 3": [2, 4, 1, 3],  # the paper's own form, without words
     "<think>\n1, 2, 3, 4\n</think>\n\n**2, 4, 1, 3**": [2, 4, 1, 3],
     "<think>\n3 is best. Ranking: 3, 1, 2, 4\n</think>\n\nRanking: 2, 4, 1, 3": [2, 4, 1, 3],
@@ -156,6 +160,8 @@ def test_the_last_fenced_block_after_the_thinking_part_is_the_program():
     assert extract_code("```python\na = 1\n```") == "a = 1"
     assert extract_code("```\na = 1\nb = 2\n```\nthat is it") == "a = 1\nb = 2"
     assert extract_code("first\n```python\na\n```\nbetter:\n```py\nb\n```\n") == "b"
+    assert extract_code("```Python3\na\n```\nrun it:\n```sh\npython a.py\n```\nit prints\n```\n6\n```") == "a"
+    assert extract_code("```\na\n```\nor better\n```\nb\n```") == "b"
     assert extract_code("<think>```python\na\n```</think>\n```python\nb\n```") == "b"
     assert extract_code("```python\n    indented()\n```") == "    indented()"
 

@@ -158,6 +158,10 @@ def test_a_name_of_the_prelude_does_not_stand_in_for_the_program():
         assert not sandbox.run_tests("x = 1", asserts("assert gcd(4, 6) == 2", entry_point))
         assert not sandbox.run_tests("def gcd(a, b): return 1", asserts("assert gcd(4, 6) == 2", entry_point))
         assert sandbox.run_tests("def gcd(a, b): return 2", asserts("assert gcd(4, 6) == 2", entry_point))
+        mentioned = "import math\ndef find_gcd(a, b): return math.gcd(a, b)"  # its .gcd is a name of the prelude too
+        assert not sandbox.run_tests(mentioned, asserts("assert gcd(4, 6) == 2", entry_point))
+        for code in ("from math import gcd", "import math\ngcd = math.gcd"):
+            assert sandbox.run_tests(code, asserts("assert gcd(4, 6) == 2", entry_point))
 
 
 def test_limits_hold_for_programs_behind_asserts():
@@ -841,7 +845,24 @@ def test_labels_come_in_order_and_a_pool_can_be_used_again():
             assert not verdicts[0] and verdicts[1]
             next(iter(pool.run_tests([GOOD] * 50)))  # abandoned after the first verdict
             assert pool.label([GOOD]) == [True]
-    assert sandbox.Pool(0).workers == os.cpu_count()
+
+
+@pytest.mark.skipif(not LINUX, reason="a process of macOS cannot be bound to cores")
+def test_there_are_no_more_workers_than_this_process_may_use_cores(monkeypatch, tmp_path):
+    """A machine says how many cores it has. With more workers than usable ones right programs exceed the time limit."""
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert sandbox.Pool(0).workers == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    real = open
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    for quota, cores in (("max 100000", 64), ("350000 100000", 3), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+        monkeypatch.setattr("builtins.open", lambda *_: real(tmp_path / "cpu.max"))
+        assert sandbox.usable_cores() == cores
+        monkeypatch.setattr("builtins.open", real)
 
 
 def test_from_threads_and_after_a_fork():
