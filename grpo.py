@@ -38,7 +38,7 @@ from plumbing.shared_prompt import Packed, body, cache_arguments, plain_attentio
 
 MAX_GRADIENT_NORM = 1.0
 DRAWS_AHEAD = 64  # uniform random numbers that are made at a time for each answer
-DRAWN_LOGITS = 2**21  # logits that draw_token handles at a time; it is slower with more, because of memory traffic
+DRAWN_LOGITS = 2**21  # logits that draw_token handles at a time; a CPU is slower with more, because of memory traffic
 
 
 @dataclass
@@ -347,7 +347,7 @@ def draw_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Ten
     logits: [B, V]; uniform: random numbers [B] in [0, 1). At temperature 0 the likeliest token is taken. Returns tokens
     [B] and their log-probs [B] at the temperature (for 0: at temperature 1), before top-k and top-p.
     """
-    rows = max(1, DRAWN_LOGITS // logits.shape[-1])
+    rows = max(1, (16 if logits.is_cuda else 1) * DRAWN_LOGITS // logits.shape[-1])
     if len(logits) > rows:
         parts = [draw_token(*part, sampling) for part in zip(logits.split(rows), uniform.split(rows))]
         return tuple(map(torch.cat, zip(*parts)))

@@ -39,8 +39,10 @@ class SharedCache:
             ends.append(hidden[torch.tensor(packed.sizes).cumsum(0) - 1])  # the last token of each prompt
             for at, x in packed.kept.items():  # [1, K, T, D]
                 kept[at] += x[0].transpose(0, 1).split(packed.sizes)
-        # [K, B, L, D], padded on the right
-        self.prompt = {at: pad_sequence(x, True).permute(2, 0, 1, 3).contiguous() for at, x in kept.items()}
+        del packed, x
+        self.prompt = {}  # [K, B, L, D], padded on the right
+        for at in list(kept):  # one at a time, so that memory never holds all of them twice
+            self.prompt[at] = pad_sequence(kept.pop(at), True).permute(2, 0, 1, 3).contiguous()
         self.answer = {}  # [K, n, capacity, D], of which self.steps tokens are in use
         self.steps = 0
         self.length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
@@ -137,6 +139,7 @@ def rows_that_fit(model, prompt_tokens: int, answer_tokens: int, free: float) ->
     prompt_tokens, answer_tokens: of the longest prompt and of the longest answer. The model reads two rows of 8 tokens,
     and what it keeps of them is measured. While decoding, the room for an answer doubles as it grows.
     """
+    model.eval()  # after an update it is in training mode, where transformers 5.17 gives layers to checkpoint no cache
     cache, config = DynamicCache(config=model.config), model.config.get_text_config()
     ids = torch.zeros(2, 8, dtype=torch.long, device=model.device)
     with plain_attention(model):

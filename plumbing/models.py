@@ -12,6 +12,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+import transformers
 from huggingface_hub import errors
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -129,7 +130,9 @@ def load_model(name: str, *, optimizer: str, shard: bool, device: str, effort: s
     """
     # a shard is its own fp32 master: the forward casts what it has gathered
     dtype = torch.float32 if optimizer == "fp32" or (shard and optimizer == "masters") else torch.bfloat16
-    if dtype == torch.float32 and device.startswith("cuda"):
+    # older transformers multiply positions in fp32 too, and TF32 is wrong for those above 2,048
+    exact = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
+    if optimizer == "fp32" and exact and device.startswith("cuda"):
         torch.backends.cuda.matmul.allow_tf32 = True  # products with 11 significant bits, many times as fast
     with loading(option, name):
         folder, config = load_config(name, option)

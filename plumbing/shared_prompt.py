@@ -143,13 +143,15 @@ class Packed:
         if key not in self.masks:
             run = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # [n]
             place = torch.cat([torch.arange(before, before + r) for r in lengths])  # [n]
-            key_run, key_place = F.pad(run, (before, 0), value=-1), torch.cat([torch.arange(before), place])
+            run, place = run.to(like.device), place.to(like.device)  # small; what follows is [n, before + n]
+            key_run = F.pad(run, (before, 0), value=-1)
+            key_place = torch.cat([torch.arange(before, device=like.device), place])
             seen = ((key_run == -1) | (key_run == run[:, None])) & (key_place <= place[:, None])
             if window is not None:
                 seen &= place[:, None] - key_place < window
             width = sink + before + len(run)
             seen = F.pad(seen, (int(sink), -width % ALIGNED), value=True)
-            mask = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -torch.inf).to(like.device)
+            mask = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -torch.inf)
             self.masks[key] = mask[:, :width]
         return self.masks[key]
 

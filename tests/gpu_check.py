@@ -336,6 +336,7 @@ def exact(check: Check) -> None:
     groups = [(ids(prompt), [ids(length) for length in answers]) for prompt in prompts]
     for family in FAMILIES:
         compare_forms(check, family, groups)
+    check.measure("gradient of an expert without a token", lambda: unused_expert(check))
     check.measure("checkpoint of bf16 weights, with kahan", lambda: read_back(check))
 
 
@@ -389,6 +390,20 @@ def rollout_gap(model, bound: float) -> tuple[str, bool]:
         again = grpo.logprobs(model, [(rollout.prompt, rollout.answers) for rollout in rollouts], 1.0)[0].cpu()
     gap = float((again - torch.cat([logp for rollout in rollouts for logp in rollout.logps])).abs().mean())
     return f"{gap:.1e} nats a token", gap < bound
+
+
+def unused_expert(check: Check) -> tuple[str, bool]:
+    """Multiply tokens with grouped weights as a mixture does. A group without tokens must get the gradient 0.
+
+    On some cards torch leaves what was in the memory there (pytorch issue 172439).
+    """
+    tokens = torch.randn(32, 64, dtype=torch.bfloat16, device=check.device)
+    experts = torch.randn(3, 64, 64, dtype=torch.bfloat16, device=check.device, requires_grad=True)
+    ends = torch.tensor([16, 16, 32], dtype=torch.int32, device=check.device)
+    torch.full_like(experts, torch.nan)  # its memory is free again, and holds nan
+    (torch.nn.functional.grouped_mm(tokens, experts, offs=ends) ** 2).sum().backward()
+    largest = float(experts.grad[1].abs().max())
+    return f"at most {largest}", largest == 0 and bool(experts.grad[2].abs().sum() > 0)
 
 
 def read_back(check: Check) -> tuple[str, bool]:

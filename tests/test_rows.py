@@ -1,4 +1,6 @@
 """Rows by memory: as many answers as fit a GPU, for models whose shapes are real and whose weights are not there."""
+import weakref
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3Config, Qwen3MoeConfig
@@ -64,6 +66,29 @@ def test_rows_are_never_too_many_and_a_model_without_keys_gets_some():
     mamba = MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4)
     assert fast_decode.rows_that_fit(on_meta(mamba), 10, 10, 1e6) == fast_decode.MOST_ROWS
     assert fast_decode.rows_that_fit(on_meta(LlamaConfig(**SMALL)), 10, 10, 1) == 1
+
+
+def test_rows_are_counted_without_what_training_has_switched_on():
+    """After an update layers are in training mode. With transformers 5.17 they then keep no keys, and all rows fit."""
+    model, modes = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).train(), []
+    model.register_forward_pre_hook(lambda *_: modes.append(any(part.training for part in model.modules())))
+    fast_decode.rows_that_fit(model, 10, 10, 1e6)
+    assert modes == [False]
+
+
+def test_the_prompts_keys_are_padded_one_layer_at_a_time(monkeypatch):
+    """While those of all layers were there twice, the memory ran out where the count said that they fit."""
+    model, padded, real = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).eval(), [], fast_decode.pad_sequence
+
+    def pad_sequence(keys, first):
+        assert not any(before() is not None for before in padded)
+        padded.extend(map(weakref.ref, keys))
+        return real(keys, first)
+
+    assert grpo.enable_sharing(model) == ""
+    monkeypatch.setattr(fast_decode, "pad_sequence", pad_sequence)
+    grpo.SharedCache(model, [torch.arange(3, 40), torch.arange(5, 30)], [2, 2])
+    assert len(padded) == 2 * 2 * SMALL["num_hidden_layers"]
 
 
 def test_the_device_is_asked_at_the_start_of_each_stage(monkeypatch):

@@ -370,7 +370,7 @@ def block_of(name: str, results: Path) -> str:
         return NOT_YET
     report = (results / f"{name}.md").read_text(encoding="utf-8")
     titles = ("Gains over the base", "Differences (from the first variant, if no other is named)",
-              "Wrong labels in the training groups", "Skills", "Reading")
+              "Mixed groups for training", "Wrong labels in the training groups", "Skills", "Reading")
     parts = [f"![{name}: means and intervals of each variant](data/results/{name}.png)"]
     return "\n\n".join(parts + [f"**{title}**\n\n{part}" for title in titles if (part := part_of(report, title))])
 
