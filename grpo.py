@@ -219,7 +219,7 @@ def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict
     names = ["loss", "clip", "old_kl", "ref_kl", "entropy", "rollout_gap", "tokens", "is_weight", "is_cut"]
     sums = dict.fromkeys(names, 0.0)
     clips = dict(clip_low=args.clip, clip_high=args.clip_high or args.clip, dual_clip=args.dual_clip or None)
-    for micro_batch, counts in my_micro_batches(groups, args.micro_tokens, shares_prompts(model)):
+    for micro_batch, counts in micro_batches_for(model, groups, args):
         logp, entropy = ranks.run_forward(model, logprobs, as_pairs(micro_batch), args.temperature)  # [N]
         field = partial(lay_out, micro_batch, logp)  # name -> that field of Example for each token, [N]
         old = logp.detach() if field("old_logp") is None else field("old_logp")  # detached: ratio 1, with gradient
@@ -242,6 +242,12 @@ def backward(model, groups: list[list[Example]], args, supervised: bool) -> dict
     return {name: sum(part[name] for part in ranks.gather(sums)) for name in sums}
 
 
+def micro_batches_for(model, groups: list[list[Example]], args):
+    """Return my_micro_batches. Where padding would move the positions of an answer, each is a batch by itself."""
+    bound = 1 if positions_follow_longest_row(model) else args.micro_tokens
+    return my_micro_batches(groups, bound, shares_prompts(model))
+
+
 def make_examples(rollout: Rollout, supervised: bool) -> list[Example]:
     """The answers to one prompt with their advantages. Supervised: advantage 1 for all, whatever their rewards."""
     count = len(rollout.answers)
@@ -260,7 +266,7 @@ def remember_logprobs(model, groups: list[list[Example]], name: str, args) -> No
     """Set the field name (old_logp or ref_logp) of every example to this model's log-probs, on every rank."""
     model.eval()
     mine = []  # log-probs [R] of each example in this rank's share
-    for micro_batch, counts in my_micro_batches(groups, args.micro_tokens, shares_prompts(model)):
+    for micro_batch, counts in micro_batches_for(model, groups, args):
         logp, _ = ranks.run_forward(model, logprobs, as_pairs(micro_batch), args.temperature)
         mine += logp.cpu().split([len(e.answer) for group in micro_batch for e in group]) if counts else []
     for rank, values in enumerate(ranks.gather(mine)):

@@ -82,7 +82,7 @@ def extract_code(answer: str) -> str | None:
     if rest is None or len(re.findall(r"^```", rest, flags=re.MULTILINE)) % 2:
         return None
     blocks = re.findall(r"^```([^\n]*)\n(.*?)^```", rest, flags=re.DOTALL | re.MULTILINE)
-    python = [code for mark, code in blocks if mark.strip("` ").lower().startswith("py")]
+    python = [code for mark, code in blocks if re.match(r"[`{. ]*(python|py)[0-9.]*(?![\w-])", mark, re.IGNORECASE)]
     program = (python or [code for _, code in blocks] or [""])[-1].rstrip()
     return program if program.strip() else None
 
@@ -92,8 +92,8 @@ def parse_ranking(answer: str, k: int) -> list[int] | None:
 
     Only the last line is read: what stands behind "Ranking:", or all of it, because the paper's own answers are only
     numbers (appendix C). It must name each of 1..k exactly once, with commas between. Markdown around it
-    (`**Ranking:** 2, 1`, a fence) and a final full stop are allowed. Numbers in the thinking part, or anywhere before the last
-    line, are never read.
+    (`**Ranking:** 2, 1`, a fence) and a final full stop are allowed. Numbers in the thinking part, or anywhere before
+    the last line, are never read.
     """
     lines = (after_thinking(answer) or "").replace("`", "").strip().splitlines()
     if not lines:

@@ -281,8 +281,8 @@ def run_asserts(pool: "Pool", program: int, test: Prepared, timeout: float, memo
 class Pool(Workers):
     """Run the tests of many programs at a time.
 
-    workers: how many programs run at a time; 0 means one for each core that this process may use. timeout, memory_mb: as in run_tests(). Worker
-    processes stay for the next call, until the end of the pool's `with` or of this process.
+    workers: how many programs run at a time; 0 means one for each core that this process may use. timeout, memory_mb:
+    as in run_tests(). Worker processes stay for the next call, until the end of the pool's `with` or of this process.
     """
 
     def __init__(self, workers: int = 0, *, timeout: float = 10.0, memory_mb: int = 1024):

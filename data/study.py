@@ -704,7 +704,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("studies", nargs="+", choices=list(STUDIES))
     parser.add_argument("--seeds", type=int, help="runs of each variant (default: 5; strength and noise 3; --quick 2)")
     parser.add_argument("--quick", action="store_true", help="small runs; the results go to OUT/results")
-    parser.add_argument("--parallel", type=int, default=usable_cores(), help="runs at a time (default: all cores)")
+    parser.add_argument("--parallel", type=int, default=usable_cores(), help="runs at a time (default: one a core)")
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/study, quick: runs/study-quick)")
     parser.add_argument("--plot-only", action="store_true", help="run nothing; write the results of the finished runs")
     parser.add_argument("--render", action="store_true", help="run nothing; write .md and .png from NAME.json")

@@ -30,7 +30,8 @@ def my_micro_batches(groups: list[list], micro_tokens: int, shared: bool) -> Ite
 def micro_batches(groups: list[list], micro_tokens: int, shared: bool) -> list[list[list]]:
     """Return batches of groups with at most micro_tokens tokens each. A larger group is cut into parts.
 
-    shared: the answers to a prompt share it. If not, each answer is a padded row, and the padding counts too.
+    shared: the answers to a prompt share it. If not, each answer is a padded row, and the padding counts too. Then a
+    batch is one part of a group, as this is one forward pass, and all ranks of a sharded model make equally many.
     """
     parts, sizes = [], []
     for group in groups:
@@ -40,7 +41,7 @@ def micro_batches(groups: list[list], micro_tokens: int, shared: bool) -> list[l
         for part in split_by_size(answers, micro_tokens - once):
             parts.append(group[part])
             sizes.append(once + sum(answers[part]))
-    return [parts[batch] for batch in split_by_size(sizes, micro_tokens)]
+    return [parts[batch] for batch in split_by_size(sizes, micro_tokens if shared else 1)]
 
 
 def split_by_size(sizes: list[int], bound: int) -> list[slice]:

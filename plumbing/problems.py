@@ -12,8 +12,8 @@ A test has one of three forms:
 
 args is the list of arguments: a single list is [[1, 2]]. Values are compared exactly, floats too; where rounding may
 differ, write an assert such as abs(f(1) - 0.3333) < 1e-4. What a function returns counts, not an argument that it
-changes. A set never equals a list. entry_point names the function that the prompt asks for. Asserts see a copy of what
-it returns, made of Python's plain values; a range, a deque or an array is an error there.
+changes. A set never equals a list. entry_point names the function that the prompt asks for. What it
+returns has to be made of Python's plain values: a range, a deque or an array is an error. Asserts see a copy of it.
 
 Parquet files have the same fields. A field that is null counts as left out, because a table has every field in every
 row; only the "expected" null of a function is a value. A column has one type and changes values to fit it (1 becomes
@@ -452,13 +452,16 @@ def from_rstar(record: dict) -> dict:
 
 
 def parameters_of(starter_code: str, function: str) -> list[str]:
-    """Return the names of a function's parameters without self; [] if the starter code does not say, or has defaults."""
-    found = re.search(rf"\bdef\s+{re.escape(function)}\s*(\(.*?\)\s*(->[^\n]*)?):", starter_code, re.DOTALL)
+    """Return a function's parameters without self; [] if the starter code does not say how many arguments it takes."""
+    found = function and re.search(rf"^\s*def\s+{re.escape(function)}\s*(\(.*?\)\s*(->[^\n]*)?):", starter_code,
+                                   re.DOTALL | re.MULTILINE)
     try:
-        given = ast.parse(f"def f{found[1]}: 0").body[0].args if function and found else None
-    except SyntaxError:
+        given = ast.parse(f"def f{found[1]}: 0").body[0].args if found else None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # each of them can come from Python's parser
         return []
-    return [one.arg for one in given.args if one.arg != "self"] if given and not given.defaults else []
+    if not given or given.posonlyargs or given.vararg or given.kwonlyargs or given.kwarg or given.defaults:
+        return []
+    return [one.arg for one in given.args if one.arg not in ("self", "cls")]
 
 
 def from_humaneval(record: dict) -> dict:

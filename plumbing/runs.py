@@ -359,8 +359,8 @@ def what_to_do(error: Exception) -> str:
     if getattr(error, "errno", None) == errno.ENOSPC or any(words in text for words in full):
         return "the disk is full: make room"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return ("out of memory: lower --rows (sampling) or --micro-tokens (training); if one prompt and its answer alone "
-                "are too long, start a new run with a smaller --max-new-tokens")
+        return ("out of memory: lower --rows (sampling) or --micro-tokens (training; if one prompt with its answer is "
+                "too long even alone, only a new run with a smaller --max-new-tokens helps)")
     if isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower():  # gloo has no exception class
         return "another process of this run has ended, see what it said"
     if isinstance(error, BrokenPipeError):

@@ -416,13 +416,13 @@ def prelude() -> "dict[str, str]":
 def run_program(code: types.CodeType, as_module: bool) -> types.ModuleType:
     """Execute a program in __main__, and return this module. as_module: skip what stands under `if __name__ == ...`.
 
-    The prelude's names become builtins: a program finds them, and none of them is taken for what it defines.
+    The program finds the prelude's names. as_module: as builtins, so that none is taken for what the program defines.
     """
     main = sys.modules["__main__"]
     for name in names_in(code) & prelude().keys():
         home = prelude()[name]
         module = __import__(home)
-        setattr(builtins, name, module if name == home else getattr(module, name))
+        setattr(builtins if as_module else main, name, module if name == home else getattr(module, name))
     if as_module:
         main.__name__ = "solution"
         sys.modules["solution"] = main

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 from plumbing import sandbox_child
 
@@ -43,9 +44,11 @@ def usable_cores() -> int:
     With more workers than that, programs would wait for each other, and right ones would exceed the time limit.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as file:  # ValueError: no quota
-        quota, period = map(int, file.read().split())
-        cores = min(cores, max(1, quota // period))
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroups of version 2, and of 1
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max", which is no quota
+            words = [word for name in names for word in Path("/sys/fs/cgroup", name).read_text().split()]
+            quota, period = map(int, words)
+            cores = min(cores, max(1, quota // period)) if quota > 0 else cores  # -1: no quota
     return cores
 
 

@@ -478,8 +478,10 @@ def test_arguments_that_do_not_fit_the_starter_code_are_left_out_and_counted(tmp
     row = seed(1, func_name="f", starter_code="def f(self, a, b):", inputs='["1"]', outputs='["1"]')
     assert [one.id for one in load_problems(write(tmp_path / "x.jsonl", row, seed(2)))] == ["seed_2"]
     assert "1 problems whose tests do not fit the parameters of the starter code" in capsys.readouterr().err
-    unsure = seed(1, func_name="f", starter_code="def f(a, b=1):", inputs='["1"]', outputs='["1"]')
-    assert load_problems(write(tmp_path / "x.jsonl", unsure))[0].tests[0]["args"] == [1]
+    for code in ("def f(a, b, c=1):", "def f(a, *b):", "def f(a, *, b=1):", "def f(a, **b):", "def f(a, /, b):", "# def f(a):",
+                 "class Solution:\n    @classmethod\n    def f(cls, a, b):", "def f((a)):", "def f(\0):"):
+        unsure = seed(1, func_name="f", starter_code=code, inputs='["1\\n2"]', outputs='["1"]')
+        assert load_problems(write(tmp_path / "x.jsonl", unsure))[0].tests[0]["args"] == [1, 2], code
 
 
 def test_parquet_is_read_a_few_rows_at_a_time(tmp_path):

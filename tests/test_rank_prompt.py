@@ -162,6 +162,7 @@ def test_the_last_fenced_block_after_the_thinking_part_is_the_program():
     assert extract_code("first\n```python\na\n```\nbetter:\n```py\nb\n```\n") == "b"
     assert extract_code("```Python3\na\n```\nrun it:\n```sh\npython a.py\n```\nit prints\n```\n6\n```") == "a"
     assert extract_code("```\na\n```\nor better\n```\nb\n```") == "b"
+    assert extract_code("```{.python}\na\n```\nit prints\n```pycon\n>>> a\n```\n```pytb\nx\n```") == "a"
     assert extract_code("<think>```python\na\n```</think>\n```python\nb\n```") == "b"
     assert extract_code("```python\n    indented()\n```") == "    indented()"
 

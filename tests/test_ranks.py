@@ -26,7 +26,7 @@ from plumbing.problems import BadInput, Problem
 from plumbing.models import load_checkpoint, load_model, make_optimizer, save_checkpoint, save_model
 from plumbing.ranks import full_state, shard_model
 from server import ModelServer
-from test_grpo import distance, ids, qwen3, scored, settings
+from test_grpo import distance, ids, phi3, qwen3, scored, settings, unshared
 from test_models import QWEN, make_model, make_tokenizer, quantise
 
 torch.set_num_threads(1)
@@ -161,6 +161,22 @@ def test_a_rank_that_has_drawn_no_answers_takes_part_in_the_update(tmp_path):
     (first, *_), (second, *_) = found = results(tmp_path, task)
     assert (first, second) == (1, 0)
     assert all(noted == 0 and far < 1e-4 for _, noted, far in found)
+
+
+@pytest.mark.parametrize("make", [lambda: unshared(qwen3(tie_word_embeddings=False)), phi3])
+def test_ranks_with_unequal_work_make_equally_many_forwards_where_prompts_are_not_shared(tmp_path, make):
+    """Each group, and with Phi-3 each answer, is a forward pass. The rank with fewer of them left the other waiting."""
+    model, reference = make(), make()
+    rollouts = [*scored(model), scored(model)[0]]  # two for the first rank, one for the second
+    rollouts[2].rewards = torch.tensor([1.0, 0.0, 0.0])
+    expected, _, _ = update(copy.deepcopy(model), rollouts, copy.deepcopy(reference))
+
+    def task(rank):
+        for each in (model, reference):
+            shard_model(each, torch.float32, "cpu")
+        return distance(update(model, rollouts, reference)[0], expected)
+
+    assert max(results(tmp_path, task)) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["fp32", "masters", "kahan"])
@@ -337,7 +353,7 @@ def test_no_rank_but_the_first_ever_holds_a_sharded_model_in_full(tmp_path):
     first, second = results(tmp_path, task)
     print(f"{size:.0f} MB:", first, second)
     # on the CPU, beside half of the model as shards, and what is on its way: more on a machine with other work
-    assert first["load"] < 2.1 * size and second["load"] < size
+    assert first["load"] < 2.1 * size and second["load"] < 0.9 * size
     for grown in (first, second):
         assert grown["save"] < 0.3 * size and grown["resume"] < 0.3 * size
     assert first["save the model"] < 1.4 * size and second["save the model"] < 0.4 * size
