@@ -528,10 +528,12 @@ def make_test(given: Any, expected: Any, function: str, names: list[str] | None 
         return {"input": given, "output": expected}
     if isinstance(given, str):
         given, expected = [from_json(line) for line in given.split("\n") if line.strip()], from_json(expected)
-    if names and len(given) == 1 and isinstance(given[0], dict) and given[0].keys() == set(names):
-        given = [given[0][name] for name in names]
-    elif names and len(given) == 1 and isinstance(given[0], list) and len(given[0]) == len(names) > 1:
-        given = given[0]
+    if names and len(given) == 1:
+        [one] = given
+        if isinstance(one, dict) and one.keys() == set(names):
+            given = [one[name] for name in names]
+        elif isinstance(one, list) and len(one) == len(names) > 1:
+            given = one
     return {"fn_name": function, "args": given, "expected": expected}
 
 

@@ -414,11 +414,11 @@ def read_back(check: Check) -> tuple[str, bool]:
     grpo.update(pair[0], optimizers[0], rollouts, args)
     models.save_checkpoint(file, pair[0], optimizers[0], 1)
     models.load_checkpoint(file, pair[1], optimizers[1])
-    kept = [[p, *(optimizer.state[p].get(name) for name in ("m", "v", "kept"))]
-            for model, optimizer in zip(pair, optimizers) for p in model.parameters()]
-    half = len(kept) // 2
-    equal = all(x is not None and y is not None and torch.equal(x, y)
-                for one, other in zip(kept[:half], kept[half:]) for x, y in zip(one, other))
+
+    def tensors(model, optimizer) -> list:
+        return [x for p in model.parameters() for x in (p, *(optimizer.state[p][name] for name in ("m", "v", "kept")))]
+
+    equal = all(map(torch.equal, *map(tensors, pair, optimizers)))
     for model, optimizer in zip(pair, optimizers):
         grpo.update(model, optimizer, rollouts, args)
     far = max(float((p - q).abs().max()) for p, q in zip(pair[0].parameters(), pair[1].parameters()))

@@ -430,6 +430,7 @@ def test_the_paper_preset_is_the_papers_table_4_and_what_is_given_wins():
     paper = dust.parse_args(["--model", "some/model", "--preset", "paper"])
     assert (paper.candidates, paper.batch, paper.ppo_epochs, paper.lr, paper.kl) == (64, 64, 3, 1e-6, 0.001)
     assert (paper.group_size, paper.answers, paper.mini_batch, paper.clip) == (4, 8, 16, 0.2)
+    assert dust.parse_args([]).lr == dust.Args.lr
     assert dust.parse_args(["--model", "some/model", "--preset", "paper", "--lr", "1"]).lr == 1
     assert dust.parse_args(["--quick", "--steps", "7"]).steps == 7 and dust.parse_args(["--quick"]).steps < dust.Args.steps
 

@@ -846,6 +846,7 @@ def test_labels_come_in_order_and_a_pool_can_be_used_again():
             assert not verdicts[0] and verdicts[1]
             next(iter(pool.run_tests([GOOD] * 50)))  # abandoned after the first verdict
             assert pool.label([GOOD]) == [True]
+    assert sandbox.Pool(0).workers >= 1
 
 
 @pytest.mark.skipif(not LINUX, reason="a process of macOS cannot be bound to cores")
