@@ -559,7 +559,7 @@ def test_the_same_program_runs_once_and_only_for_its_own_problem(tmp_path, monke
         def __exit__(self, *error): ...
         def failures(self, work):
             ran.extend((code, tests[0]["output"]) for code, tests in work)
-            return [None if tests[0]["output"] == "yes" else {"test": 0} for _, tests in work]
+            return [None if tests[0]["output"] == "yes" else {"test": 0, "why": ""} for _, tests in work]
 
     monkeypatch.setattr(dust.sandbox, "Pool", Pool)
     problems = [Problem("a", "Q", [{"input": "", "output": "yes"}]), Problem("b", "Q", [{"input": "", "output": "no"}])]

@@ -50,6 +50,7 @@ def test_the_update_trains_by_them(monkeypatch):
     monkeypatch.setattr(grpo, "importance_weights", spy)
     monkeypatch.setattr(grpo, "logprobs", logprobs)
     monkeypatch.setattr(grpo, "shares_prompts", lambda model: True)
+    monkeypatch.setattr(grpo, "positions_follow_longest_row", lambda model: False)
     token = torch.tensor([1])
     rollout = grpo.Rollout(token, [token] * 2, [torch.zeros(1)] * 2, [True] * 2, torch.tensor([1.0, 0.0]))
     for kind in ("cut", "mask"):
